@@ -1,0 +1,51 @@
+"""How the members of a device struct are described by the Python class that owns it.
+
+A mask or score modification is one Python dataclass and one C++ struct. The dataclass names the struct's members, in order,
+as `Field` values; `launch.py` lays them out. Every member is 8-byte aligned on the device (`alignas(8)`), so a layout is the
+plain concatenation of its members and needs no knowledge of C alignment rules.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+CTYPES = {
+    "bool": "unsigned char",
+    "uint8": "unsigned char",
+    "int32": "int",
+    "int64": "long long",
+    "float16": "__half",
+    "bfloat16": "__nv_bfloat16",
+    "float32": "float",
+    "float64": "double",
+}
+"""C++ element type of each dtype name that an operand may have."""
+
+
+class Operand(NamedTuple):
+    """A device array as a kernel sees it: `slot` is its index among the call's pointers, strides are in elements."""
+
+    slot: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+    def broadcast_strides(self, ndim: int) -> tuple[int, ...]:
+        """Strides over `ndim` leading-padded axes, 0 along every axis of length 1."""
+        pad = (0,) * (ndim - len(self.shape))
+        return pad + tuple(0 if n == 1 else s for n, s in zip(self.shape, self.strides, strict=True))
+
+
+class Field(NamedTuple):
+    """One member of a device struct: `kind` is ptr (value: slot), int (64-bit) or real (float or double, as the scores)."""
+
+    kind: str
+    value: float
+
+    @staticmethod
+    def ptr(operand: Operand) -> Field:
+        return Field("ptr", operand.slot)
+
+    @staticmethod
+    def ints(values: tuple[int, ...]) -> tuple[Field, ...]:
+        return tuple(Field("int", v) for v in values)
