@@ -1,3 +1,29 @@
 """Exact attention in CUDA C, compiled just in time, for NumPy, CuPy, PyTorch and JAX arrays alike."""
 
+from cuattn.api import BackendInfo, attention, attention_varlen, backend_info, explain
+from cuattn.dropout import dropout_mask
+from cuattn.jit import CompileError
+from cuattn.masks import BlockSparse, BooleanMask, Causal, Full, Mask, SlidingWindow
+from cuattn.score_mods import Alibi, Bias, ScoreMod, SoftCap, UserMod
+
 __version__ = "0.1.0"
+__all__ = [
+    "Alibi",
+    "BackendInfo",
+    "Bias",
+    "BlockSparse",
+    "BooleanMask",
+    "Causal",
+    "CompileError",
+    "Full",
+    "Mask",
+    "ScoreMod",
+    "SlidingWindow",
+    "SoftCap",
+    "UserMod",
+    "attention",
+    "attention_varlen",
+    "backend_info",
+    "dropout_mask",
+    "explain",
+]

@@ -1,0 +1,125 @@
+"""Command line: see `python -m bench --help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import cuattn
+from bench import cases, ceilings, forward, host, jit, memory, results
+from bench.baselines import TITLES, available
+from bench.timing import Deadline
+
+ROUNDS = {"forward": 7, "jit": 3}
+QUICK_ROUNDS = {"forward": 3, "jit": 1}
+TIME_LIMIT = 480.0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of cuattn beside its peers.")
+    parts = top.add_subparsers(dest="part", required=True)
+    summaries = {
+        "forward": "GPU time of the forward pass",
+        "host": "host time of a warm call",
+        "jit": "first call of a process, cold and warm cache",
+        "memory": "memory beyond inputs and outputs",
+        "ceilings": "measure matrix products and read bandwidth of this GPU, and print them",
+        "report": "write the tables of bench/results/ into README.md",
+    }
+    for name, summary in summaries.items():
+        part = parts.add_parser(name, help=summary, description=summary)
+        if name == "ceilings":
+            continue
+        part.add_argument("--json", type=Path, metavar="FILE", help=JSON_HELP["report" if name == "report" else "run"])
+        if name == "report":
+            continue
+        part.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+        part.add_argument("--only", default="", metavar="SUBSTR", help="cases whose printed name contains this")
+        part.add_argument("--peers", default="", metavar="A,B", help=f"of {', '.join(TITLES)}, or none; default all")
+        part.add_argument("--rounds", type=int, metavar="N", help="interleaved rounds a case (jit: pairs of processes)")
+        part.add_argument("--time-limit", type=float, default=TIME_LIMIT, metavar="SECONDS", help="start no case after this")
+        part.add_argument("--list", action="store_true", help="print the cases and stop; needs no GPU")
+    return top
+
+
+JSON_HELP = {
+    "run": "write rows there instead of bench/results/<gpu>.json",
+    "report": "first take the rows of this file into bench/results/<gpu>.json",
+}
+
+
+def selected(arguments: argparse.Namespace) -> list[cases.Case]:
+    """The cases of a part that --quick and --only leave."""
+    everything = {
+        "forward": cases.QUICK if arguments.quick else cases.FORWARD,
+        "host": [cases.HOST],
+        "jit": cases.JIT,
+        "memory": cases.MEMORY,
+    }[arguments.part]
+    return [case for case in everything if arguments.only in str(case)]
+
+
+def take_in(path: Path) -> None:
+    """Merge the rows of a file into those of their GPUs."""
+    by_gpu: dict[str, list[results.Row]] = {}
+    for row in results.load(path):
+        by_gpu.setdefault(results.gpu_slug(row["gpu"]), []).append(row)
+    for slug, rows in by_gpu.items():
+        target = results.FOLDER / f"{slug}.json"
+        results.save(target, results.merge(results.load(target), rows))
+        print(f"{target}: {len(rows)} rows taken in")
+
+
+def run_part(arguments: argparse.Namespace, chosen: Sequence[cases.Case]) -> None:
+    """One of forward, host, jit, memory, on the current GPU."""
+    deadline = Deadline(arguments.time_limit)
+    env = results.environment()
+    store = results.Store(arguments.json, env)
+    counts = QUICK_ROUNDS if arguments.quick else ROUNDS
+    rounds = arguments.rounds or counts.get(arguments.part, 1)
+    print(f"{env['gpu']}, sources {env['source_hash'][:12]}, {env['versions']}")
+    peers = []
+    if arguments.part in ("forward", "host") and arguments.peers != "none":
+        peers = available([name for name in arguments.peers.split(",") if name])
+    if arguments.part == "forward":
+        limits = ceilings.of(results.gpu_slug(env["gpu"]))
+        print(f"ceilings: {limits}")
+        forward.run(chosen, peers, rounds, store, env, limits, deadline)
+    elif arguments.part == "host":
+        host.run(peers, host.QUICK_CALLS if arguments.quick else host.CALLS, store, env, deadline)
+    elif arguments.part == "jit":
+        jit.run(chosen, rounds, store, env, deadline)
+    else:
+        memory.run(chosen, store, env, deadline)
+    print(f"rows in {store.path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    warnings.simplefilter("ignore")  # PyTorch explains at length why a forced backend declines; measure() prints one line
+    if arguments.part == "report":
+        if arguments.json:
+            take_in(arguments.json)
+        results.report(results.ROOT / "README.md", TITLES)
+        return 0
+    if arguments.part == "ceilings":
+        print(ceilings.measured())
+        return 0
+    chosen = selected(arguments)
+    if arguments.list or not chosen:
+        for case in chosen:
+            print(f"{case!s:44} {case.flops() * 1e-9:10.1f} GFLOP {case.bytes() * 2**-20:8.1f} MiB")
+        return 0 if chosen else 1
+    info = cuattn.backend_info()
+    if info.backend != "cuda":
+        print(f"no GPU to measure: {info.reason}")
+        return 1
+    run_part(arguments, chosen)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Step 5: the parameter struct of kernels/params.cuh, and launches on the caller's stream."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+from cuattn.fields import Field
+from cuattn.problem import POINTERS
+
+if TYPE_CHECKING:
+    from cuattn.plan import Plan
+
+HEAD = struct.Struct(f"<{len(POINTERS)}Q")
+"""The words that every call rewrites."""
+
+
+def fixed_fields(plan: Plan) -> list[tuple[str, int | float]]:
+    """Members of ForwardParams after its pointers, in order, as (struct code, value); each takes 8 bytes."""
+    p = plan.problem
+    strides: list[int] = []
+    for name in ("q", "k", "v", "out"):
+        operand = p.operand(name)
+        assert operand is not None
+        # A packed array has no batch axis of its own: its sequences lie one after the other.
+        strides += [0 if p.packed else operand.strides[0], operand.strides[1], operand.strides[2]]
+    rows = p.total_q if p.packed else p.seqlen_q
+    longs = [
+        *strides,
+        0 if p.packed else p.num_heads * rows,
+        rows,
+        plan.partial_rows,
+        plan.m_blocks * 2 * plan.map_words * plan.map_heads if plan.map_batches > 1 else 0,
+        plan.m_blocks * 2 * plan.map_words if plan.map_heads > 1 else 0,
+    ]
+    ints = [
+        p.batch,
+        p.seqlen_q,
+        p.seqlen_k,
+        p.num_heads,
+        p.group,
+        p.head_dim,
+        p.head_dim_v,
+        p.total_q,
+        plan.m_blocks,
+        plan.num_splits,
+        plan.dv_chunks,
+        plan.map_words,
+        round(p.dropout * 65536),
+    ]
+    reals = [p.scale, 1.0 / (1.0 - p.dropout)]
+    return [("q", n) for n in longs] + [("i4x", n) for n in ints] + [("d", x) for x in reals]
+
+
+def _variant_fields(plan: Plan, with_mods: bool) -> list[Field]:
+    p = plan.problem
+    fields = list(p.mask.fields(p.mask_operands))
+    if not with_mods or not p.mods:
+        return [*fields, Field("int", 0)]
+    for mod, operands in zip(p.mods, p.mod_operands, strict=True):
+        fields += mod.fields(operands)
+    return fields
+
+
+def parameter_words(plan: Plan, with_mods: bool) -> int:
+    """8-byte words of the kernel's parameter struct."""
+    return len(POINTERS) + len(fixed_fields(plan)) + len(_variant_fields(plan, with_mods))
+
+
+class Parameters:
+    """The bytes of a plan's parameter struct; pointers are filled in by `pack`."""
+
+    def __init__(self, plan: Plan, with_mods: bool) -> None:
+        real = "d" if plan.problem.real == "float64" else "f4x"
+        fixed = fixed_fields(plan)
+        variant = _variant_fields(plan, with_mods)
+        codes = {"ptr": "Q", "int": "q", "real": real}
+        layout = "<" + "".join(code for code, _ in fixed) + "".join(codes[f.kind] for f in variant)
+        values = [value for _, value in fixed] + [0 if f.kind == "ptr" else f.value for f in variant]
+        self.tail = struct.pack(layout, *values)
+        start = 8 * len(fixed)
+        self.patches = [(start + 8 * n, int(f.value)) for n, f in enumerate(variant) if f.kind == "ptr"]
+        """(offset in the tail, slot) of the pointers in masks and score modifications"""
+
+    def pack(self, pointers: list[int]) -> bytes:
+        """`pointers` by slot; the first are those of `POINTERS`, seed included."""
+        head = HEAD.pack(*pointers[: len(POINTERS)])
+        if not self.patches:
+            return head + self.tail
+        tail = bytearray(self.tail)
+        for offset, slot in self.patches:
+            struct.pack_into("<Q", tail, offset, pointers[slot])
+        return head + bytes(tail)

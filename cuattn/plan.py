@@ -1,0 +1,144 @@
+"""Step 3: which kernel runs a problem, with which tiles, grid, shared memory and workspace. Pure: needs no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cuattn.problem import ITEMSIZE, Problem
+from cuattn.registry import FORWARD, Device, KernelSpec, Tiles
+
+MIN_BLOCKS_PER_SPLIT = 4
+"""Key tiles that a split must have to be worth a CTA."""
+MAX_SPLITS = 128
+WARPS_PER_COMBINE = 4
+WARPS_PER_TILE_MAP = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before a launch. `threads`, `smem_bytes` and `grid` are those of the attention kernel."""
+
+    problem: Problem
+    device: Device
+    kernel: str
+    mma: str
+    tiles: Tiles
+    head_dim: int
+    """compiled, a multiple of 16"""
+    head_dim_v: int
+    """compiled columns of out per CTA"""
+    dv_chunks: int
+    m_blocks: int
+    num_splits: int
+    map_words: int
+    """32-bit words of the tile map per query tile; 0 without one"""
+    map_batches: int
+    map_heads: int
+    smem_bytes: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.tiles.warps
+
+    @property
+    def empty(self) -> bool:
+        """Nothing to compute or write."""
+        return self.m_blocks * self.problem.num_heads * (self.problem.batch + self.problem.packed) == 0
+
+    @property
+    def grid(self) -> int:
+        batches = self.problem.batch + self.problem.packed  # one more for the tokens past the last packed sequence
+        return self.m_blocks * self.dv_chunks * self.problem.num_heads * batches * self.num_splits
+
+    @property
+    def partial_rows(self) -> int:
+        p = self.problem
+        return p.num_heads * (p.total_q if p.packed else p.batch * p.seqlen_q)
+
+    @property
+    def workspace(self) -> tuple[int, int, int]:
+        """Bytes of partial_out, partial_lse and tile_map, each rounded up to 256."""
+        size = ITEMSIZE[self.problem.real]
+        rows = self.num_splits * self.partial_rows if self.num_splits > 1 else 0
+        maps = self.map_batches * self.map_heads * self.m_blocks * 2 * self.map_words
+        sizes = (rows * self.problem.head_dim_v * size, rows * size, 4 * maps)
+        return tuple(-(-n // 256) * 256 for n in sizes)  # type: ignore[return-value]
+
+    def __str__(self) -> str:
+        t = self.tiles
+        splits = f", {self.num_splits} splits" if self.num_splits > 1 else ""
+        tile_map = ", tile map" if self.map_words else ""
+        return (
+            f"Plan({self.kernel} for {self.device.arch}: {t.block_m}x{t.block_n} x{t.stages}, d{self.head_dim}/{self.head_dim_v}, "
+            f"{self.threads} threads, {self.smem_bytes} B shared, grid {self.grid}{splits}{tile_map}, "
+            f"workspace {sum(self.workspace)} B)"
+        )
+
+
+def make_plan(problem: Problem, device: Device) -> Plan:
+    """The plan of the first kernel that serves `problem` on `device`.
+
+    Raises NotImplementedError listing every kernel's reasons when none does.
+    """
+    reasons = []
+    for spec in FORWARD:
+        declined = spec.unsupported(problem, device)
+        if not declined:
+            for tiles in spec.candidates(problem, device):
+                if spec.smem_bytes(problem, tiles) <= device.smem_per_block:
+                    return _plan(problem, device, spec, tiles)
+            declined = [f"no tile fits the {device.smem_per_block} bytes of shared memory of a block"]
+        reasons.append(f"{spec.name}: {'; '.join(declined)}")
+    raise NotImplementedError(f"no kernel serves {problem} on {device.arch}:\n  " + "\n  ".join(reasons))
+
+
+def _plan(problem: Problem, device: Device, spec: KernelSpec, tiles: Tiles) -> Plan:
+    head_dim, head_dim_v = spec.padded_dims(problem)
+    longest = min(problem.seqlen_q, problem.total_q)
+    m_blocks = -(-longest // tiles.block_m)
+    if problem.packed:
+        m_blocks = max(m_blocks, 1)  # the tail of padding tokens needs a CTA even when every sequence is empty
+    dv_chunks = -(-problem.head_dim_v // head_dim_v)
+    n_blocks = -(-min(problem.seqlen_k, problem.total_k) // tiles.block_n)
+    smem = spec.smem_bytes(problem, tiles)
+    resident = max(1, min(tiles.min_blocks, device.smem_per_sm // (smem + 1024)))
+    ctas = m_blocks * dv_chunks * problem.num_heads * problem.batch
+    arrays = [op for op in problem.mask_operands if len(op.shape) != 3 or problem.mask.tiled]
+    own_lengths = problem.packed or problem.operand("q_lens") is not None or problem.operand("kv_lens") is not None
+    return Plan(
+        problem=problem,
+        device=device,
+        kernel=spec.name,
+        mma=spec.mma(problem, device),
+        tiles=tiles,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dv_chunks=dv_chunks,
+        m_blocks=m_blocks,
+        num_splits=_num_splits(ctas, _visited(problem, tiles), resident * device.num_sms),
+        map_words=-(-n_blocks // 32) if problem.mask.tiled else 0,
+        map_batches=problem.batch if own_lengths or any(op.broadcast_strides(4)[0] for op in arrays if len(op.shape) <= 4) else 1,
+        map_heads=problem.num_heads if any(op.broadcast_strides(4)[1] for op in arrays if len(op.shape) <= 4) else 1,
+        smem_bytes=smem,
+    )
+
+
+def _visited(problem: Problem, tiles: Tiles) -> int:
+    """Key tiles that the last query tile of the longest sequence visits."""
+    seqlen_q, seqlen_k = min(problem.seqlen_q, problem.total_q), min(problem.seqlen_k, problem.total_k)
+    rows = range(max(0, seqlen_q - tiles.block_m), seqlen_q)
+    return -(-len(problem.mask.kv_range(rows, seqlen_q, seqlen_k)) // tiles.block_n) if len(rows) else 0
+
+
+def _num_splits(ctas: int, n_blocks: int, slots: int) -> int:
+    """Parts into which keys are divided so that a small grid fills the GPU: the fewest that come nearest to whole waves."""
+    most = min(n_blocks // MIN_BLOCKS_PER_SPLIT, MAX_SPLITS)
+    if ctas == 0 or most < 2 or ctas * 5 >= slots * 4:
+        return 1
+
+    def efficiency(splits: int) -> float:
+        waves = -(-ctas * splits // slots)
+        return ctas * splits / (waves * slots)
+
+    best = max(efficiency(s) for s in range(1, most + 1))
+    return next(s for s in range(1, most + 1) if efficiency(s) >= 0.85 * best)

@@ -1,0 +1,150 @@
+"""The oracle: attention as the textbook writes it, in NumPy, one head at a time, with all of S and P in memory.
+
+Nothing here is clever, so that it can be checked by reading it against the formula. In float64 it is the reference of
+every test; in a narrower dtype it is the naive implementation whose error is the yardstick of the tolerance rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cuattn import dropout as dropout_bits
+from cuattn.masks import BoolArray, Mask, Tile
+from cuattn.score_mods import ScoreMod
+
+Array = npt.NDArray[Any]
+Index = tuple[int | slice, ...]
+
+
+class Span(NamedTuple):
+    """Where one sequence lives in the arrays of a call, padding left out."""
+
+    batch: int
+    q: Index
+    """Index into q, out and their gradients: a view (seqlen_q, num_heads, ...)"""
+    k: Index
+    """Index into k, v and their gradients: a view (seqlen_k, num_heads_kv, ...)"""
+    lse: Index
+    """Index into lse: a view (num_heads, seqlen_q)"""
+
+
+def spans(
+    q: Array,
+    k: Array,
+    *,
+    q_lens: Array | None = None,
+    kv_lens: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+) -> Iterator[Span]:
+    """The sequences of a call: dense (B, S, H, D) with optional lengths, or packed (T, H, D) with cumulative lengths."""
+    batch = q.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    for b in range(batch):
+        at_q = _index(b, q.shape, q_lens, cu_seqlens_q)
+        lse = (*at_q[:-1], slice(None), at_q[-1])
+        yield Span(b, at_q, _index(b, k.shape, kv_lens, cu_seqlens_k), lse)
+
+
+def _index(b: int, shape: tuple[int, ...], lens: Array | None, cu_seqlens: Array | None) -> Index:
+    start, size = (0, shape[1]) if cu_seqlens is None else (int(cu_seqlens[b]), int(cu_seqlens[b + 1]) - int(cu_seqlens[b]))
+    length = size if lens is None else min(size, int(lens[b]))
+    tokens = slice(start, start + length)
+    return (b, tokens) if cu_seqlens is None else (tokens,)
+
+
+def forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    mask: Mask,
+    mods: Sequence[ScoreMod] = (),
+    sinks: Array | None = None,
+    q_lens: Array | None = None,
+    kv_lens: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+    dtype: npt.DTypeLike = np.float64,
+) -> tuple[Array, Array]:
+    """Attention with every step done in `dtype`: (out, lse).
+
+    Shapes as in a public call: dense q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv) -> out (B, Sq, Hq, Dv), lse
+    (B, Hq, Sq); packed, with cu_seqlens, (T, H, D) -> (Tq, Hq, Dv), (Hq, Tq). Rows past a length and tokens past the last
+    sequence get out 0 and lse -inf. Inputs, S, P and out are rounded to `dtype`; for a 16-bit `dtype` products accumulate
+    and the softmax is taken in float32, as a naive GPU implementation does, and out and lse come back as float32 arrays.
+    An input that no row sees reaches no result, NaN included; 0 * NaN at a visible key is NaN.
+    """
+    dtype = np.dtype(dtype)
+    wide = np.dtype(np.float32) if dtype.itemsize < 4 else dtype
+    q, k, v = (x.astype(dtype).astype(wide) for x in (q, k, v))
+    out = np.zeros((*q.shape[:-1], v.shape[-1]), wide)
+    lse = np.full((*q.shape[:-3], q.shape[-2], q.shape[-3]), -np.inf, wide)
+    lengths = {"q_lens": q_lens, "kv_lens": kv_lens, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    with np.errstate(all="ignore"):
+        for span in spans(q, k, **lengths):
+            q_b, k_b, v_b, out_b, lse_b = q[span.q], k[span.k], v[span.k], out[span.q], lse[span.lse]
+            group = max(1, q_b.shape[1] // max(1, k_b.shape[1]))
+            for h in range(q_b.shape[1]):
+                tile = Tile.of(span.batch, range(h, h + 1), range(len(q_b)), range(len(k_b)), len(q_b), len(k_b))
+                s, visible = scores(q_b[:, h], k_b[:, h // group], tile, scale, mask, mods, dtype)
+                p, lse_b[h] = softmax(s, None if sinks is None else np.asarray(sinks)[h].astype(wide))
+                if dropout > 0:
+                    p = p * dropout_bits.keep(seed, dropout, tile)[0] / (1 - dropout)
+                o = weighted_sum(rounded(p, dtype)[None], v_b[None, :, h // group], visible[None])
+                out_b[:, h] = rounded(o[0], dtype)
+    return out, lse
+
+
+def scores(
+    q: Array, k: Array, tile: Tile, scale: float, mask: Mask, mods: Sequence[ScoreMod], dtype: np.dtype[Any]
+) -> tuple[Array, BoolArray]:
+    """S of one head, -inf where masked, and which keys are visible, both (seqlen_q, seqlen_k)."""
+    s = rounded(q @ k.T * float(scale), dtype)[None]
+    for mod in mods:
+        s = np.broadcast_to(rounded(mod.apply(s, tile), dtype), s.shape)
+    visible = np.broadcast_to(mask.keep(tile), s.shape)[0]
+    return np.where(visible, s[0], -np.inf), visible
+
+
+def softmax(s: Array, sink: Array | None) -> tuple[Array, Array]:
+    """P (rows, columns) and lse (rows,) of scores (rows, columns); a row without any finite score or sink has P 0, lse -inf."""
+    row_max = s.max(axis=-1, keepdims=True, initial=-np.inf)
+    if sink is not None:
+        row_max = np.maximum(row_max, sink)
+    row_max = np.where(row_max == -np.inf, 0.0, row_max)
+    p = np.exp(s - row_max)
+    row_sum = p.sum(axis=-1, keepdims=True)
+    if sink is not None:
+        row_sum = row_sum + np.exp(sink - row_max)
+    lse = row_max + np.log(row_sum)
+    return p / np.where(row_sum == 0, 1.0, row_sum), lse[:, 0]
+
+
+def weighted_sum(p: Array, v: Array, visible: BoolArray) -> Array:
+    """P @ v over the visible keys alone: (heads, rows, columns) @ (heads, columns, Dv); `visible` broadcasts to P.
+
+    A matrix product multiplies an invisible key's value by 0, which loses no information unless the value is NaN or
+    infinite. Such values are taken out of the product and added for the rows that see them.
+    """
+    finite = np.isfinite(v)
+    if finite.all():
+        return np.asarray(p @ v)
+    out = p @ np.where(finite, v, 0.0)
+    special = np.where(finite, 0.0, v)
+    visible = np.broadcast_to(visible, p.shape)
+    for j in np.flatnonzero(~finite.all(axis=(0, 2))):
+        term = p[:, :, j, None] * special[:, None, j]
+        out += np.where(visible[:, :, j, None], term, 0.0)
+    return np.asarray(out)
+
+
+def rounded(x: Array, dtype: np.dtype[Any]) -> Array:
+    """`x` with the precision of `dtype`, in the dtype that it has."""
+    return x if x.dtype == dtype else x.astype(dtype).astype(x.dtype)

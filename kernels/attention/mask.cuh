@@ -1,0 +1,140 @@
+// Masks: the struct of each class of cuattn/masks.py. Members, for forward, backward and decode alike:
+//   keep(at, i, j)         whether query i sees key j; both inside their sequences
+//   kv_range(at, rows)     keys that some query of `rows` may see (a superset inside which tiles are visited)
+//   q_range(at, keys)      queries that some key of `keys` may be seen by
+//   covers(at, rows, keys) every query of `rows` sees every key of `keys`: keep() need not be asked
+//   classify(at, rows, keys) for masks that read memory: what the tile map stores of a tile
+// kTiled says that which tiles to visit is data, read from a tile map built by tile_map.cu. `rows` and `keys` are never empty.
+#pragma once
+#include "attention/coord.cuh"
+
+namespace cuattn {
+
+enum TileClass { kTileEmpty, kTilePartial, kTileFull };
+
+struct alignas(8) FullMask {
+    static constexpr bool kTiled = false;
+    long long unused;
+    __device__ __forceinline__ bool keep(const Coord&, int, int) const { return true; }
+    __device__ __forceinline__ Range kv_range(const Coord& at, Range) const { return {0, at.seqlen_k}; }
+    __device__ __forceinline__ Range q_range(const Coord& at, Range) const { return {0, at.seqlen_q}; }
+    __device__ __forceinline__ bool covers(const Coord&, Range, Range) const { return true; }
+    __device__ __forceinline__ TileClass classify(const Coord&, Range, Range) const { return kTileFull; }
+};
+
+// Keys i + shift - left ... i + shift + right, inclusive: causal, window, any shift.
+template <bool kHasLeft, bool kHasRight, bool kBottomRight>
+struct alignas(8) BandMask {
+    static constexpr bool kTiled = false;
+    alignas(8) int left;
+    alignas(8) int right;
+
+    __device__ __forceinline__ int lo(const Coord& at) const { return (kBottomRight ? at.seqlen_k - at.seqlen_q : 0) - left; }
+    __device__ __forceinline__ int hi(const Coord& at) const { return (kBottomRight ? at.seqlen_k - at.seqlen_q : 0) + right; }
+
+    __device__ __forceinline__ bool keep(const Coord& at, int i, int j) const {
+        return (!kHasLeft || j >= i + lo(at)) && (!kHasRight || j <= i + hi(at));
+    }
+    __device__ __forceinline__ Range kv_range(const Coord& at, Range rows) const {
+        return {kHasLeft ? max(0, rows.start + lo(at)) : 0, kHasRight ? min(at.seqlen_k, rows.stop + hi(at)) : at.seqlen_k};
+    }
+    __device__ __forceinline__ Range q_range(const Coord& at, Range keys) const {
+        return {kHasRight ? max(0, keys.start - hi(at)) : 0, kHasLeft ? min(at.seqlen_q, keys.stop - lo(at)) : at.seqlen_q};
+    }
+    __device__ __forceinline__ bool covers(const Coord& at, Range rows, Range keys) const {
+        return (!kHasLeft || keys.start >= rows.stop - 1 + lo(at)) && (!kHasRight || keys.stop - 1 <= rows.start + hi(at));
+    }
+    __device__ __forceinline__ TileClass classify(const Coord& at, Range rows, Range keys) const {
+        const Range visible = kv_range(at, rows);
+        if (visible.start >= keys.stop || visible.stop <= keys.start) return kTileEmpty;
+        return covers(at, rows, keys) ? kTileFull : kTilePartial;
+    }
+};
+
+// An array of bytes over (batch, heads, queries, keys), strides 0 along broadcast axes.
+struct alignas(8) BooleanMask {
+    static constexpr bool kTiled = true;
+    const unsigned char* array;
+    long long stride_batch, stride_head, stride_q, stride_k;
+
+    __device__ __forceinline__ bool keep(const Coord& at, int i, int j) const {
+        return array[at.batch * stride_batch + at.head * stride_head + i * stride_q + j * stride_k] != 0;
+    }
+    __device__ __forceinline__ Range kv_range(const Coord& at, Range) const { return {0, at.seqlen_k}; }
+    __device__ __forceinline__ Range q_range(const Coord& at, Range) const { return {0, at.seqlen_q}; }
+    __device__ __forceinline__ bool covers(const Coord&, Range, Range) const { return false; }
+
+    // Called by all 32 lanes of a warp, which share the elements.
+    __device__ __forceinline__ TileClass classify(const Coord& at, Range rows, Range keys) const {
+        bool any = false, all = true;
+        for (int i = rows.start; i < rows.stop; i++) {
+            for (int j = keys.start + static_cast<int>(threadIdx.x % 32); j < keys.stop; j += 32) {
+                const bool kept = keep(at, i, j);
+                any |= kept, all &= kept;
+            }
+        }
+        if (!__any_sync(0xffffffffu, any)) return kTileEmpty;
+        return __all_sync(0xffffffffu, all) ? kTileFull : kTilePartial;
+    }
+};
+
+// Blocks of block_q x block_k: 0 invisible, 1 visible, 2 + n the elements of partial[n].
+template <class Code, bool kPartial>
+struct alignas(8) BlockSparse {
+    static constexpr bool kTiled = true;
+    const Code* blocks;
+    const unsigned char* partial;
+    long long stride_batch, stride_head, stride_q, stride_k;
+    alignas(8) int block_q;
+    alignas(8) int block_k;
+
+    __device__ __forceinline__ int code(const Coord& at, int bi, int bj) const {
+        return static_cast<int>(blocks[at.batch * stride_batch + at.head * stride_head + bi * stride_q + bj * stride_k]);
+    }
+    __device__ __forceinline__ bool keep(const Coord& at, int i, int j) const {
+        const int c = code(at, i / block_q, j / block_k);
+        if (!kPartial || c < 2) return c != 0;
+        return partial[(static_cast<long long>(c - 2) * block_q + i % block_q) * block_k + j % block_k] != 0;
+    }
+    __device__ __forceinline__ Range kv_range(const Coord& at, Range) const { return {0, at.seqlen_k}; }
+    __device__ __forceinline__ Range q_range(const Coord& at, Range) const { return {0, at.seqlen_q}; }
+    __device__ __forceinline__ bool covers(const Coord&, Range, Range) const { return false; }
+    __device__ __forceinline__ TileClass classify(const Coord& at, Range rows, Range keys) const {
+        bool any = false, all = true;
+        for (int bi = rows.start / block_q; bi <= (rows.stop - 1) / block_q; bi++) {
+            for (int bj = keys.start / block_k; bj <= (keys.stop - 1) / block_k; bj++) {
+                const int c = code(at, bi, bj);
+                any |= c != 0, all &= c == 1 || (!kPartial && c != 0);
+            }
+        }
+        return !any ? kTileEmpty : all ? kTileFull : kTilePartial;
+    }
+};
+
+template <class First, class Second>
+struct alignas(8) And {
+    static constexpr bool kTiled = First::kTiled || Second::kTiled;
+    First first;
+    Second second;
+
+    __device__ __forceinline__ bool keep(const Coord& at, int i, int j) const {
+        return first.keep(at, i, j) && second.keep(at, i, j);
+    }
+    __device__ __forceinline__ Range kv_range(const Coord& at, Range rows) const {
+        const Range a = first.kv_range(at, rows), b = second.kv_range(at, rows);
+        return {max(a.start, b.start), min(a.stop, b.stop)};
+    }
+    __device__ __forceinline__ Range q_range(const Coord& at, Range keys) const {
+        const Range a = first.q_range(at, keys), b = second.q_range(at, keys);
+        return {max(a.start, b.start), min(a.stop, b.stop)};
+    }
+    __device__ __forceinline__ bool covers(const Coord& at, Range rows, Range keys) const {
+        return first.covers(at, rows, keys) && second.covers(at, rows, keys);
+    }
+    __device__ __forceinline__ TileClass classify(const Coord& at, Range rows, Range keys) const {
+        const TileClass a = first.classify(at, rows, keys), b = second.classify(at, rows, keys);
+        return a < b ? a : b;
+    }
+};
+
+}  // namespace cuattn

@@ -1,0 +1,92 @@
+// Score modifications: the struct of each class of cuattn/score_mods.py. User code is generated as one more such struct.
+//   apply(s, at, i, j)  the modified score of query i and key j; s is already scaled
+//   grad(s, at, i, j)   d apply / d s at the unmodified s
+// kReadsMemory: i and j must lie inside their sequences, so callers clamp them in ragged tiles.
+#pragma once
+#include "attention/coord.cuh"
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace cuattn {
+
+struct alignas(8) NoScoreMod {
+    static constexpr bool kIdentity = true, kReadsMemory = false;
+    long long unused;
+    template <class Real>
+    __device__ __forceinline__ Real apply(Real s, const Coord&, int, int) const {
+        return s;
+    }
+    template <class Real>
+    __device__ __forceinline__ Real grad(Real, const Coord&, int, int) const {
+        return Real(1);
+    }
+};
+
+// cap * tanh(s / cap). tanh through two accurate operations: its single-instruction form has an error of 2^-11.
+template <class Real>
+struct alignas(8) SoftCap {
+    static constexpr bool kIdentity = false, kReadsMemory = false;
+    alignas(8) Real cap;
+    alignas(8) Real inverse;
+
+    __device__ __forceinline__ static float tanh_of(float x) {  // 1 - 2 / (e^2x + 1); the series where that cancels
+        const float e = __expf(2.0f * fabsf(x));
+        const float wide = 1.0f - __fdividef(2.0f, e + 1.0f);
+        const float x2 = x * x;
+        const float narrow = fabsf(x) * (1.0f + x2 * (-1.0f / 3.0f + x2 * (2.0f / 15.0f - x2 * (17.0f / 315.0f))));
+        return copysignf(fabsf(x) > 8.0f ? 1.0f : fabsf(x) < 0.25f ? narrow : wide, x) + (x - x);  // x - x: NaN stays NaN
+    }
+    __device__ __forceinline__ static double tanh_of(double x) { return tanh(x); }
+    __device__ __forceinline__ Real apply(Real s, const Coord&, int, int) const { return cap * tanh_of(s * inverse); }
+    __device__ __forceinline__ Real grad(Real s, const Coord&, int, int) const {
+        const Real t = tanh_of(s * inverse);
+        return Real(1) - t * t;
+    }
+};
+
+// s - slope * |i + seqlen_k - seqlen_q - j|
+template <class Real, class Slope>
+struct alignas(8) Alibi {
+    static constexpr bool kIdentity = false, kReadsMemory = false;
+    const Slope* slopes;
+    long long stride_batch, stride_head;
+
+    __device__ __forceinline__ Real apply(Real s, const Coord& at, int i, int j) const {
+        const Real slope = static_cast<Real>(slopes[at.batch * stride_batch + at.head * stride_head]);
+        return s - slope * static_cast<Real>(abs(i + at.seqlen_k - at.seqlen_q - j));
+    }
+    __device__ __forceinline__ Real grad(Real, const Coord&, int, int) const { return Real(1); }
+};
+
+// s + array[batch, head, i, j], strides 0 along broadcast axes.
+template <class Real, class Element>
+struct alignas(8) Bias {
+    static constexpr bool kIdentity = false, kReadsMemory = true;
+    const Element* array;
+    long long stride_batch, stride_head, stride_q, stride_k;
+
+    __device__ __forceinline__ Real apply(Real s, const Coord& at, int i, int j) const {
+        return s + static_cast<Real>(array[at.batch * stride_batch + at.head * stride_head + i * stride_q + j * stride_k]);
+    }
+    __device__ __forceinline__ Real grad(Real, const Coord&, int, int) const { return Real(1); }
+};
+
+// second(first(s))
+template <class First, class Second>
+struct alignas(8) Chain {
+    static constexpr bool kIdentity = First::kIdentity && Second::kIdentity;
+    static constexpr bool kReadsMemory = First::kReadsMemory || Second::kReadsMemory;
+    First first;
+    Second second;
+
+    template <class Real>
+    __device__ __forceinline__ Real apply(Real s, const Coord& at, int i, int j) const {
+        return second.apply(first.apply(s, at, i, j), at, i, j);
+    }
+    template <class Real>
+    __device__ __forceinline__ Real grad(Real s, const Coord& at, int i, int j) const {
+        return second.grad(first.apply(s, at, i, j), at, i, j) * first.grad(s, at, i, j);
+    }
+};
+
+}  // namespace cuattn

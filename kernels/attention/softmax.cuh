@@ -1,0 +1,44 @@
+// Online softmax of one row (Milakov and Gimelshein, 2018; FlashAttention, algorithm 1), to base 2.
+// Scores arrive in the unit `s * factor = log2 of the unnormalised probability`; factor is scale * log2(e), or log2(e) where the
+// scale has been applied already.
+#pragma once
+#include "ptx/math.cuh"
+
+namespace cuattn {
+
+template <class Real>
+struct RowState {
+    Real max = negative_infinity<Real>();  // largest score so far, in units of the scores
+    Real sum = Real(0);                    // of exp2((s - max) * factor) over this thread's columns
+
+    // Takes the new maximum in; returns the factor by which earlier sums and outputs shrink.
+    __device__ __forceinline__ Real rescale(Real new_max, Real factor) {
+        const Real shrink = max == new_max ? Real(1) : exp2_fast((max - new_max) * factor);
+        max = new_max;
+        sum *= shrink;
+        return shrink;
+    }
+    // (s - max) * factor as one fused multiply-add: s * factor - offset(). A row that has seen no key yields exp2(-inf) = 0.
+    __device__ __forceinline__ Real offset(Real factor) const {
+        return max == negative_infinity<Real>() ? Real(0) : max * factor;
+    }
+};
+
+// What a finished row is multiplied with and remembered by.
+template <class Real>
+struct RowResult {
+    Real factor;     // out = accumulated * factor
+    Real lse_log2;   // log2 of the sum of exp, -inf for a row without keys
+};
+
+// `max_log2`: the row's maximum to base 2; `sum` over the whole row; `sink_log2`: -inf without a sink.
+template <class Real>
+__device__ __forceinline__ RowResult<Real> finish_row(Real max_log2, Real sum, Real sink_log2) {
+    const Real top = maximum(max_log2, sink_log2);
+    if (top == negative_infinity<Real>() && !(sum != sum)) return {Real(0), negative_infinity<Real>()};
+    const Real shrink = max_log2 == negative_infinity<Real>() && !(sum != sum) ? Real(0) : exp2_fast(max_log2 - top);
+    const Real total = sum * shrink + (sink_log2 == negative_infinity<Real>() ? Real(0) : exp2_fast(sink_log2 - top));
+    return {shrink / total, top + log2_fast(total)};
+}
+
+}  // namespace cuattn

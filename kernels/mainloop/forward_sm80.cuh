@@ -1,0 +1,230 @@
+// Forward on tensor cores through mma.sync and cp.async: 16-bit, tf32, tf32x3 and fp64 elements, sm_80 and up.
+//
+//   S = scale * Q K^T, modified and masked     P = exp(S - lse)     O = P V        (FlashAttention-2, algorithm 1)
+//
+// A CTA takes kBlockM queries of one head; each warp kM * 16 of them, with all of the tile's keys, so that a row's softmax
+// stays inside four lanes. Probabilities go from accumulators to operands without leaving the registers.
+//
+// Shared memory   sQ (kBlockM x D) | kStages x { sK (kBlockN x D), sV (kBlockN x Dv) }; O is staged over all of it at the end
+// Pipeline        kStages = 1: V of this tile loads under Q K^T, K of the next under softmax and P V
+//                 kStages = 2: K and V of the next tile load under the whole of this one
+// Loop            wait K; S = Q K^T; modify, mask; online softmax; wait V; O = O * shrink + P V
+#pragma once
+#include "attention/scores.cuh"
+#include "attention/softmax.cuh"
+#include "mainloop/epilogue.cuh"
+#include "mainloop/work.cuh"
+#include "tile/copy.cuh"
+#include "tile/gemm.cuh"
+#include "tile/reg_tile.cuh"
+
+namespace cuattn {
+
+template <class Config>
+struct ForwardSm80 {
+    using Element = typename Config::Element;
+    using Mma = typename Config::Mma;
+    using Real = typename Mma::Accum;
+    using Mask = typename Config::Mask;
+    using ScoreMod = typename Config::ScoreMod;
+    static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kThreads = Config::kThreads;
+    static constexpr int kHeadDim = Config::kHeadDim, kHeadDimV = Config::kHeadDimV, kStages = Config::kStages;
+    static constexpr int kWarpRows = kBlockM / (kThreads / 32);
+    static constexpr int kM = kWarpRows / 16, kN = kBlockN / 8, kNv = kHeadDimV / 8;
+    static_assert(kWarpRows % 16 == 0 && (kStages == 1 || kStages == 2));
+
+    using QTile = typename Mma::template QTile<kBlockM, kHeadDim>;
+    using KTile = typename Mma::template KTile<kBlockN, kHeadDim>;
+    using VTile = typename Mma::template VTile<kBlockN, kHeadDimV>;
+    using OTile = SmemTile<Element, kBlockM, kHeadDimV, 1>;
+    static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes;
+    static_assert(QTile::kBytes + kStages * kStageBytes <= Config::kSmemBytes && OTile::kBytes <= Config::kSmemBytes,
+                  "the plan's shared memory is too small");
+
+    const ForwardParams& p;
+    const Mask& mask;
+    const ScoreMod& score_mod;
+    char* smem;
+    RegTile<Real, kM, kNv> o;
+    RowState<Real> rows[kM][2];
+
+    __device__ __forceinline__ QTile sQ() const { return {reinterpret_cast<Element*>(smem)}; }
+    __device__ __forceinline__ KTile sK(int stage) const {
+        return {reinterpret_cast<Element*>(smem + QTile::kBytes + stage * kStageBytes)};
+    }
+    __device__ __forceinline__ VTile sV(int stage) const {
+        return {reinterpret_cast<Element*>(smem + QTile::kBytes + stage * kStageBytes + KTile::kBytes)};
+    }
+    __device__ __forceinline__ static int warp_row() { return static_cast<int>(threadIdx.x / 32) * kWarpRows; }
+    // What turns a score into the exponent of 2.
+    __device__ __forceinline__ Real factor() const {
+        return Config::kFoldScale ? static_cast<Real>(p.scale * 1.4426950408889634) : static_cast<Real>(1.4426950408889634);
+    }
+    __device__ __forceinline__ int cols_v(const Work& w) const { return min(kHeadDimV, p.head_dim_v - w.dv_start); }
+    __device__ __forceinline__ Work work() const { return Work::of<Config>(p); }
+
+    __device__ __forceinline__ void load_q(const Work& w) const {
+        const int start = w.m_block * kBlockM;
+        const Element* q = static_cast<const Element*>(p.q) + w.seq.q + w.at.head * p.q_head + start * p.q_row;
+        load_tile<kThreads, Config::kVecQ>(sQ(), q, p.q_row, w.at.seqlen_q - start, p.head_dim);
+    }
+    __device__ __forceinline__ void load_k(const Work& w, int n, int stage) const {
+        const Element* k = static_cast<const Element*>(p.k) + w.seq.k + w.head_kv * p.k_head + n * kBlockN * p.k_row;
+        load_tile<kThreads, Config::kVecK>(sK(stage), k, p.k_row, w.at.seqlen_k - n * kBlockN, p.head_dim);
+    }
+    __device__ __forceinline__ void load_v(const Work& w, int n, int stage) const {
+        const Element* v =
+            static_cast<const Element*>(p.v) + w.seq.v + w.head_kv * p.v_head + n * kBlockN * p.v_row + w.dv_start;
+        load_tile<kThreads, Config::kVecV>(sV(stage), v, p.v_row, w.at.seqlen_k - n * kBlockN, cols_v(w));
+    }
+
+    // Scores to probabilities in place; rescales what has been accumulated.
+    __device__ __forceinline__ void softmax(RegTile<Real, kM, kN>& s) {
+        const Real f = factor();
+#pragma unroll
+        for (int m = 0; m < kM; m++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                Real top = rows[m][half].max;
+#pragma unroll
+                for (int u = 0; u < kN; u++) top = maximum(top, maximum(s.data[m][u][2 * half], s.data[m][u][2 * half + 1]));
+                top = maximum(top, __shfl_xor_sync(0xffffffffu, top, 1));
+                top = maximum(top, __shfl_xor_sync(0xffffffffu, top, 2));
+                const Real shrink = rows[m][half].rescale(top, f);
+                const Real offset = rows[m][half].offset(f);
+                Real sum = 0;
+#pragma unroll
+                for (int u = 0; u < kN; u++) {
+#pragma unroll
+                    for (int e = 2 * half; e < 2 * half + 2; e++) {
+                        s.data[m][u][e] = exp2_fast(s.data[m][u][e] * f - offset);
+                        sum += s.data[m][u][e];
+                    }
+                }
+                rows[m][half].sum += sum;
+#pragma unroll
+                for (int u = 0; u < kNv; u++) o.data[m][u][2 * half] *= shrink, o.data[m][u][2 * half + 1] *= shrink;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void score_and_softmax(RegTile<Real, kM, kN>& s, const Work& w,
+                                                      const KeyTiles<Mask, kBlockM, kBlockN>& tiles, int n) {
+        const int row0 = w.m_block * kBlockM + warp_row(), col0 = n * kBlockN;
+        const Real scale = static_cast<Real>(p.scale);
+        if (tiles.full(mask, w.at, n)) {
+            modify_scores<Config::kFoldScale, false>(s, w.at, row0, col0, scale, mask, score_mod);
+        } else {
+            modify_scores<Config::kFoldScale, true>(s, w.at, row0, col0, scale, mask, score_mod);
+        }
+        softmax(s);
+        if constexpr (Config::kDropout) drop_probabilities(s, w.at, row0, col0, p.seed, p.dropout_threshold);
+    }
+
+    __device__ __forceinline__ void visit_keys(const Work& w) {
+        const auto tiles = KeyTiles<Mask, kBlockM, kBlockN>::of(p, mask, w);
+        int n = tiles.next(tiles.blocks.start);
+#pragma unroll
+        for (int x = 0; x < o.kSize; x++) o[x] = 0;
+        if (n >= tiles.blocks.stop) return;
+        load_q(w);
+        load_k(w, n, 0);
+        if constexpr (kStages == 2) load_v(w, n, 0);
+        cp_async_commit_group();
+        for (int stage = 0; n < tiles.blocks.stop; stage ^= kStages - 1) {
+            const int following = tiles.next(n + 1);
+            cp_async_wait_group<0>();
+            __syncthreads();  // this tile's K (kStages 2: and V) is there; nobody reads the buffers loaded next
+            if constexpr (kStages == 1) {
+                load_v(w, n, 0);
+            } else if (following < tiles.blocks.stop) {
+                load_k(w, following, stage ^ 1);
+                load_v(w, following, stage ^ 1);
+            }
+            cp_async_commit_group();
+            RegTile<Real, kM, kN> s;
+            gemm_qk<Mma, kHeadDim>(s.data, sQ(), sK(stage), warp_row());
+            if constexpr (kStages == 1) {
+                cp_async_wait_group<0>();
+                __syncthreads();  // V is there; nobody reads K
+                if (following < tiles.blocks.stop) load_k(w, following, 0);
+                cp_async_commit_group();
+            }
+            score_and_softmax(s, w, tiles, n);
+            gemm_pv<Mma>(o.data, s.data, sV(stage));
+            n = following;
+        }
+        cp_async_wait_group<0>();
+    }
+
+    __device__ __forceinline__ Real sink_log2(const Work& w) const {
+        if constexpr (!Config::kSinks || Config::kSplit) return negative_infinity<Real>();
+        return static_cast<Real>(static_cast<const typename Config::Sink*>(p.sinks)[w.at.head]) * static_cast<Real>(1.4426950408889634);
+    }
+
+    __device__ __forceinline__ void finish(const Work& w) {
+        const int row0 = w.m_block * kBlockM + warp_row(), lane = threadIdx.x % 32;
+#pragma unroll
+        for (int m = 0; m < kM; m++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                RowState<Real>& row = rows[m][half];
+                row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 1);
+                row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 2);
+                const Real top = row.max == negative_infinity<Real>() ? row.max : row.max * factor();
+                const RowResult<Real> result = finish_row(top, row.sum, sink_log2(w));
+                const Real scale = Config::kDropout ? result.factor * static_cast<Real>(p.dropout_scale) : result.factor;
+#pragma unroll
+                for (int u = 0; u < kNv; u++) o.data[m][u][2 * half] *= scale, o.data[m][u][2 * half + 1] *= scale;
+                const int i = row0 + 16 * m + 8 * half + lane / 4;
+                if (lane % 4 == 0 && i < w.at.seqlen_q) {
+                    if constexpr (!Config::kSplit) {
+                        store_lse(p, w, i, result.lse_log2);
+                    } else if (w.dv_start == 0) {
+                        static_cast<Real*>(p.partial_lse)[partial_row(p, w, i)] = result.lse_log2;
+                    }
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void store_partial(const Work& w) {
+        const int row0 = w.m_block * kBlockM + warp_row();
+#pragma unroll
+        for (int x = 0; x < o.kSize; x++) {
+            const int i = row0 + o.row(x), col = Mma::column(x / 4 % kNv, x % 2);
+            if (i < w.at.seqlen_q && col < cols_v()) {
+                static_cast<Real*>(p.partial_out)[partial_row(p, w, i) * p.head_dim_v + w.dv_start + col] = o[x];
+            }
+        }
+    }
+
+    __device__ __forceinline__ void store_out(const Work& w) {
+        const OTile sO{reinterpret_cast<Element*>(smem)};
+        __syncthreads();  // nobody reads K or V
+#pragma unroll
+        for (int x = 0; x < o.kSize; x++) {
+            *sO.at(warp_row() + o.row(x), Mma::column(x / 4 % kNv, x % 2)) = static_cast<Element>(o[x]);
+        }
+        __syncthreads();
+        const int start = w.m_block * kBlockM;
+        Element* out = static_cast<Element*>(p.out) + w.seq.out + w.at.head * p.out_head + start * p.out_row + w.dv_start;
+        store_tile<kThreads, Config::kVecOut>(sO, out, p.out_row, w.at.seqlen_q - start, cols_v(w));
+    }
+
+    __device__ __forceinline__ void run() {
+        visit_keys(work());
+        const Work w = work();
+        if (w.m_block * kBlockM < w.at.seqlen_q) {
+            finish(w);
+            if constexpr (Config::kSplit) {
+                store_partial(w);
+            } else {
+                store_out(w);
+            }
+        }
+        if constexpr (!Config::kSplit) store_padding<Element, Real, kBlockM, kThreads>(p, w, cols_v(w));
+    }
+};
+
+}  // namespace cuattn

@@ -1,0 +1,55 @@
+// What the host hands to a kernel, by value. Every member takes 8 bytes, so cuattn/launch.py lays a struct out by counting.
+// Strides and offsets are in elements. B batch, Sq/Sk sequence lengths, H/Hkv heads, D/Dv head dimensions.
+#pragma once
+
+namespace cuattn {
+
+struct ForwardParams {
+    // Rewritten on every call.
+    const void* q;             // (B, Sq, H, D)    packed: (Tq, H, D)
+    const void* k;             // (B, Sk, Hkv, D)  packed: (Tk, Hkv, D)
+    const void* v;             // (B, Sk, Hkv, Dv) packed: (Tk, Hkv, Dv)
+    void* out;                 // (B, Sq, H, Dv)   packed: (Tq, H, Dv)
+    void* lse;                 // (B, H, Sq)       packed: (H, Tq); natural logarithm; null when not wanted
+    const void* sinks;         // (H) of Config::Sink, or null
+    const int* q_lens;         // (B) or null
+    const int* kv_lens;        // (B) or null
+    const int* cu_seqlens_q;   // (B + 1), packed only
+    const int* cu_seqlens_k;   // (B + 1), packed only
+    void* partial_out;         // (splits, B, H, Sq, Dv) in the dtype of the scores; packed: (splits, 1, H, Tq, Dv)
+    void* partial_lse;         // (splits, B, H, Sq), logarithm to base 2; packed: (splits, 1, H, Tq)
+    const unsigned* tile_map;  // see attention/tile_map.cuh; null without a mask that needs one
+    unsigned long long seed;   // of the dropout
+    // Fixed by the plan.
+    long long q_batch, q_row, q_head;
+    long long k_batch, k_row, k_head;
+    long long v_batch, v_row, v_head;
+    long long out_batch, out_row, out_head;
+    long long lse_batch, lse_head;      // of lse; rows are contiguous
+    long long partial_rows;             // rows of a split's partial results: B * H * Sq, packed: H * Tq
+    long long map_batch, map_head;      // words of the tile map between batches, heads
+    alignas(8) int batch;
+    alignas(8) int seqlen_q;            // packed: the longest
+    alignas(8) int seqlen_k;
+    alignas(8) int num_heads;
+    alignas(8) int group;               // query heads per KV head
+    alignas(8) int head_dim;
+    alignas(8) int head_dim_v;
+    alignas(8) int total_q;             // packed: rows of q
+    alignas(8) int m_blocks;            // query tiles of the longest sequence
+    alignas(8) int num_splits;          // parts into which the keys are divided
+    alignas(8) int dv_chunks;           // column chunks of out, one CTA each
+    alignas(8) int map_words;           // words of the tile map per query tile
+    alignas(8) int dropout_threshold;   // of 2^16
+    double scale;                       // of the scores
+    double dropout_scale;               // 1 / (1 - p)
+};
+
+template <class Config>
+struct ForwardArguments {
+    ForwardParams base;
+    typename Config::Mask mask;
+    typename Config::ScoreMod score_mod;
+};
+
+}  // namespace cuattn

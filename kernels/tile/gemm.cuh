@@ -1,0 +1,57 @@
+// The two products of attention for one warp, from tiles in shared memory; `Mma` is MmaHalf or MmaWide.
+#pragma once
+
+namespace cuattn {
+
+// s[m][u] = q[16 m + row ...] . k[8 u ...], over kHeadDim.
+template <class Mma, int kHeadDim, int kM, int kN, class QTile, class KTile>
+__device__ __forceinline__ void gemm_qk(typename Mma::Accum (&s)[kM][kN][4], const QTile& sQ, const KTile& sK, int row) {
+    static_assert(kHeadDim % Mma::kGroupK == 0 && kN % Mma::kTilesK == 0, "tiles must be whole fragments");
+#pragma unroll
+    for (int m = 0; m < kM; m++) {
+#pragma unroll
+        for (int u = 0; u < kN; u++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[m][u][e] = 0;
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < kHeadDim; k += Mma::kGroupK) {
+        typename Mma::Q q[kM];
+#pragma unroll
+        for (int m = 0; m < kM; m++) q[m] = Mma::load_q(sQ, row + 16 * m, k);
+#pragma unroll
+        for (int u = 0; u < kN; u += Mma::kTilesK) {
+            const typename Mma::K b = Mma::load_k(sK, 8 * u, k);
+#pragma unroll
+            for (int m = 0; m < kM; m++) {
+#pragma unroll
+                for (int i = 0; i < Mma::kTilesK; i++) Mma::multiply_qk(s[m][u + i], q[m], b, i);
+            }
+        }
+    }
+}
+
+// o[m][u] += p[m] . v, over the 8 kN keys of the tile.
+template <class Mma, int kM, int kN, int kNv, class VTile>
+__device__ __forceinline__ void gemm_pv(typename Mma::Accum (&o)[kM][kNv][4], const typename Mma::Accum (&p)[kM][kN][4],
+                                        const VTile& sV) {
+    static_assert(8 * kN % Mma::kDepth == 0 && kNv % Mma::kTilesV == 0, "tiles must be whole fragments");
+#pragma unroll
+    for (int step = 0; step < 8 * kN / Mma::kDepth; step++) {
+        typename Mma::P a[kM];
+#pragma unroll
+        for (int m = 0; m < kM; m++) a[m] = Mma::to_p(p[m], step);
+#pragma unroll
+        for (int u = 0; u < kNv; u += Mma::kTilesV) {
+            const typename Mma::V b = Mma::load_v(sV, step * Mma::kDepth, 8 * u);
+#pragma unroll
+            for (int m = 0; m < kM; m++) {
+#pragma unroll
+                for (int i = 0; i < Mma::kTilesV; i++) Mma::multiply_pv(o[m][u + i], a[m], b, i);
+            }
+        }
+    }
+}
+
+}  // namespace cuattn

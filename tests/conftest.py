@@ -1,0 +1,241 @@
+"""Backends, GPU selection, the compilation pass and the GPU report.
+
+A test that takes `backend` runs twice with the same body: on NumPy arrays with the NumPy backend, and, marked `gpu`, on CuPy
+arrays with the CUDA kernels. Before the first GPU test, the kernels of every collected case are compiled in parallel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cuattn
+from cuattn import arrays, jit
+from cuattn.codegen import units
+from tests.cases import Case
+from tests.source_hash import source_hash
+
+REPORT = Path(__file__).parent / "gpu_report.json"
+
+
+class NumPyBackend:
+    """NumPy arrays, computed by cuattn/cpu.py."""
+
+    name = "numpy"
+
+    def put(self, x: np.ndarray) -> Any:
+        return x
+
+    def get(self, x: Any) -> np.ndarray:
+        return np.asarray(x)
+
+    @contextlib.contextmanager
+    def poisoned(self) -> Iterator[None]:
+        """Everything that is allocated and not yet written reads as NaN."""
+        empty = np.empty
+
+        def poisoned_empty(*args: Any, **kwargs: Any) -> np.ndarray:
+            x = empty(*args, **kwargs)
+            x.reshape(-1).view(np.uint8)[...] = 0xFF
+            return x
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(np, "empty", poisoned_empty)
+            yield
+
+
+class CuPyBackend:
+    """CuPy arrays on the current device, computed by the CUDA kernels."""
+
+    name = "cupy"
+
+    def put(self, x: np.ndarray) -> Any:
+        import cupy
+
+        return cupy.asarray(x)
+
+    def get(self, x: Any) -> np.ndarray:
+        import cupy
+
+        return cupy.asnumpy(x)
+
+    @contextlib.contextmanager
+    def poisoned(self) -> Iterator[None]:
+        """Outputs and workspaces hold NaN (all bits set) until a kernel writes them."""
+        import cupy
+
+        pool = cupy.get_default_memory_pool()
+
+        def malloc(size: int) -> Any:
+            memory = pool.malloc(size)
+            if size:
+                memory.memset_async(0xFF, size, cupy.cuda.get_current_stream())
+            return memory
+
+        with cupy.cuda.using_allocator(malloc):
+            yield
+
+
+@pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> NumPyBackend | CuPyBackend:
+    if request.param == "cupy":
+        return CuPyBackend()
+    force_numpy(monkeypatch)
+    return NumPyBackend()
+
+
+@pytest.fixture
+def numpy_backend(monkeypatch: pytest.MonkeyPatch) -> NumPyBackend:
+    """The NumPy backend, whatever the machine has."""
+    force_numpy(monkeypatch)
+    return NumPyBackend()
+
+
+@pytest.fixture
+def cupy_backend() -> CuPyBackend:
+    """The CUDA kernels; a test that takes this is marked `gpu`."""
+    return CuPyBackend()
+
+
+def force_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy arrays would travel to a GPU where there is one: pretend that there is none."""
+    monkeypatch.setattr(arrays, "gpu_available", lambda: (False, "the test asks for the NumPy backend"))
+
+
+# GPU selection and the compilation pass -------------------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    usable, reason = arrays.gpu_available()
+    if not usable:
+        skip = pytest.mark.skip(reason=f"no usable GPU: {reason}")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compile the kernels of all selected GPU cases at once: one after the other they would take most of the time of a run."""
+    cases = [c for item in session.items if "gpu" in item.keywords for c in _cases(item)]
+    if not cases or session.config.option.collectonly or not arrays.gpu_available()[0]:
+        return
+    start = time.perf_counter()
+    plans = [plan for plan in map(_plan, dict.fromkeys(cases)) if plan is not None]
+    jobs = dict.fromkeys((unit.source, plan.device.arch) for plan in plans for unit in units(plan).values())
+    with contextlib.suppress(jit.CompileError):  # the test that needs the kernel will say so
+        jit.compile_many(jobs)
+    line = f"compiled {len(jobs)} kernels for {len(plans)} plans in {time.perf_counter() - start:.1f} s"
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.write_line(line)
+
+
+def _cases(item: pytest.Item) -> list[Case]:
+    """Cases among a test's parameters."""
+    callspec = getattr(item, "callspec", None)
+    return [v for v in callspec.params.values() if isinstance(v, Case)] if callspec is not None else []
+
+
+def _plan(case: Case) -> Any:
+    """The plan of a case, made without touching the GPU; None where the call is refused (its test will say so)."""
+    with contextlib.suppress(NotImplementedError, ValueError, TypeError):
+        return cuattn.explain(**case.arguments())
+
+
+# The GPU report ------------------------------------------------------------------------------------------------------------
+
+
+class GpuReport:
+    """Counts the outcomes of GPU tests and writes tests/gpu_report.json when the whole GPU suite has run."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if "gpu" not in report.keywords:
+            return
+        if report.outcome != "passed" or report.nodeid not in self.outcomes:
+            self.outcomes[report.nodeid] = report.outcome
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        whole = session.config.args_source is not pytest.Config.ArgsSource.ARGS and not session.config.option.keyword
+        if whole and session.config.option.markexpr == "gpu" and arrays.gpu_available()[0]:
+            REPORT.write_text(json.dumps(self.summary(), indent=1) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        names = list(self.outcomes.values())
+        counts = {outcome: names.count(outcome) for outcome in ("passed", "failed", "skipped")}
+        failures = sorted(node for node, outcome in self.outcomes.items() if outcome == "failed")
+        return {**environment(), **counts, "failures": failures}
+
+
+def environment() -> dict[str, Any]:
+    """What the GPU tests ran on."""
+    import cupy
+
+    def version(number: int) -> str:
+        return f"{number // 1000}.{number % 1000 // 10}"
+
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    return {
+        "source_hash": source_hash(),
+        "gpu": properties["name"].decode(),
+        "driver": version(cupy.cuda.runtime.driverGetVersion()),
+        "cuda": version(cupy.cuda.runtime.runtimeGetVersion()),
+        "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
+        "cupy": cupy.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(GpuReport(), "gpu-report")
+
+
+# Guard bands ---------------------------------------------------------------------------------------------------------------
+
+GUARD = 61.0
+"""Written around an output; exact in every dtype, and no result of these tests."""
+BAND = 1 << 14
+"""Elements on either side of an output: a whole tile of 128 x 128."""
+
+
+class Guarded:
+    """An output array filled with NaN inside a band of memory that nobody may write."""
+
+    def __init__(self, backend: Any, shape: tuple[int, ...], dtype: Any, *, strided: bool = False) -> None:
+        self._get = backend.get
+        if strided:  # a band along every axis, so that rows are neither contiguous nor aligned
+            margins = [(1, 2)] * (len(shape) - 1) + [(3, 5)]
+            base = np.full([n + before + after for n, (before, after) in zip(shape, margins, strict=True)], GUARD, dtype)
+            self._index: Any = tuple(slice(before, before + n) for n, (before, _) in zip(shape, margins, strict=True))
+        else:
+            size = int(np.prod(shape))
+            base = np.full(size + 2 * BAND, GUARD, dtype)
+            self._index = slice(BAND, BAND + size)
+        self._outside = np.ones(base.shape, np.bool_)
+        self._outside[self._index] = False
+        base[self._index] = np.nan
+        self._base = backend.put(base)
+        self.array = self._base[self._index].reshape(shape) if not strided else self._base[self._index]
+
+    def check(self) -> None:
+        """Fail if anything around the array has changed."""
+        base = self._get(self._base).astype(np.float64)
+        changed = np.argwhere(self._outside & (base != GUARD))
+        assert not len(changed), f"{len(changed)} elements outside the output were written, the first at {tuple(changed[0])}"
+
+
+@pytest.fixture
+def guarded(backend: Any) -> Callable[..., Guarded]:
+    """guarded(shape, dtype, strided=False): an output of this test's backend inside a guard band."""
+    return lambda shape, dtype, **options: Guarded(backend, shape, dtype, **options)

@@ -1,0 +1,152 @@
+"""`cuattn.attention` against the oracle: the same bodies on the NumPy backend and on the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cuattn
+from tests.cases import CORNERS, FEATURES, KINDS, LAYOUTS, MASKS, MODS, REGULAR, SMALL, Case
+from tests.tolerance import verify
+
+DENSE = tuple(c for c in (*REGULAR, *FEATURES, *CORNERS) if not c.packed)
+RERUNS = (
+    Case("bfloat16", "ieee", 2, 300, 333, 4, 2, 64, mask="causal"),
+    Case("bfloat16", "ieee", 1, 1, 5003, 2, 1, 64),
+    Case("float16", "ieee", 4, 130, 250, 6, 2, 128, mask="boolean", sequences="lens", dropout=0.2),
+    Case("float32", "ieee", 1, 5, 5003, 2, 1, 64, mask="causal", mods=("softcap", "alibi"), sinks=True, dropout=0.2),
+    Case("float64", "ieee", 1, 70, 190, 2, 1, 64, mask="window"),
+)
+
+
+@pytest.mark.parametrize("case", DENSE, ids=str)
+def test_matches_the_oracle(backend: Any, guarded: Any, case: Case) -> None:
+    target = guarded(case.out_shape, case.numpy_dtype)
+    with backend.poisoned():
+        out, lse = case.run(backend.put, return_lse=True, out=target.array)
+    assert out is target.array
+    verify(case, backend.get(out), backend.get(lse))
+    target.check()
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_allocates_its_output(backend: Any, case: Case) -> None:
+    with backend.poisoned():
+        out = case.run(backend.put)
+    assert type(out) is type(backend.put(np.empty(1)))
+    verify(case, backend.get(out))
+
+
+@pytest.mark.parametrize("case", [replace(c, sequences="dense") for c in SMALL], ids=str)
+def test_strided_output(backend: Any, guarded: Any, case: Case) -> None:
+    target = guarded(case.out_shape, case.numpy_dtype, strided=True)
+    with backend.poisoned():
+        case.run(backend.put, out=target.array)
+    verify(case, backend.get(target.array))
+    target.check()
+
+
+@pytest.mark.parametrize(
+    "case", [Case("bfloat16", layout=layout, mask="causal") for layout in (*LAYOUTS, "broadcast")], ids=str
+)
+def test_inputs_are_not_changed(backend: Any, case: Case) -> None:
+    arguments = case.arguments(backend.put)
+    before = {name: backend.get(arguments[name]).copy() for name in "qkv"}
+    cuattn.attention(**arguments)
+    for name, x in before.items():
+        assert backend.get(arguments[name]).tobytes() == x.tobytes(), name
+
+
+@pytest.mark.parametrize("case", RERUNS, ids=str)
+def test_bitwise_reruns(backend: Any, case: Case) -> None:
+    arguments = case.arguments(backend.put)
+    call = cuattn.attention_varlen if case.packed else cuattn.attention
+    first, *others = (
+        tuple(backend.get(x).tobytes() for x in call(**arguments, return_lse=True, deterministic=True)) for _ in range(20)
+    )
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_empty_rows_are_zero(backend: Any, dtype: str) -> None:
+    """Rows without a visible key: out 0 and lse -inf exactly, or lse = sink with a sink."""
+    case = Case(dtype, seqlen_q=203, seqlen_k=40, mask="causal")
+    hidden = case.seqlen_q - case.seqlen_k
+    for sinks in (False, True):
+        case = replace(case, sinks=sinks)
+        out, lse = (backend.get(x) for x in case.run(backend.put, return_lse=True))
+        assert not out[:, :hidden].astype(np.float64).any()
+        sink = case.arguments()["sinks"][:, None] if sinks else -np.inf
+        assert np.allclose(lse[..., :hidden], np.broadcast_to(sink, lse[..., :hidden].shape))
+        verify(case, out, lse)
+
+
+def test_padding_never_reaches_a_result(backend: Any) -> None:
+    """Bitwise the same whatever the padding holds."""
+    case = Case("float16", batch=4, sequences="lens", mask="causal", layout="contiguous")
+    arguments = case.arguments()
+    results = []
+    for value in (0.0, np.inf, np.nan):
+        filled = {n: np.where(np.isnan(arguments[n]), np.float16(value), arguments[n]) for n in "qkv"}
+        call = {n: backend.put(x) if isinstance(x, np.ndarray) else x for n, x in {**arguments, **filled}.items()}
+        results.append([backend.get(x).tobytes() for x in cuattn.attention(**call, return_lse=True)])
+    assert results[0] == results[1] == results[2]
+
+
+def test_dropout_depends_on_the_seed_alone(backend: Any) -> None:
+    case = Case("float32", dropout=0.5)
+    arguments = case.arguments(backend.put)
+    again, other = (backend.get(cuattn.attention(**{**arguments, "seed": seed})) for seed in (arguments["seed"], 1))
+    assert again.tobytes() == backend.get(case.run(backend.put)).tobytes()
+    assert again.tobytes() != other.tobytes()
+
+
+def test_dropout_replay(backend: Any) -> None:
+    """`dropout_mask` gives the very bits: with V the identity, the zeros of the output are the dropped probabilities."""
+    p, seed, (batch, heads, sq, sk) = 0.4, 2**40 + 7, (2, 3, 37, 64)
+    rng = np.random.default_rng(0)
+    q, k = (rng.standard_normal((batch, n, heads, 16), np.float32) for n in (sq, sk))
+    v = np.broadcast_to(np.eye(sk, dtype=np.float32)[None, :, None], (batch, sk, heads, sk))
+    out = cuattn.attention(*(backend.put(np.ascontiguousarray(x)) for x in (q, k, v)), dropout=p, seed=seed)
+    kept = cuattn.dropout_mask(seed, p, batch, heads, sq, sk)
+    assert np.array_equal(backend.get(out).transpose(0, 2, 1, 3) != 0, kept)
+    assert abs(kept.mean() - (1 - p)) < 5 * np.sqrt(p * (1 - p) / kept.size)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), KINDS)
+def test_defaults(backend: Any, dtype: str, precision: str) -> None:
+    """Options at their neutral value change nothing."""
+    case = Case(dtype, precision, sequences="dense")
+    neutral = {"causal": False, "window": (None, None), "dropout": 0.0, "scale": case.head_dim**-0.5}
+    full = np.full(case.batch, case.seqlen_q, np.int32), np.full(case.batch, case.seqlen_k, np.int32)
+    plain = backend.get(case.run(backend.put))
+    assert plain.tobytes() == backend.get(case.run(backend.put, **neutral)).tobytes()
+    verify(case, backend.get(case.run(backend.put, q_lens=backend.put(full[0]), kv_lens=backend.put(full[1]))))
+
+
+def test_every_feature_has_a_case() -> None:
+    """FEATURES is what makes one line in cases.py enough for a new mask or modification."""
+    assert {c.mask for c in FEATURES} == set(MASKS)
+    assert {name for c in FEATURES for name in c.mods} == set(MODS)
+    for kind in KINDS:
+        masks = {c.mask for c in FEATURES if (c.dtype, c.precision) == kind}
+        assert masks == set(MASKS), kind
+
+
+def test_case_names_are_unique() -> None:
+    cases = {*REGULAR, *FEATURES, *CORNERS}
+    assert len({str(c) for c in cases}) == len(cases)
+
+
+@pytest.mark.parametrize("kind", ["torch", "jax"])
+def test_cpu_arrays_of_other_libraries(numpy_backend: Any, kind: str) -> None:
+    """Tensors on the CPU are computed there and come back as the same kind."""
+    library = pytest.importorskip(kind)
+    put = library.from_numpy if kind == "torch" else library.numpy.asarray
+    case = Case("float32", batch=4, sequences="kv_lens", mask="boolean", mods=("alibi",))
+    out, lse = case.run(lambda x: put(np.ascontiguousarray(x)), return_lse=True)
+    assert type(out) is type(put(np.zeros(1, np.float32))) is type(lse)
+    verify(case, np.asarray(out), np.asarray(lse))
