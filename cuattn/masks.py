@@ -235,7 +235,7 @@ class BlockSparse(Mask):
         if self.partial is None:
             return np.asarray(code != 0, np.bool_)
         inside = np.asarray(self.partial)[np.maximum(code, 2) - 2, tile.row % self.block_q, tile.col % self.block_k]
-        return np.where(code >= 2, inside != 0, code != 0)
+        return np.asarray(np.where(code >= 2, inside != 0, code != 0), np.bool_)
 
     def cuda_type(self, dtypes: Sequence[str]) -> str:
         return f"BlockSparse<{CTYPES[dtypes[0]]}, {str(self.partial is not None).lower()}>"
@@ -302,4 +302,4 @@ def gather(array: npt.NDArray[Any], batch: int, head: Any, row: Any, col: Any) -
     """Elements of an array that broadcasts over (batch, heads, rows, columns), at integer coordinate arrays."""
     array = array.reshape((1,) * (4 - array.ndim) + array.shape)
     index = [np.asarray(x) if n > 1 else np.zeros_like(x) for x, n in zip((batch, head, row, col), array.shape, strict=True)]
-    return array[tuple(index)]
+    return np.asarray(array[tuple(index)])

@@ -252,7 +252,7 @@ def _canonical(name: str, view: View, packed: bool) -> View:
     expected = "(tokens, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim) or (seqlen, heads, head_dim)"
     if len(view.shape) != 3 and (packed or len(view.shape) != 4):
         raise ValueError(f"{name}: got shape {view.shape}, expected {expected}")
-    if view.shape[-1] > 1 and view.strides[-1] != 1:
+    if view.shape[-1] > 1 and view.strides[-1] != 1 and 0 not in view.shape:
         raise ValueError(f"{name}: got stride {view.strides[-1]} along the last axis, expected it to be contiguous (1)")
     if len(view.shape) == 4:
         return view

@@ -163,6 +163,8 @@ class UserMod(ScoreMod):
         for name in self.params:
             if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in (*USER_VARIABLES, "Real"):
                 raise ValueError(f"score_mod: parameter name {name!r} is not a free C identifier")
+            if len(getattr(self.params[name], "shape", ())) > 1:
+                raise ValueError(f"score_mod: parameter {name} has shape {self.params[name].shape}, expected a number or a vector")
 
     @property
     def _array_names(self) -> tuple[str, ...]:

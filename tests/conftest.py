@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,8 +145,8 @@ def _cases(item: pytest.Item) -> list[Case]:
 
 
 def _plan(case: Case) -> Any:
-    """The plan of a case, made without touching the GPU; None where the call is refused (its test will say so)."""
-    with contextlib.suppress(NotImplementedError, ValueError, TypeError):
+    """The plan of a case, made without touching the GPU; None where that fails, which the case's test will report."""
+    with contextlib.suppress(Exception):
         return cuattn.explain(**case.arguments())
 
 
@@ -166,8 +166,10 @@ class GpuReport:
             self.outcomes[report.nodeid] = report.outcome
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        whole = session.config.args_source is not pytest.Config.ArgsSource.ARGS and not session.config.option.keyword
-        if whole and session.config.option.markexpr == "gpu" and arrays.gpu_available()[0]:
+        config = session.config
+        partial = config.option.keyword or config.option.deselect or session.shouldfail
+        whole = not partial and all(Path(arg).is_dir() for arg in config.args)
+        if whole and config.option.markexpr == "gpu" and self.outcomes and arrays.gpu_available()[0]:
             REPORT.write_text(json.dumps(self.summary(), indent=1) + "\n")
 
     def summary(self) -> dict[str, Any]:
@@ -181,18 +183,17 @@ def environment() -> dict[str, Any]:
     """What the GPU tests ran on."""
     import cupy
 
-    def version(number: int) -> str:
-        return f"{number // 1000}.{number % 1000 // 10}"
-
-    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    info = cuattn.backend_info()
+    kernel_module = Path("/proc/driver/nvidia/version")
+    driver = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", kernel_module.read_text()) if kernel_module.exists() else None
+    cuda = cupy.cuda.runtime.runtimeGetVersion()
     return {
         "source_hash": source_hash(),
-        "gpu": properties["name"].decode(),
-        "driver": version(cupy.cuda.runtime.driverGetVersion()),
-        "cuda": version(cupy.cuda.runtime.runtimeGetVersion()),
-        "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
-        "cupy": cupy.__version__,
-        "python": platform.python_version(),
+        "gpu": info.gpu,
+        "driver": driver[1] if driver else info.driver,
+        "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
+        "nvrtc": info.nvrtc,
+        "cupy": info.cupy,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 

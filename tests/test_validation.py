@@ -95,6 +95,7 @@ TENSORS = (
 )
 OPTIONS = (
     Bad("scale", "text", {"scale": "1"}),
+    Bad("scale", "list", {"scale": [1.0]}),
     Bad("scale", "nan", {"scale": float("nan")}),
     Bad("scale", "inf", {"scale": float("inf")}),
     Bad("causal", "text", {"causal": "bottom"}),
@@ -134,8 +135,8 @@ OPTIONS = (
     Bad("softcap", "object", lambda a: {"score_mod": SoftCap(0.0)}),
     Bad("bias", "object", {"score_mod": Bias(_zeros(SQ, SK + 1))}),
     Bad("alibi_slopes", "object", {"score_mod": Alibi(_zeros(HQ + 1))}),
-    Bad("score_mod", "param_rank", {"score_mod": UserMod("s + t[h]", None, {"t": _zeros(2, 2)})}),
-    Bad("score_mod", "param_text", {"score_mod": UserMod("s + t", None, {"t": "x"})}),
+    Bad("score_mod", "param_rank", lambda a: {"score_mod": UserMod("s + t[h]", None, {"t": _zeros(2, 2)})}),
+    Bad("score_mod", "param_text", lambda a: {"score_mod": UserMod("s + t", None, {"t": "x"})}),
     Bad("sinks", "shape", {"sinks": _zeros(HQ + 1)}),
     Bad("sinks", "rank", {"sinks": _zeros(BATCH, HQ)}),
     Bad("sinks", "int", {"sinks": _zeros(HQ, dtype=np.int32)}),
@@ -149,12 +150,15 @@ OPTIONS = (
     Bad("q_lens", "too_long", {"q_lens": np.array([0, SQ + 1], np.int32)}, on_host=True),
     Bad("dropout", "one", {"dropout": 1.0}),
     Bad("dropout", "negative", {"dropout": -0.1}),
+    Bad("dropout", "list", {"dropout": [0.1]}),
     Bad("dropout", "nan", {"dropout": float("nan")}),
     Bad("dropout", "text", {"dropout": "0.1"}),
     Bad("seed", "text", {"seed": "a", "dropout": 0.1}),
     Bad("seed", "float", {"seed": 1.5, "dropout": 0.1}),
     Bad("seed", "negative", {"seed": -1, "dropout": 0.1}),
     Bad("seed", "too_large", {"seed": 2**64, "dropout": 0.1}),
+    Bad("precision", "none", {"precision": None}),
+    Bad("precision", "list", {"precision": ["ieee"]}),
     Bad("precision", "unknown", {"precision": "fp32"}),
     Bad(
         "precision", "float64", lambda a: {**{n: a[n].astype(np.float64) for n in ("q", "k", "v", "out")}, "precision": "tf32"}
@@ -184,6 +188,7 @@ PACKED = (
     Bad("max_seqlen_q", "too_small", {"max_seqlen_q": 7}, on_host=True),
     Bad("max_seqlen_k", "too_small", {"max_seqlen_k": SK - 1}, on_host=True),
     Bad("max_seqlen_q", "negative", {"max_seqlen_q": -1}),
+    Bad("max_seqlen_k", "list", {"max_seqlen_k": [10]}),
     Bad("max_seqlen_k", "float", {"max_seqlen_k": 10.5}),
     Bad("bias", "shape", {"bias": _zeros(SQ, SK)}),
     Bad("out", "shape", {"out": _sevens(2 * SQ + 1, HQ, DV)}),
@@ -193,7 +198,7 @@ PACKED = (
 def _refused(call: Any, arguments: dict[str, Any], bad: Bad, backend: Any) -> None:
     """`call` must raise, name the argument first, and leave the output alone."""
     moved = {n: _move(x, backend) for n, x in arguments.items()}
-    with pytest.raises((ValueError, TypeError), match=rf"(?s)^{bad.argument}: got .*expected"):
+    with pytest.raises((ValueError, TypeError), match=rf"(?s)^{bad.argument}: .*(got|has) .*expected"):
         changes = bad.changes(arguments) if callable(bad.changes) else bad.changes
         moved.update({n: _move(x, backend) for n, x in changes.items()})
         call(**moved)

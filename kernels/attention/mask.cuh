@@ -7,6 +7,7 @@
 // kTiled says that which tiles to visit is data, read from a tile map built by tile_map.cu. `rows` and `keys` are never empty.
 #pragma once
 #include "attention/coord.cuh"
+#include "ptx/special_registers.cuh"
 
 namespace cuattn {
 
@@ -68,7 +69,7 @@ struct alignas(8) BooleanMask {
     __device__ __forceinline__ TileClass classify(const Coord& at, Range rows, Range keys) const {
         bool any = false, all = true;
         for (int i = rows.start; i < rows.stop; i++) {
-            for (int j = keys.start + static_cast<int>(threadIdx.x % 32); j < keys.stop; j += 32) {
+            for (int j = keys.start + lane_index(); j < keys.stop; j += 32) {
                 const bool kept = keep(at, i, j);
                 any |= kept, all &= kept;
             }

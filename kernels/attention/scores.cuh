@@ -5,6 +5,7 @@
 #include "attention/mask.cuh"
 #include "attention/score_mod.cuh"
 #include "ptx/math.cuh"
+#include "ptx/opaque.cuh"
 
 namespace cuattn {
 
@@ -13,10 +14,13 @@ namespace cuattn {
 template <bool kFoldScale, bool kChecked, class Tile, class Real, class Mask, class ScoreMod>
 __device__ __forceinline__ void modify_scores(Tile& s, const Coord& at, int row0, int col0, Real scale, const Mask& mask,
                                               const ScoreMod& score_mod) {
+    // NOTE: opaque, or every row's limits are hoisted out of the main loop into registers that it needs.
+    row0 = opaque(row0);
+    constexpr bool kReads = Mask::kTiled || ScoreMod::kReadsMemory;
 #pragma unroll
     for (int x = 0; x < (kFoldScale && !kChecked ? 0 : Tile::kSize); x++) {
         // Memory is read inside the sequences only; what a clamped coordinate yields is discarded.
-        const int i = min(row0 + Tile::row(x), at.seqlen_q - 1);
+        const int i = kReads ? min(row0 + Tile::row(x), at.seqlen_q - 1) : row0 + Tile::row(x);
         const int j = col0 + Tile::col(x);
         if constexpr (!kFoldScale) {
             s[x] = score_mod.apply(s[x] * scale, at, i, kChecked && ScoreMod::kReadsMemory ? min(j, at.seqlen_k - 1) : j);

@@ -6,15 +6,21 @@
 
 namespace cuattn {
 
+// A row keeps an old maximum until the new one exceeds it by this much (in log2): probabilities stay below 2^8, which loses
+// nothing in a floating-point sum, and most tiles then leave the accumulated output as it is.
+constexpr float kRescaleThreshold = 8.0f;
+
 template <class Real>
 struct RowState {
-    Real max = negative_infinity<Real>();  // largest score so far, in units of the scores
+    Real max = negative_infinity<Real>();  // what exponents are taken relative to, in units of the scores
     Real sum = Real(0);                    // of exp2((s - max) * factor) over this thread's columns
 
-    // Takes the new maximum in; returns the factor by which earlier sums and outputs shrink.
-    __device__ __forceinline__ Real rescale(Real new_max, Real factor) {
-        const Real shrink = max == new_max ? Real(1) : exp2_fast((max - new_max) * factor);
-        max = new_max;
+    // Takes a tile's maximum in; returns the factor by which earlier sums and outputs shrink, mostly 1.
+    __device__ __forceinline__ Real rescale(Real top, Real factor) {
+        // -inf (no key so far) always gives way; a NaN never does.
+        if (!((top - max) * factor > Real(kRescaleThreshold))) return Real(1);
+        const Real shrink = exp2_fast((max - top) * factor);
+        max = top;
         sum *= shrink;
         return shrink;
     }

@@ -78,33 +78,40 @@ struct ForwardSm80 {
         load_tile<kThreads, Config::kVecV>(sV(stage), v, p.v_row, w.at.seqlen_k - n * kBlockN, cols_v(w));
     }
 
-    // Scores to probabilities in place; rescales what has been accumulated.
+    // Scores to probabilities in place; rescales what has been accumulated when a maximum of the warp grew enough to matter.
     __device__ __forceinline__ void softmax(RegTile<Real, kM, kN>& s) {
         const Real f = factor();
+        Real shrink[kM][2];
+        bool grew = false;
 #pragma unroll
-        for (int m = 0; m < kM; m++) {
+        for (int x = 0; x < 2 * kM; x++) {
+            const int m = x / 2, half = x % 2;
+            Real top = s.data[m][0][2 * half];
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                Real top = rows[m][half].max;
+            for (int u = 0; u < kN; u++) top = maximum(top, maximum(s.data[m][u][2 * half], s.data[m][u][2 * half + 1]));
+            top = maximum(top, __shfl_xor_sync(0xffffffffu, top, 1));
+            top = maximum(top, __shfl_xor_sync(0xffffffffu, top, 2));
+            shrink[m][half] = rows[m][half].rescale(top, f);
+            grew |= shrink[m][half] != Real(1);
+        }
+        if (__any_sync(0xffffffffu, grew)) {
 #pragma unroll
-                for (int u = 0; u < kN; u++) top = maximum(top, maximum(s.data[m][u][2 * half], s.data[m][u][2 * half + 1]));
-                top = maximum(top, __shfl_xor_sync(0xffffffffu, top, 1));
-                top = maximum(top, __shfl_xor_sync(0xffffffffu, top, 2));
-                const Real shrink = rows[m][half].rescale(top, f);
-                const Real offset = rows[m][half].offset(f);
-                Real sum = 0;
+            for (int x = 0; x < o.kSize; x++) o[x] *= shrink[x / (4 * kNv)][x % 4 / 2];
+        }
 #pragma unroll
-                for (int u = 0; u < kN; u++) {
+        for (int x = 0; x < 2 * kM; x++) {
+            const int m = x / 2, half = x % 2;
+            const Real offset = rows[m][half].offset(f);
+            Real sum = 0;
 #pragma unroll
-                    for (int e = 2 * half; e < 2 * half + 2; e++) {
-                        s.data[m][u][e] = exp2_fast(s.data[m][u][e] * f - offset);
-                        sum += s.data[m][u][e];
-                    }
+            for (int u = 0; u < kN; u++) {
+#pragma unroll
+                for (int e = 2 * half; e < 2 * half + 2; e++) {
+                    s.data[m][u][e] = exp2_fast(s.data[m][u][e] * f - offset);
+                    sum += s.data[m][u][e];
                 }
-                rows[m][half].sum += sum;
-#pragma unroll
-                for (int u = 0; u < kNv; u++) o.data[m][u][2 * half] *= shrink, o.data[m][u][2 * half + 1] *= shrink;
             }
+            rows[m][half].sum += sum;
         }
     }
 
@@ -193,7 +200,7 @@ struct ForwardSm80 {
 #pragma unroll
         for (int x = 0; x < o.kSize; x++) {
             const int i = row0 + o.row(x), col = Mma::column(x / 4 % kNv, x % 2);
-            if (i < w.at.seqlen_q && col < cols_v()) {
+            if (i < w.at.seqlen_q && col < cols_v(w)) {
                 static_cast<Real*>(p.partial_out)[partial_row(p, w, i) * p.head_dim_v + w.dv_start + col] = o[x];
             }
         }

@@ -16,6 +16,15 @@ __device__ __forceinline__ void cp_async(unsigned smem, const void* gmem, int va
     }
 }
 
+template <int kBytes>
+__device__ __forceinline__ void cp_async(unsigned smem, const void* gmem) {
+    if constexpr (kBytes == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(gmem) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(smem), "l"(gmem), "n"(kBytes) : "memory");
+    }
+}
+
 __device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most kPending of this thread's most recent groups are still in flight.

@@ -11,4 +11,6 @@ __device__ __forceinline__ unsigned cta_index() {
     return x;
 }
 
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x % 32); }
+
 }  // namespace cuattn

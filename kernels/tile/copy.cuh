@@ -1,6 +1,7 @@
 // Copies between global memory and tiles in shared memory.
 #pragma once
 #include "ptx/cp_async.cuh"
+#include "ptx/opaque.cuh"
 #include "tile/smem_tile.cuh"
 
 namespace cuattn {
@@ -14,12 +15,21 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile:
     constexpr int kVec = kVecBytes / static_cast<int>(sizeof(Element)) > 0 ? kVecBytes / static_cast<int>(sizeof(Element)) : 1;
     constexpr int kVecsPerRow = Tile::kCols / kVec, kVecs = Tile::kRows * kVecsPerRow;
     constexpr bool kEven = kThreads % kVecsPerRow == 0;  // a thread then stays in its column
-    const int thread = threadIdx.x;
-    // NOTE: opaque, or the multiples of the pitch are hoisted out of the main loop into two registers for each step below.
-    asm volatile("" : "+l"(pitch));
+    // NOTE: opaque, or the steps' addresses are hoisted out of the main loop into registers that it needs.
+    const int thread = opaque(static_cast<int>(threadIdx.x));
+    pitch = opaque(pitch);
+    constexpr bool kWhole = kEven && kVecs % kThreads == 0 && kVecBytes >= 4;
     const int row0 = thread / kVecsPerRow, col0 = thread % kVecsPerRow * kVec;
     const unsigned smem0 = smem_address(tile.at(row0, col0));
     const Element* source0 = source + row0 * pitch + col0;
+    if (kWhole && rows >= Tile::kRows && cols >= Tile::kCols) {  // most tiles: nothing to check
+#pragma unroll
+        for (int start = 0; start < kVecs; start += kThreads) {
+            const int row = start / kVecsPerRow;
+            cp_async<kVecBytes>(smem0 + row * Tile::kPitch * static_cast<int>(sizeof(Element)), source0 + row * pitch);
+        }
+        return;
+    }
 #pragma unroll
     for (int start = 0; start < kVecs; start += kThreads) {
         const int index = start + thread;

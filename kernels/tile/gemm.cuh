@@ -15,7 +15,8 @@ __device__ __forceinline__ void gemm_qk(typename Mma::Accum (&s)[kM][kN][4], con
             for (int e = 0; e < 4; e++) s[m][u][e] = 0;
         }
     }
-#pragma unroll
+    // Enough steps to hide the loads; all of a large head_dim would fill the registers with loads.
+#pragma unroll(kHeadDim / Mma::kGroupK <= 16 ? kHeadDim / Mma::kGroupK : 4)
     for (int k = 0; k < kHeadDim; k += Mma::kGroupK) {
         typename Mma::Q q[kM];
 #pragma unroll

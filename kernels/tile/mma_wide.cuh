@@ -15,7 +15,7 @@ namespace cuattn {
 struct ProductTf32 {
     using Element = float;
     using Operand = float;
-    __device__ __forceinline__ static Operand operand(float x) { return round_tf32(x); }
+    __device__ __forceinline__ static Operand operand(float x) { return centre_tf32(x); }
     __device__ __forceinline__ static void multiply(float (&d)[4], const Operand (&a)[4], Operand b0, Operand b1) {
         mma_m16n8k8_tf32(d, a, b0, b1);
     }
@@ -28,8 +28,8 @@ struct ProductTf32x3 {
         float high, low;
     };
     __device__ __forceinline__ static Operand operand(float x) {
-        const float high = round_tf32(x);
-        return {high, round_tf32(x - high)};
+        const float high = truncate_tf32(x);
+        return {high, centre_tf32(x - high)};
     }
     __device__ __forceinline__ static void multiply(float (&d)[4], const Operand (&a)[4], Operand b0, Operand b1) {
         const float high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};

@@ -1,0 +1,17 @@
+// Values that the compiler must not reason about.
+#pragma once
+
+namespace cuattn {
+
+// The same value, unknown to the optimiser: what is computed from it stays where it is written.
+__device__ __forceinline__ long long opaque(long long x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
+
+__device__ __forceinline__ int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+}  // namespace cuattn
