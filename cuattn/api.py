@@ -138,6 +138,9 @@ def attention_varlen(
     >>> attention_varlen(q, k, v, lengths, lengths, 3, 3, causal=True).shape
     (5, 2, 8)
     """
+    for name, cumulative in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cumulative is None:
+            raise TypeError(f"{name}: got None, expected an int32 array of shape (batch + 1,)")
     named = {"q": q, "k": k, "v": v, "sinks": sinks, "q_lens": q_lens, "kv_lens": kv_lens, "out": out}
     return _call(
         {**named, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k},
@@ -406,7 +409,10 @@ def _launch(
         signature += tuple([(*v[1:], v[0] & 15) for v in own_views])
     key = (device, signature, mask.key(), tuple([m.key() for m in mods]) if mods else (), options)
     with library.guard(device):
-        prepared = _prepared.get(key)
+        try:
+            prepared = _prepared.get(key)
+        except TypeError:  # an option that cannot be hashed is not a valid one either: let the checks name it
+            prepared = None
         if prepared is None:
             prepared = _prepare(key, views, mask, mods, own_views, options, device)
         plan = prepared.plan
@@ -424,7 +430,7 @@ def _launch(
         pointers[_SEED] = seed
         if own:
             pointers += [v[0] for v in own_views]
-        workspace = _allocate(library, device, prepared.workspace, pointers)
+        workspace = _allocate(library, device, prepared, pointers)
         stream = _Stream(library.stream(device))
         for step in prepared.steps:
             packed = np.void(step.parameters.pack(pointers))
@@ -436,14 +442,17 @@ def _launch(
 _OUT, _LSE, _SEED, _WORKSPACE = SLOT["out"], SLOT["lse"], SLOT["seed"], SLOT["partial_out"]
 
 
-def _allocate(library: Library, device: ArrayDevice, sizes: tuple[int, int, int], pointers: list[int]) -> Any:
+def _allocate(library: Library, device: ArrayDevice, prepared: _Prepared, pointers: list[int]) -> Any:
     """One allocation for the whole workspace; its parts' addresses go into `pointers`."""
-    total = sum(sizes)
+    total = sum(prepared.workspace)
     if not total:
         return None
-    workspace = library.empty((total,), "uint8", device)
+    try:
+        workspace = library.empty((total,), "uint8", device)
+    except Exception as error:
+        raise MemoryError(f"no room for a workspace of {total} bytes: {error}\nneeded by {prepared.plan}") from error
     address = library.view(workspace)[0]
-    for part, size in enumerate(sizes):
+    for part, size in enumerate(prepared.workspace):
         pointers[_WORKSPACE + part] = address if size else 0
         address += size
     return workspace

@@ -150,9 +150,7 @@ def parse_mods(softcap: Any, alibi_slopes: Any, bias: Any, score_mod: Any) -> tu
     """The score modifications of a call, in the order in which they apply."""
     mods: list[ScoreMod] = []
     if softcap is not None:
-        if not isinstance(softcap, (int, float)) or isinstance(softcap, bool) or not 0 < softcap < math.inf:
-            raise ValueError(f"softcap: got {softcap!r}, expected a positive finite number or None")
-        mods.append(SoftCap(float(softcap)))
+        mods.append(SoftCap(softcap))
     if alibi_slopes is not None:
         mods.append(Alibi(alibi_slopes))
     if bias is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from cuattn.masks import And, Full, SlidingWindow
 from cuattn.problem import ITEMSIZE, Problem
 
 
@@ -44,7 +45,12 @@ class Tiles:
     stages: int
     warps: int
     min_blocks: int = 1
+    """CTAs an SM must hold, which bounds the registers of a thread"""
+    max_weight: int = 100
+    """of the masks and modifications (`_weight`) under which no register spills"""
     reason: str = ""
+    archs: tuple[int, ...] = ()
+    """compute capabilities for which the compiler keeps this tile in registers; empty: all"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,8 @@ def _declines_sm80(problem: Problem, device: Device) -> list[str]:
         reasons.append(f"serves head dimensions to 512, got {problem.head_dim} and {problem.head_dim_v}")
     if problem.dtype == "float32" and problem.precision == "ieee":
         reasons.append("tensor cores have no ieee float32 product")
+    if problem.dtype == "float64" and problem.head_dim > 448 and device.smem_per_block < 110000:
+        reasons.append(f"float64 at head_dim {problem.head_dim} needs more than the {device.smem_per_block} B of a block")
     return reasons
 
 
@@ -99,55 +107,67 @@ def _dims_sm80(problem: Problem) -> tuple[int, int]:
     return round_up(problem.head_dim, 16), round_up(-(-dim_v // chunks), step_v)
 
 
+def _weight(problem: Problem) -> int:
+    """How many registers masks and modifications are likely to need, in steps at which the widest tiles spill."""
+    parts = problem.mask.masks if isinstance(problem.mask, And) else (problem.mask,)
+    weight = 3 * (problem.dropout > 0) + 2 * len(problem.mods) + (min(problem.vectors[:3]) < 16)
+    for mask in parts:
+        weight += 3 if mask.tiled else 0 if isinstance(mask, Full) else 1
+    return weight + (isinstance(problem.mask, SlidingWindow) and None not in (problem.mask.left, problem.mask.right))
+
+
 def _tiles_sm80(problem: Problem, device: Device) -> Sequence[Tiles]:
-    dim, dim_v = _dims_sm80(problem)
-    widest = max(dim, dim_v)
-    if problem.dtype == "float64":
-        return _TILES_FP64[widest > 64]
-    if problem.dtype == "float32":
-        return _TILES_TF32[(widest > 64) + (widest > 128)]
-    return _TILES_16BIT[(widest > 64) + (widest > 128)]
+    table = {"float64": _TILES_FP64, "float32": _TILES_TF32}.get(problem.dtype, _TILES_16BIT)
+    widest, weight = max(_dims_sm80(problem)), _weight(problem)
+    fitting = next(tiles for limit, tiles in table.items() if widest <= limit)
+    return [t for t in fitting if weight <= t.max_weight and (not t.archs or device.number in t.archs)]
 
 
-_TILES_16BIT = (
-    (
-        Tiles(128, 64, 2, 4, 2, "32 rows a warp read each key fragment for two products; two CTAs hide each other's softmax"),
-        Tiles(64, 64, 1, 4, 1, "fits 99 KB"),
+_TILES_16BIT = {  # by the wider of head_dim and columns of out
+    64: (
+        Tiles(128, 128, 1, 4, 2, 1, "32 rows a warp read each key fragment for two products", (90,)),
+        Tiles(128, 96, 1, 4, 2, 1),
+        Tiles(128, 64, 1, 4, 2, 4),
+        Tiles(128, 32, 1, 4, 2),
     ),
-    (
-        Tiles(128, 48, 1, 4, 2, "64 keys spill by a few registers"),
-        Tiles(64, 64, 1, 4, 1, "fits 99 KB"),
+    128: (
+        Tiles(128, 48, 2, 4, 2, 1, "the most keys without a spill; two stages fit twice into 227 KB", (90,)),
+        Tiles(128, 32, 1, 4, 2, 1),
+        Tiles(64, 64, 1, 4, 2),
+        Tiles(64, 32, 1, 4, 2),
     ),
-    (
-        Tiles(128, 64, 1, 8, 1, "one CTA of eight warps: 256 columns of out leave room for 16 rows a warp"),
-        Tiles(64, 64, 1, 4, 1, "head_dim 256 on 163 KB"),
-        Tiles(64, 32, 1, 4, 1, "fits 99 KB to head_dim 256"),
-        Tiles(64, 16, 1, 4, 1, "fits 99 KB beyond"),
-    ),
-)
-_TILES_TF32 = (
-    (Tiles(128, 32, 1, 4, 2), Tiles(64, 32, 1, 4, 2, "fits 99 KB")),
-    (
-        Tiles(128, 64, 1, 8, 1),
-        Tiles(64, 32, 1, 4, 1, "fits 99 KB"),
-    ),
-    (
+    256: (
+        Tiles(64, 64, 1, 4, 1, 3, "256 columns of out leave room for 16 rows a warp; two CTAs hide each other's softmax"),
         Tiles(64, 32, 1, 4, 1),
         Tiles(64, 16, 1, 4, 1),
-        Tiles(32, 16, 1, 2, 1, "fits 163 KB at head_dim 512"),
-        Tiles(16, 8, 1, 1, 1, "fits 99 KB at head_dim 512"),
     ),
-)
-_TILES_FP64 = (
-    (Tiles(64, 32, 1, 4, 2), Tiles(32, 16, 1, 2, 2, "fits 99 KB")),
-    (
+    512: (
         Tiles(64, 32, 1, 4, 1),
         Tiles(64, 16, 1, 4, 1),
-        Tiles(32, 16, 1, 2, 1, "fits 99 KB at head_dim 128"),
-        Tiles(16, 8, 1, 1, 1, "fits 99 KB at head_dim 256"),
-        Tiles(16, 8, 1, 1, 1, "fits 163 KB at head_dim 512"),
+        Tiles(32, 16, 1, 2, 1),
     ),
-)
+}
+_TILES_TF32 = {
+    64: (Tiles(128, 64, 1, 4, 2, 2), Tiles(128, 32, 1, 4, 2), Tiles(64, 32, 1, 4, 2)),
+    128: (Tiles(128, 32, 1, 4, 2, 2), Tiles(64, 32, 1, 4, 2), Tiles(64, 32, 1, 4, 1), Tiles(64, 16, 1, 4, 1)),
+    256: (
+        Tiles(64, 32, 1, 4, 1, archs=(80, 86, 89, 90)),
+        Tiles(64, 16, 1, 4, 1),
+        Tiles(32, 16, 1, 2, 1),
+    ),
+    512: (Tiles(64, 16, 1, 4, 1), Tiles(32, 16, 1, 2, 1), Tiles(16, 8, 1, 1, 1)),
+}
+_TILES_FP64 = {
+    64: (Tiles(128, 32, 1, 8, 1), Tiles(64, 32, 1, 4, 1), Tiles(32, 16, 1, 2, 1)),
+    128: (
+        Tiles(128, 32, 1, 8, 1, 0),
+        Tiles(128, 24, 1, 8, 1, 2),
+        Tiles(64, 16, 1, 4, 1),
+        Tiles(32, 16, 1, 2, 1),
+    ),
+    256: (Tiles(64, 16, 1, 4, 1), Tiles(32, 16, 1, 2, 1), Tiles(16, 8, 1, 1, 1)),
+    512: (Tiles(32, 16, 1, 2, 1), Tiles(16, 16, 1, 1, 1), Tiles(16, 8, 1, 1, 1)),
+}
 
 
 def _smem_sm80(problem: Problem, tiles: Tiles) -> int:
@@ -165,3 +185,28 @@ def _smem_sm80(problem: Problem, tiles: Tiles) -> int:
 FORWARD: tuple[KernelSpec, ...] = (
     KernelSpec("forward_sm80", _declines_sm80, _mma_sm80, _dims_sm80, _tiles_sm80, _smem_sm80),
 )
+
+
+def support_rows() -> list[dict[str, str]]:
+    """What the kernels serve, asked of the kernels: one row for each dtype and precision, in order of the registry."""
+    from cuattn.catalogue import PRECISIONS as KINDS
+    from cuattn.catalogue import problem_of
+
+    rows = []
+    for dtype, precision in KINDS:
+        for spec in FORWARD:
+            dims = [d for d in range(1, 1025) if not spec.unsupported(problem_of(dtype, precision, (d, d)), DEVICES["sm_90a"])]
+            served = [
+                arch for arch, gpu in DEVICES.items() if not spec.unsupported(problem_of(dtype, precision, (64, 64)), gpu)
+            ]
+            if dims and served:
+                rows.append(
+                    {
+                        "dtype": dtype,
+                        "precision": precision if dtype == "float32" else "",
+                        "kernel": spec.name,
+                        "head_dim, head_dim_v": f"{dims[0]}-{dims[-1]}",
+                        "compiled for": ", ".join(served),
+                    }
+                )
+    return rows

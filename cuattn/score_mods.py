@@ -6,6 +6,7 @@ derivative of the modified score with respect to the score, at the unmodified sc
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,10 @@ class SoftCap(ScoreMod):
     """cap * tanh(s / cap): scores stay inside (-cap, cap)."""
 
     cap: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.cap, (int, float)) or isinstance(self.cap, bool) or not 0 < self.cap < math.inf:
+            raise ValueError(f"softcap: got {self.cap!r}, expected a positive finite number or None")
 
     def apply(self, s: Array, tile: Tile) -> Array:
         cap = s.dtype.type(self.cap)
@@ -160,11 +165,14 @@ class UserMod(ScoreMod):
     params: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in self.params:
+        for name, value in self.params.items():
             if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in (*USER_VARIABLES, "Real"):
                 raise ValueError(f"score_mod: parameter name {name!r} is not a free C identifier")
-            if len(getattr(self.params[name], "shape", ())) > 1:
-                raise ValueError(f"score_mod: parameter {name} has shape {self.params[name].shape}, expected a number or a vector")
+            if hasattr(value, "shape") and hasattr(value, "dtype"):
+                if len(value.shape) > 1:
+                    raise ValueError(f"score_mod: parameter {name} has shape {value.shape}, expected a number or a vector")
+            elif not isinstance(value, (int, float)):
+                raise TypeError(f"score_mod: parameter {name} is {value!r}, expected a number or a vector")
 
     @property
     def _array_names(self) -> tuple[str, ...]:

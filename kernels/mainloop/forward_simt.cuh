@@ -59,12 +59,13 @@ struct ForwardSimt {
     static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kThreads = Config::kThreads;
     static constexpr int kHeadDim = Config::kHeadDim, kHeadDimV = Config::kHeadDimV;
     static constexpr int kStages = Config::kStages, kAhead = kStages - 1;
-    static constexpr int kUnroll = 2;  // of the two products: some 512 FFMA, what the instruction cache holds
     static constexpr int kM = 8, kWarpRows = 4 * kM, kWarpsN = kThreads / kBlockM;
     static constexpr int kN = kBlockN / (8 * kWarpsN), kGroups = (kHeadDimV + 32 * kWarpsN - 1) / (32 * kWarpsN);
     static constexpr int kColsV = 32 * kWarpsN * kGroups;
     static_assert(kThreads % kBlockM == 0 && kBlockM % kWarpRows == 0 && kBlockN % (8 * kWarpsN) == 0 && kAhead >= 1);
     using Scores = ThreadTile<kM, kN>;
+    // About 512 FFMA in the bodies of the two products, which the instruction cache must hold.
+    static constexpr int kUnrollQk = kN >= 16 ? 1 : 16 / kN, kUnrollPv = kGroups >= 4 ? 1 : 4 / kGroups;
 
     // A chunk of V has as many keys as fit into the space that one of K needs anyway.
     __host__ __device__ static constexpr int keys(int depth, bool resident) {
@@ -136,39 +137,21 @@ struct ForwardSimt {
     __device__ __forceinline__ int cols_v(const Work& w) const { return min(kHeadDimV, p.head_dim_v - w.dv_start); }
     __device__ __forceinline__ Work work() const { return Work::of<Config>(p); }
 
-    // load_tile, with a short way for tiles that exist entirely: nothing to compare, three instructions for 16 bytes.
-    template <int kVecBytes, class Tile>
-    __device__ __forceinline__ static void load(const Tile& tile, const float* source, long long pitch, int rows, int cols) {
-        constexpr int kVec = kVecBytes / 4, kVecsPerRow = Tile::kCols / kVec, kVecs = Tile::kRows * kVecsPerRow;
-        constexpr int kRowStep = kThreads / kVecsPerRow;
-        if (kThreads % kVecsPerRow != 0 || rows < Tile::kRows || cols < Tile::kCols) {
-            load_tile<kThreads, kVecBytes>(tile, source, pitch, rows, cols);
-        } else if constexpr (kThreads % kVecsPerRow == 0) {
-            const int row = threadIdx.x / kVecsPerRow, col = threadIdx.x % kVecsPerRow * kVec;
-            const float* from = source + row * pitch + col;
-            const unsigned to = smem_address(tile.at(row, col));
-#pragma unroll
-            for (int step = 0; step < Tile::kRows; step += kRowStep, from += kRowStep * pitch) {
-                if (Tile::kRows % kRowStep != 0 && row + step >= Tile::kRows) break;
-                cp_async<kVecBytes>(to + 4 * step * Tile::kPitch, from, kVecBytes);
-            }
-        }
-    }
     __device__ __forceinline__ void load_q(const Work& w, int chunk, int stage) const {
         const int start = w.m_block * kBlockM, d = chunk * kDepth;
         const float* q = static_cast<const float*>(p.q) + w.seq.q + w.at.head * p.q_head + start * p.q_row + d;
-        load<Config::kVecQ>(sQ(stage), q, p.q_row, w.at.seqlen_q - start, p.head_dim - d);
+        load_tile<kThreads, Config::kVecQ>(sQ(stage), q, p.q_row, w.at.seqlen_q - start, p.head_dim - d);
     }
     __device__ __forceinline__ void load_k(const Work& w, int n, int chunk, int stage) const {
         const int d = chunk * kDepth;
         const float* k = static_cast<const float*>(p.k) + w.seq.k + w.head_kv * p.k_head + n * kBlockN * p.k_row + d;
-        load<Config::kVecK>(sK(stage), k, p.k_row, w.at.seqlen_k - n * kBlockN, p.head_dim - d);
+        load_tile<kThreads, Config::kVecK>(sK(stage), k, p.k_row, w.at.seqlen_k - n * kBlockN, p.head_dim - d);
         if constexpr (!kResidentQ) load_q(w, chunk, stage);
     }
     __device__ __forceinline__ void load_v(const Work& w, int n, int chunk, int stage) const {
         const int j = n * kBlockN + chunk * kKeys;
         const float* v = static_cast<const float*>(p.v) + w.seq.v + w.head_kv * p.v_head + j * p.v_row + w.dv_start;
-        load<Config::kVecV>(sV(stage), v, p.v_row, w.at.seqlen_k - j, cols_v(w));
+        load_tile<kThreads, Config::kVecV>(sV(stage), v, p.v_row, w.at.seqlen_k - j, cols_v(w));
     }
     // The chunk to be used now is there, and nobody reads the one before it, whose place is loaded next.
     __device__ __forceinline__ static void wait_chunk() {
@@ -180,7 +163,7 @@ struct ForwardSimt {
     __device__ __forceinline__ static void multiply_qk(Scores& s, const QTile& tile_q, int d, const KTile& tile_k) {
         const float* q0 = tile_q.at(warp_row() + Scores::ty(), d);
         const float* k0 = tile_k.at(warp_col() + Scores::tx(), 0);
-#pragma unroll kUnroll
+#pragma unroll kUnrollQk
         for (int u = 0; u < kDepth; u += 4) {
             float4 q[kM];
 #pragma unroll
@@ -202,7 +185,7 @@ struct ForwardSimt {
     // `key`: of the tile, where the chunk begins.
     __device__ __forceinline__ void multiply_pv(int key, const VTile& tile_v) {
         const float* v0 = tile_v.at(0, column());
-#pragma unroll kUnroll
+#pragma unroll kUnrollPv
         for (int t = 0; t < kKeys; t += 4) {
             const SharedProbabilities four = sP(key + t);
 #pragma unroll

@@ -30,7 +30,7 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile:
         }
         return;
     }
-#pragma unroll
+#pragma unroll(kEven && kVecBytes >= 4 ? kVecs / kThreads + 1 : 4)
     for (int start = 0; start < kVecs; start += kThreads) {
         const int index = start + thread;
         const int row = kEven ? row0 + start / kVecsPerRow : index / kVecsPerRow;

@@ -1,0 +1,130 @@
+"""A catalogue of calls: what `compile` prewarms and what the compile test builds for every architecture, without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from cuattn.arrays import View
+from cuattn.masks import BlockSparse, BooleanMask, Full, Mask, SlidingWindow
+from cuattn.plan import Plan, make_plan
+from cuattn.problem import Problem, contiguous_strides, make_problem
+from cuattn.registry import DEVICES, FORWARD
+from cuattn.score_mods import Alibi, Bias, ScoreMod, SoftCap, UserMod
+
+PRECISIONS = (
+    ("float16", "ieee"),
+    ("bfloat16", "ieee"),
+    ("float32", "ieee"),
+    ("float32", "tf32x3"),
+    ("float32", "tf32"),
+    ("float64", "ieee"),
+)
+"""Every (dtype, precision) that a call may have."""
+
+COMMON_DIMS = ((64, 64), (128, 128), (256, 256))
+OTHER_DIMS = ((8, 8), (40, 72), (80, 80), (96, 96), (192, 128), (192, 192), (64, 512), (512, 512))
+
+
+def view(shape: tuple[int, ...], dtype: str, ptr: int = 0) -> View:
+    """A contiguous array that need not exist."""
+    return View(ptr, shape, contiguous_strides(shape), dtype)
+
+
+def problem_of(
+    dtype: str,
+    precision: str = "ieee",
+    dims: tuple[int, int] = (128, 128),
+    *,
+    mask: Mask | None = None,
+    mods: tuple[ScoreMod, ...] = (),
+    seqlens: tuple[int, int] = (4096, 4096),
+    heads: tuple[int, int] = (16, 8),
+    packed: bool = False,
+    extras: tuple[str, ...] = (),
+    dropout: float = 0.0,
+    misaligned: bool = False,
+) -> Problem:
+    """A problem over arrays that need not exist. `extras` are of sinks, q_lens, kv_lens; `mask` and `mods` are bound to Views."""
+    batch = 4
+    lead_q, lead_k = ((batch * seqlens[0],), (batch * seqlens[1],)) if packed else ((batch, seqlens[0]), (batch, seqlens[1]))
+    ptr = 2 if misaligned else 0
+    views = {
+        "q": view((*lead_q, heads[0], dims[0]), dtype, ptr),
+        "k": view((*lead_k, heads[1], dims[0]), dtype, ptr),
+        "v": view((*lead_k, heads[1], dims[1]), dtype, ptr),
+    }
+    small = {"sinks": view((heads[0],), "float32"), "q_lens": view((batch,), "int32"), "kv_lens": view((batch,), "int32")}
+    views.update({name: small[name] for name in extras})
+    if packed:
+        views.update({name: view((batch + 1,), "int32") for name in ("cu_seqlens_q", "cu_seqlens_k")})
+    mask = mask or Full()
+    own = [a for mod in mods for a in mod.arrays]
+    return make_problem(
+        views,
+        mask,
+        mask.arrays,
+        mods,
+        own,
+        max_seqlen_q=seqlens[0] if packed else None,
+        max_seqlen_k=seqlens[1] if packed else None,
+        scale=None,
+        dropout=dropout,
+        precision=precision,
+        return_lse=True,
+    )
+
+
+def _features(dtype: str) -> list[dict[str, Any]]:
+    """One call for each mask, modification and option, and some of several together."""
+    boolean = BooleanMask(view((4, 1, 4096, 4096), "bool"))
+    blocks = BlockSparse(view((64, 64), "int32"), 64, 64, view((3, 64, 64), "bool"))
+    bias = Bias(view((1, 16, 4096, 4096), dtype))
+    alibi = Alibi(view((16,), "float32"))
+    user = UserMod("s + w * slope[h] * Real(j - i)", "1", {"w": 0.5, "slope": view((16,), "float32")})
+    causal = SlidingWindow(None, 0)
+    return [
+        {"mask": causal, "packed": True, "extras": ("kv_lens",)},
+        {"mask": SlidingWindow(128, 0), "extras": ("sinks",)},
+        {"mask": boolean},
+        {"mask": blocks & causal, "extras": ("q_lens", "kv_lens")},
+        {"mods": (bias,)},
+        {"mods": (SoftCap(30.0),), "mask": causal},
+        {"mods": (SoftCap(30.0), alibi, bias, user), "mask": causal & boolean, "extras": ("sinks", "kv_lens"), "dropout": 0.1},
+        {"mods": (user,)},
+        {"dropout": 0.1, "mask": causal},
+        {"seqlens": (1, 65536), "heads": (8, 8), "extras": ("sinks",)},
+        {"seqlens": (3, 65536), "heads": (8, 8), "packed": True},
+    ]
+
+
+def problems(everything: bool) -> Iterator[Problem]:
+    """The common calls, or with `everything` also every option, head dimension and alignment."""
+    for (dtype, precision), dims in itertools.product(PRECISIONS, COMMON_DIMS):
+        yield problem_of(dtype, precision, dims)
+        yield problem_of(dtype, precision, dims, mask=SlidingWindow(None, 0))
+    if not everything:
+        return
+    for dtype, precision in PRECISIONS:
+        for dims in OTHER_DIMS:
+            yield problem_of(dtype, precision, dims, mask=SlidingWindow(None, 0))
+        yield problem_of(dtype, precision, (100, 100), misaligned=dtype in ("float16", "bfloat16"))
+        features = _features(dtype)
+        for dims, options in itertools.product(((128, 128),), features):
+            yield problem_of(dtype, precision, dims, **options)
+        for dims in ((64, 64), (256, 256), (512, 512)):  # the heaviest combination, with every tile
+            yield problem_of(dtype, precision, dims, **features[6])
+
+
+def plans(arch: str, everything: bool = False) -> list[Plan]:
+    """Plans of the catalogue for a typical GPU of an architecture (a key of `registry.DEVICES`)."""
+    if arch not in DEVICES:
+        raise ValueError(f"arch: got {arch!r}, expected one of {', '.join(DEVICES)}")
+    device = DEVICES[arch]
+    # What every kernel declines by rule is not a plan; a problem that fits no tile still raises.
+    return [
+        make_plan(problem, device)
+        for problem in problems(everything)
+        if not all(spec.unsupported(problem, device) for spec in FORWARD)
+    ]
