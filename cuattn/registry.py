@@ -126,7 +126,7 @@ def _tiles_sm80(problem: Problem, device: Device) -> Sequence[Tiles]:
 _TILES_16BIT = {  # by the wider of head_dim and columns of out
     64: (
         Tiles(128, 128, 1, 4, 2, 1, "32 rows a warp read each key fragment for two products", (90,)),
-        Tiles(128, 96, 1, 4, 2, 1),
+        Tiles(128, 96, 1, 4, 2, 1, archs=(80, 86, 89, 120)),
         Tiles(128, 64, 1, 4, 2, 4),
         Tiles(128, 32, 1, 4, 2),
     ),

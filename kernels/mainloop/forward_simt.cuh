@@ -371,7 +371,8 @@ struct ForwardSimt {
                 const int col = column() + 32 * c;
                 float* to = target + row * pitch + col;
                 if (vectors && col + 4 <= cols) {
-                    *reinterpret_cast<float4*>(to) = make_float4(o[i][4 * c], o[i][4 * c + 1], o[i][4 * c + 2], o[i][4 * c + 3]);
+                    *reinterpret_cast<float4*>(to) =
+                        make_float4(o[i][4 * c], o[i][4 * c + 1], o[i][4 * c + 2], o[i][4 * c + 3]);
                 } else {
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
