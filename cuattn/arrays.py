@@ -515,7 +515,7 @@ def gpu_available() -> tuple[bool, str]:
     except Exception as error:
         return False, f"no usable CUDA device: {error}"
     try:
-        major, minor = importlib.import_module("cupy.cuda.nvrtc").getVersion()
+        major, minor = cupy.cuda.nvrtc.getVersion()
     except Exception as error:
         return False, f"NVRTC, the CUDA compiler library, cannot be loaded: {error}"
     return True, f"{gpu}, CuPy {cupy.__version__}, NVRTC {major}.{minor}"

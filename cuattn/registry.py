@@ -49,6 +49,8 @@ class Tiles:
     max_weight: int = 100
     """of the masks and modifications (`_weight`) under which no register spills"""
     reason: str = ""
+    overlap: bool = False
+    """two buffers for K and one for V; the products of the next tile under the softmax of this one"""
     archs: tuple[int, ...] = ()
     """compute capabilities for which the compiler keeps this tile in registers; empty: all"""
 
@@ -179,7 +181,9 @@ def _smem_sm80(problem: Problem, tiles: Tiles) -> int:
     pitch_qk = 16 * (units + (odd if problem.dtype in ("float16", "bfloat16") else half))
     pitch_v = 16 * (units_v + 1 - units_v % 2)
     staged_out = 16 * tiles.block_m * (units_v + 1)
-    return max(tiles.block_m * pitch_qk + tiles.stages * tiles.block_n * (pitch_qk + pitch_v), staged_out)
+    stages_v = 1 if tiles.overlap else tiles.stages
+    keys = tiles.block_n * (tiles.stages * pitch_qk + stages_v * pitch_v)
+    return max(tiles.block_m * pitch_qk + keys, staged_out)
 
 
 FORWARD: tuple[KernelSpec, ...] = (

@@ -205,13 +205,13 @@ struct ForwardSimt {
         }
     }
 
-    // The maximum of each row over all keys so far.
-    __device__ __forceinline__ void row_maxima(float (&top)[kM], Scores& s) const {
+    // The maximum of each row over the tile's keys.
+    __device__ __forceinline__ void row_maxima(float (&top)[kM], const Scores& s) const {
 #pragma unroll
         for (int i = 0; i < kM; i++) {
-            top[i] = rows[i].max;
+            top[i] = s.data[i][0];
 #pragma unroll
-            for (int j = 0; j < kN; j++) top[i] = maximum(top[i], s.data[i][j]);
+            for (int j = 1; j < kN; j++) top[i] = maximum(top[i], s.data[i][j]);
 #pragma unroll
             for (int lane = 2; lane <= 8; lane *= 2) top[i] = maximum(top[i], __shfl_xor_sync(0xffffffffu, top[i], lane));
             if (kWarpsN > 1 && Scores::tx() == 0) sRow(warp_n(), i) = top[i];
@@ -231,9 +231,18 @@ struct ForwardSimt {
         const float f = factor();
         float top[kM];
         row_maxima(top, s);
+        bool grew = false;
 #pragma unroll
         for (int i = 0; i < kM; i++) {
-            const float shrink = rows[i].rescale(top[i], f);
+            top[i] = rows[i].rescale(top[i], f);  // from here on the factor by which the row shrinks
+            grew |= top[i] != 1.0f;
+        }
+        if (__any_sync(0xffffffffu, grew)) {
+#pragma unroll
+            for (int x = 0; x < 4 * kM * kGroups; x++) o[x / (4 * kGroups)][x % (4 * kGroups)] *= top[x / (4 * kGroups)];
+        }
+#pragma unroll
+        for (int i = 0; i < kM; i++) {
             const float offset = rows[i].offset(f);
             float sum = 0;
 #pragma unroll
@@ -242,8 +251,6 @@ struct ForwardSimt {
                 sum += s.data[i][j];
             }
             rows[i].sum += sum;
-#pragma unroll
-            for (int x = 0; x < 4 * kGroups; x++) o[i][x] *= shrink;
         }
     }
 
