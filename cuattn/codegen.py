@@ -63,7 +63,6 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
         **{f"kVec{name}": n for name, n in zip(("Q", "K", "V", "Out"), p.vectors, strict=True)},
     }
     flags = {
-        "kOverlap": t.overlap,
         "kPacked": p.packed,
         "kLens": lens,
         "kSplit": plan.num_splits > 1,

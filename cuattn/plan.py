@@ -85,7 +85,7 @@ def make_plan(problem: Problem, device: Device) -> Plan:
         declined = spec.unsupported(problem, device)
         if not declined:
             for tiles in spec.candidates(problem, device):
-                if spec.smem_bytes(problem, tiles) <= device.smem_per_block:
+                if spec.smem_bytes(problem, tiles, device) <= device.smem_per_block:
                     return _plan(problem, device, spec, tiles)
             declined = [f"no tile fits the {device.smem_per_block} bytes of shared memory of a block"]
         reasons.append(f"{spec.name}: {'; '.join(declined)}")
@@ -100,7 +100,7 @@ def _plan(problem: Problem, device: Device, spec: KernelSpec, tiles: Tiles) -> P
         m_blocks = max(m_blocks, 1)  # the tail of padding tokens needs a CTA even when every sequence is empty
     dv_chunks = -(-problem.head_dim_v // head_dim_v)
     n_blocks = -(-min(problem.seqlen_k, problem.total_k) // tiles.block_n)
-    smem = spec.smem_bytes(problem, tiles)
+    smem = spec.smem_bytes(problem, tiles, device)
     resident = max(1, min(tiles.min_blocks, device.smem_per_sm // (smem + 1024)))
     ctas = m_blocks * dv_chunks * problem.num_heads * problem.batch
     arrays = [op for op in problem.mask_operands if len(op.shape) != 3 or problem.mask.tiled]

@@ -49,8 +49,6 @@ class Tiles:
     max_weight: int = 100
     """of the masks and modifications (`_weight`) under which no register spills"""
     reason: str = ""
-    overlap: bool = False
-    """two buffers for K and one for V; the products of the next tile under the softmax of this one"""
     archs: tuple[int, ...] = ()
     """compute capabilities for which the compiler keeps this tile in registers; empty: all"""
 
@@ -69,7 +67,7 @@ class KernelSpec:
     """compiled head_dim and columns of out per CTA"""
     candidates: Callable[[Problem, Device], Sequence[Tiles]]
     """best first"""
-    smem_bytes: Callable[[Problem, Tiles], int]
+    smem_bytes: Callable[[Problem, Tiles, Device], int]
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -121,24 +119,28 @@ def _weight(problem: Problem) -> int:
 def _tiles_sm80(problem: Problem, device: Device) -> Sequence[Tiles]:
     table = {"float64": _TILES_FP64, "float32": _TILES_TF32}.get(problem.dtype, _TILES_16BIT)
     widest, weight = max(_dims_sm80(problem)), _weight(problem)
-    fitting = next(tiles for limit, tiles in table.items() if widest <= limit)
-    return [t for t in fitting if weight <= t.max_weight and (not t.archs or device.number in t.archs)]
+    return _allowed(next(tiles for limit, tiles in table.items() if widest <= limit), weight, device)
+
+
+def _allowed(tiles: Sequence[Tiles], weight: int, device: Device) -> list[Tiles]:
+    return [t for t in tiles if weight <= t.max_weight and (not t.archs or device.number in t.archs)]
 
 
 _TILES_16BIT = {  # by the wider of head_dim and columns of out
     64: (
-        Tiles(128, 128, 1, 4, 2, 1, "32 rows a warp read each key fragment for two products", (90,)),
+        Tiles(128, 128, 1, 4, 2, 1, "32 rows a warp read each key fragment for two products", archs=(90,)),
         Tiles(128, 96, 1, 4, 2, 1, archs=(80, 86, 89, 120)),
         Tiles(128, 64, 1, 4, 2, 4),
         Tiles(128, 32, 1, 4, 2),
     ),
     128: (
-        Tiles(128, 48, 2, 4, 2, 1, "the most keys without a spill; two stages fit twice into 227 KB", (90,)),
+        Tiles(128, 48, 2, 4, 2, 1, "the most keys without a spill; two stages fit twice into 227 KB", archs=(90,)),
         Tiles(128, 32, 1, 4, 2, 1),
         Tiles(64, 64, 1, 4, 2),
         Tiles(64, 32, 1, 4, 2),
     ),
     256: (
+        Tiles(128, 112, 1, 8, 1, 1, "the fewest passes over q without a spill", archs=(90,)),
         Tiles(64, 64, 1, 4, 1, 3, "256 columns of out leave room for 16 rows a warp; two CTAs hide each other's softmax"),
         Tiles(64, 32, 1, 4, 1),
         Tiles(64, 16, 1, 4, 1),
@@ -172,7 +174,7 @@ _TILES_FP64 = {
 }
 
 
-def _smem_sm80(problem: Problem, tiles: Tiles) -> int:
+def _smem_sm80(problem: Problem, tiles: Tiles, device: Device) -> int:
     """kernels/mainloop/forward_sm80.cuh: sQ, then sK and sV for each stage. The kernel asserts that it suffices."""
     dim, dim_v = _dims_sm80(problem)
     per_unit = 16 // ITEMSIZE[problem.dtype]
@@ -181,13 +183,85 @@ def _smem_sm80(problem: Problem, tiles: Tiles) -> int:
     pitch_qk = 16 * (units + (odd if problem.dtype in ("float16", "bfloat16") else half))
     pitch_v = 16 * (units_v + 1 - units_v % 2)
     staged_out = 16 * tiles.block_m * (units_v + 1)
-    stages_v = 1 if tiles.overlap else tiles.stages
-    keys = tiles.block_n * (tiles.stages * pitch_qk + stages_v * pitch_v)
-    return max(tiles.block_m * pitch_qk + keys, staged_out)
+    return max(tiles.block_m * pitch_qk + tiles.stages * tiles.block_n * (pitch_qk + pitch_v), staged_out)
+
+
+# FFMA -----------------------------------------------------------------------------------------------------------------
+
+
+def _declines_simt(problem: Problem, device: Device) -> list[str]:
+    reasons = []
+    if problem.dtype != "float32" or problem.precision != "ieee":
+        reasons.append(f"serves float32 in ieee precision, got {problem.dtype} ({problem.precision})")
+    if max(problem.head_dim, problem.head_dim_v) > 512:
+        reasons.append(f"serves head dimensions to 512, got {problem.head_dim} and {problem.head_dim_v}")
+    if device.number < 80:
+        reasons.append(f"needs sm_80 or newer, got {device.arch}")
+    return reasons
+
+
+def _dims_simt(problem: Problem) -> tuple[int, int]:
+    dim_v = round_up(problem.head_dim_v, 16)
+    chunks = -(-dim_v // 256)
+    return round_up(problem.head_dim, 16), round_up(-(-dim_v // chunks), 16)
+
+
+def _tiles_simt(problem: Problem, device: Device) -> Sequence[Tiles]:
+    dims = _dims_simt(problem)
+    widest = max(dims)
+    if widest in (80, 112):
+        widest = 128  # these spill on the tile of 96
+    tiles = next(tiles for limit, tiles in _TILES_SIMT.items() if widest <= limit)
+    return _allowed(tiles, _weight(problem), device)
+
+
+_OLD = (80, 86, 89, 90)
+_TILES_SIMT = {  # warps / (block_m / 32) of them share 32 rows, which costs a barrier but no registers
+    32: (Tiles(128, 32, 2, 4, 2),),
+    64: (
+        Tiles(128, 64, 2, 4, 2, 2, archs=_OLD),
+        Tiles(128, 32, 2, 4, 2, 2),
+        Tiles(64, 64, 2, 4, 2),
+    ),
+    96: (Tiles(128, 32, 2, 4, 2, 2), Tiles(64, 64, 2, 8, 1)),
+    128: (
+        Tiles(64, 128, 2, 4, 2, 1, archs=(90,)),
+        Tiles(64, 64, 2, 4, 2, 2),
+        Tiles(64, 64, 2, 8, 1),
+    ),
+    192: (Tiles(64, 64, 2, 4, 2, 2, archs=_OLD), Tiles(64, 64, 2, 8, 1)),
+    256: (Tiles(64, 128, 2, 8, 1, 2, archs=(80, 90)), Tiles(64, 64, 2, 8, 1)),
+    512: (Tiles(64, 128, 2, 8, 1, 2, archs=(90,)), Tiles(64, 64, 2, 8, 1)),
+}
+
+
+def _smem_simt(problem: Problem, tiles: Tiles, device: Device) -> int:
+    """kernels/mainloop/forward_simt.cuh: q (unless it is streamed with k), P, row statistics, a ring of chunks.
+
+    The kernel keeps q resident and takes deep chunks when what the plan gives it suffices, so this gives it the largest layout
+    of which `min_blocks` fit an SM.
+    """
+    dim, dim_v = _dims_simt(problem)
+    m, n, sharing = tiles.block_m, tiles.block_n, 32 * tiles.warps // tiles.block_m
+    columns = round_up(dim_v, 32 * sharing)
+
+    def layout(depth: int, resident: bool) -> int:
+        chunk = 4 * (depth + 4) * (n + (0 if resident else m))
+        keys = 32
+        while keys > 4 and (n % keys or n // keys < tiles.stages - 1 or 4 * keys * columns > chunk):
+            keys //= 2
+        ring = tiles.stages * max(chunk, 4 * keys * columns)
+        return (4 * m * (dim + 4) if resident else 0) + 4 * m * n + 4 * sharing * m + ring
+
+    depths = (32, 16) if dim % 32 == 0 and dim // 32 >= tiles.stages - 1 else (16,)
+    layouts = [layout(depth, resident) for resident in (True, False) for depth in depths]
+    budget = min(device.smem_per_block, device.smem_per_sm // tiles.min_blocks - 1024)
+    return next((size for size in layouts if size <= budget), layouts[-1])
 
 
 FORWARD: tuple[KernelSpec, ...] = (
     KernelSpec("forward_sm80", _declines_sm80, _mma_sm80, _dims_sm80, _tiles_sm80, _smem_sm80),
+    KernelSpec("forward_simt", _declines_simt, lambda problem, device: "", _dims_simt, _tiles_simt, _smem_simt),
 )
 
 

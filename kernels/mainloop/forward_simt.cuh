@@ -323,7 +323,7 @@ struct ForwardSimt {
 
     __device__ __forceinline__ float sink_log2(const Work& w) const {
         if constexpr (!Config::kSinks || Config::kSplit) return negative_infinity<float>();
-        return static_cast<const float*>(p.sinks)[w.at.head] * kLog2e;
+        return static_cast<float>(static_cast<const typename Config::Sink*>(p.sinks)[w.at.head]) * kLog2e;
     }
 
     __device__ __forceinline__ void total_sums() {

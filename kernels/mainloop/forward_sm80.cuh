@@ -8,7 +8,6 @@
 // Shared memory   sQ (kBlockM x D) | kStages x { sK (kBlockN x D), sV (kBlockN x Dv) }; O is staged over all of it at the end
 // Pipeline        kStages = 1: V of this tile loads under Q K^T, K of the next under softmax and P V
 //                 kStages = 2: K and V of the next tile load under the whole of this one
-//                 kOverlap (two K, one V): Q K^T of the next tile runs under the softmax of this one
 // Loop            wait K; S = Q K^T; modify, mask; online softmax; wait V; O = O * shrink + P V
 #pragma once
 #include "attention/scores.cuh"
@@ -38,10 +37,8 @@ struct ForwardSm80 {
     using KTile = typename Mma::template KTile<kBlockN, kHeadDim>;
     using VTile = typename Mma::template VTile<kBlockN, kHeadDimV>;
     using OTile = SmemTile<Element, kBlockM, kHeadDimV, 1>;
-    static constexpr bool kOverlap = Config::kOverlap;
-    static constexpr int kStagesV = kOverlap ? 1 : kStages;
-    static_assert(!kOverlap || kStages == 2);
-    static_assert(QTile::kBytes + kStages * KTile::kBytes + kStagesV * VTile::kBytes <= Config::kSmemBytes && OTile::kBytes <= Config::kSmemBytes,
+    static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes;
+    static_assert(QTile::kBytes + kStages * kStageBytes <= Config::kSmemBytes && OTile::kBytes <= Config::kSmemBytes,
                   "the plan's shared memory is too small");
 
     const ForwardParams& p;
@@ -53,10 +50,10 @@ struct ForwardSm80 {
 
     __device__ __forceinline__ QTile sQ() const { return {reinterpret_cast<Element*>(smem)}; }
     __device__ __forceinline__ KTile sK(int stage) const {
-        return {reinterpret_cast<Element*>(smem + QTile::kBytes + stage * KTile::kBytes)};
+        return {reinterpret_cast<Element*>(smem + QTile::kBytes + stage * kStageBytes)};
     }
     __device__ __forceinline__ VTile sV(int stage) const {
-        return {reinterpret_cast<Element*>(smem + QTile::kBytes + kStages * KTile::kBytes + stage * VTile::kBytes)};
+        return {reinterpret_cast<Element*>(smem + QTile::kBytes + stage * kStageBytes + KTile::kBytes)};
     }
     __device__ __forceinline__ static int warp_row() { return static_cast<int>(threadIdx.x / 32) * kWarpRows; }
     // What turns a score into the exponent of 2.
@@ -139,15 +136,6 @@ struct ForwardSm80 {
         if (n >= tiles.blocks.stop) return;
         load_q(w);
         load_k(w, n, 0);
-        if constexpr (kOverlap) {
-            visit_overlapped(w, tiles, n);
-        } else {
-            visit_in_turn(w, tiles, n);
-        }
-        cp_async_wait_group<0>();
-    }
-
-    __device__ __forceinline__ void visit_in_turn(const Work& w, const KeyTiles<Mask, kBlockM, kBlockN>& tiles, int n) {
         if constexpr (kStages == 2) load_v(w, n, 0);
         cp_async_commit_group();
         for (int stage = 0; n < tiles.blocks.stop; stage ^= kStages - 1) {
@@ -173,36 +161,7 @@ struct ForwardSm80 {
             gemm_pv<Mma>(o.data, s.data, sV(stage));
             n = following;
         }
-    }
-
-    // The products of the next tile stand beside the softmax of this one, so that the compiler mixes the two. After the last
-    // tile they are computed once more from whatever lies in shared memory, and dropped.
-    __device__ __forceinline__ void visit_overlapped(const Work& w, const KeyTiles<Mask, kBlockM, kBlockN>& tiles, int n) {
-        cp_async_commit_group();
-        int following = tiles.next(n + 1);
-        if (following < tiles.blocks.stop) load_k(w, following, 1);
-        cp_async_commit_group();
-        cp_async_wait_group<1>();
-        __syncthreads();
-        RegTile<Real, kM, kN> s, ahead;
-        gemm_qk<Mma, kHeadDim>(s.data, sQ(), sK(0), warp_row());
-        for (int stage = 0; n < tiles.blocks.stop; stage ^= 1) {
-            cp_async_wait_group<0>();
-            __syncthreads();  // the next K is there; nobody reads V or this tile's K
-            load_v(w, n, 0);
-            cp_async_commit_group();
-            const int second = tiles.next(following + 1);
-            if (second < tiles.blocks.stop) load_k(w, second, stage);
-            cp_async_commit_group();
-            gemm_qk<Mma, kHeadDim>(ahead.data, sQ(), sK(stage ^ 1), warp_row());
-            score_and_softmax(s, w, tiles, n);
-            cp_async_wait_group<1>();
-            __syncthreads();  // V is there
-            gemm_pv<Mma>(o.data, s.data, sV(0));
-            s = ahead;
-            n = following;
-            following = second;
-        }
+        cp_async_wait_group<0>();
     }
 
     __device__ __forceinline__ Real sink_log2(const Work& w) const {
