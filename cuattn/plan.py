@@ -10,6 +10,10 @@ from cuattn.registry import FORWARD, Device, KernelSpec, Tiles
 MIN_BLOCKS_PER_SPLIT = 4
 """Key tiles that a split must have to be worth a CTA."""
 MAX_SPLITS = 128
+KEYS_PER_SUM = 32768
+"""Keys that one float32 sum of products takes before its rounding shows (a sum of many small terms is a random walk)."""
+MAX_ACCURATE_SPLITS = 4
+"""Bounds the workspace that this accuracy costs."""
 WARPS_PER_COMBINE = 4
 WARPS_PER_TILE_MAP = 4
 
@@ -115,7 +119,10 @@ def _plan(problem: Problem, device: Device, spec: KernelSpec, tiles: Tiles) -> P
         head_dim_v=head_dim_v,
         dv_chunks=dv_chunks,
         m_blocks=m_blocks,
-        num_splits=_num_splits(ctas, _visited(problem, tiles), resident * device.num_sms),
+        num_splits=max(
+            _num_splits(ctas, _visited(problem, tiles), resident * device.num_sms),
+            _accurate_splits(problem),
+        ),
         map_words=-(-n_blocks // 32) if problem.mask.tiled else 0,
         map_batches=problem.batch if own_lengths or any(op.broadcast_strides(4)[0] for op in arrays if len(op.shape) <= 4) else 1,
         map_heads=problem.num_heads if any(op.broadcast_strides(4)[1] for op in arrays if len(op.shape) <= 4) else 1,
@@ -128,6 +135,13 @@ def _visited(problem: Problem, tiles: Tiles) -> int:
     seqlen_q, seqlen_k = min(problem.seqlen_q, problem.total_q), min(problem.seqlen_k, problem.total_k)
     rows = range(max(0, seqlen_q - tiles.block_m), seqlen_q)
     return -(-len(problem.mask.kv_range(rows, seqlen_q, seqlen_k)) // tiles.block_n) if len(rows) else 0
+
+
+def _accurate_splits(problem: Problem) -> int:
+    """Parts that keep the rounding of float32 sums near 1e-5: it grows as the square root of the keys that one sum takes."""
+    if problem.dtype != "float32" or problem.precision == "tf32":
+        return 1
+    return min(-(-min(problem.seqlen_k, problem.total_k) // KEYS_PER_SUM), MAX_ACCURATE_SPLITS)
 
 
 def _num_splits(ctas: int, n_blocks: int, slots: int) -> int:

@@ -172,7 +172,7 @@ class UserMod(ScoreMod):
                 if len(value.shape) > 1:
                     raise ValueError(f"score_mod: parameter {name} has shape {value.shape}, expected a number or a vector")
             elif not isinstance(value, (int, float)):
-                raise TypeError(f"score_mod: parameter {name} is {value!r}, expected a number or a vector")
+                raise TypeError(f"score_mod: got parameter {name} = {value!r}, expected a number or a vector")
 
     @property
     def _array_names(self) -> tuple[str, ...]:
