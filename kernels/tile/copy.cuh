@@ -6,44 +6,53 @@
 
 namespace cuattn {
 
+// Lanes side by side that copy one row's neighbouring vectors: 128 bytes where the row allows.
+constexpr int copy_lanes(int vecs_per_row) { return vecs_per_row % 8 == 0 ? 8 : vecs_per_row % 4 == 0 ? 4 : vecs_per_row % 2 == 0 ? 2 : 1; }
+
 // Loads rows [0, rows) x columns [0, cols) of a row-major array into a tile and writes zero everywhere else in it.
 // kVecBytes is what the array's alignment allows: 16, 8 or 4 (cp.async), or 2 (plain loads). The caller commits and waits.
 template <int kThreads, int kVecBytes, class Tile>
 __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile::Element* source, long long pitch, int rows,
                                           int cols) {
     using Element = typename Tile::Element;
-    constexpr int kVec = kVecBytes / static_cast<int>(sizeof(Element)) > 0 ? kVecBytes / static_cast<int>(sizeof(Element)) : 1;
-    constexpr int kVecsPerRow = Tile::kCols / kVec, kVecs = Tile::kRows * kVecsPerRow;
-    constexpr bool kEven = kThreads % kVecsPerRow == 0;  // a thread then stays in its column
+    constexpr int kSize = static_cast<int>(sizeof(Element));
+    constexpr int kVec = kVecBytes > kSize ? kVecBytes / kSize : 1;
+    constexpr int kLanes = copy_lanes(Tile::kCols / kVec), kPanels = Tile::kCols / kVec / kLanes;
+    constexpr int kRowStep = kThreads / kLanes, kSteps = (Tile::kRows + kRowStep - 1) / kRowStep;
+    static_assert(kThreads % kLanes == 0);
     // NOTE: opaque, or the steps' addresses are hoisted out of the main loop into registers that it needs.
     const int thread = opaque(static_cast<int>(threadIdx.x));
     pitch = opaque(pitch);
-    constexpr bool kWhole = kEven && kVecs % kThreads == 0 && kVecBytes >= 4;
-    const int row0 = thread / kVecsPerRow, col0 = thread % kVecsPerRow * kVec;
+    const int row0 = thread / kLanes, col0 = thread % kLanes * kVec;
     const unsigned smem0 = smem_address(tile.at(row0, col0));
     const Element* source0 = source + row0 * pitch + col0;
-    if (kWhole && rows >= Tile::kRows && cols >= Tile::kCols) {  // most tiles: nothing to check
+    if (kVecBytes >= 4 && Tile::kRows % kRowStep == 0 && rows >= Tile::kRows && cols >= Tile::kCols) {
 #pragma unroll
-        for (int start = 0; start < kVecs; start += kThreads) {
-            const int row = start / kVecsPerRow;
-            cp_async<kVecBytes>(smem0 + row * Tile::kPitch * static_cast<int>(sizeof(Element)), source0 + row * pitch);
+        for (int step = 0; step < kSteps; step++) {  // most tiles: nothing to check
+            const Element* from = source0 + step * kRowStep * pitch;
+#pragma unroll
+            for (int panel = 0; panel < kPanels; panel++) {
+                const int col = panel * kLanes * kVec;
+                cp_async<kVecBytes < 4 ? 4 : kVecBytes>(smem0 + (step * kRowStep * Tile::kPitch + col) * kSize, from + col);
+            }
         }
         return;
     }
-#pragma unroll(kEven && kVecBytes >= 4 ? kVecs / kThreads + 1 : 4)
-    for (int start = 0; start < kVecs; start += kThreads) {
-        const int index = start + thread;
-        const int row = kEven ? row0 + start / kVecsPerRow : index / kVecsPerRow;
-        const int col = kEven ? col0 : index % kVecsPerRow * kVec;
-        if (kVecs % kThreads != 0 && index >= kVecs) break;
-        const Element* from = kEven ? source0 + (start / kVecsPerRow) * pitch : source + row * pitch + col;
-        if constexpr (kVecBytes >= 4) {
-            const unsigned to = kEven ? smem0 + (start / kVecsPerRow) * Tile::kPitch * static_cast<int>(sizeof(Element))
-                                      : smem_address(tile.at(row, col));
-            const int valid = row < rows ? max(0, min(kVecBytes, (cols - col) * static_cast<int>(sizeof(Element)))) : 0;
-            cp_async<kVecBytes>(to, valid > 0 ? from : source, valid);
-        } else {
-            *tile.at(row, col) = row < rows && col < cols ? *from : Element(0.0f);
+#pragma unroll(kVecBytes >= 4 && kSteps <= 8 ? kSteps : 1)
+    for (int step = 0; step < kSteps; step++) {
+        const int row = row0 + step * kRowStep;
+        if (Tile::kRows % kRowStep != 0 && row >= Tile::kRows) break;
+        const Element* from = source0 + step * kRowStep * pitch;
+#pragma unroll(kPanels <= 4 ? kPanels : 4)
+        for (int panel = 0; panel < kPanels; panel++) {
+            const int col = col0 + panel * kLanes * kVec;
+            if constexpr (kVecBytes >= 4) {
+                const int valid = row < rows ? max(0, min(kVecBytes, (cols - col) * kSize)) : 0;
+                const unsigned to = smem0 + (step * kRowStep * Tile::kPitch + panel * kLanes * kVec) * kSize;
+                cp_async<kVecBytes>(to, valid > 0 ? from + panel * kLanes * kVec : source, valid);
+            } else {
+                *tile.at(row, col) = row < rows && col < cols ? from[panel * kLanes * kVec] : Element(0.0f);
+            }
         }
     }
 }
