@@ -383,7 +383,7 @@ class _Prepared:
     steps: tuple[_Step, ...]
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
-    workspace: tuple[int, int, int]
+    workspace: tuple[int, ...]
 
 
 _prepared: dict[Any, _Prepared] = {}
@@ -494,6 +494,8 @@ def _step(role: str, unit: Unit, plan: Plan) -> _Step:
     grid = plan.grid
     if role == "tile_map":
         grid = -(-plan.map_batches * plan.map_heads * plan.m_blocks * plan.map_words // WARPS_PER_TILE_MAP)
+    elif role in ("magnitude", "split"):
+        grid = plan.split_grid
     elif role == "combine":
         grid = -(-plan.partial_rows // WARPS_PER_COMBINE)
     with_mods = role == "forward"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from cuattn.fields import CTYPES
 from cuattn.launch import parameter_words
-from cuattn.plan import WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan
+from cuattn.plan import SPLIT_THREADS, WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan
 
 
 class Unit(NamedTuple):
@@ -23,8 +23,13 @@ class Unit(NamedTuple):
 
 
 def units(plan: Plan) -> dict[str, Unit]:
-    """By role, in launch order: tile_map (if the mask needs one), forward, combine (if keys are split)."""
+    """By role, in launch order: magnitude and split (if inputs become pairs of fp16 numbers), tile_map (if the mask needs one),
+    forward, combine (if keys are split).
+    """
     result = {}
+    if plan.split_inputs:
+        result["magnitude"] = _unit(plan, "magnitude", SPLIT_THREADS, 0)
+        result["split"] = _unit(plan, "split", SPLIT_THREADS, 0)
     if plan.map_words:
         result["tile_map"] = _unit(plan, "tile_map", 32 * WARPS_PER_TILE_MAP, 0)
     result["forward"] = _unit(plan, plan.kernel, plan.threads, plan.smem_bytes)
@@ -51,6 +56,7 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
     sinks = p.operand("sinks")
     definitions = [m.cuda_source([op.dtype for op in ops]) for m, ops in zip(p.mods, p.mod_operands, strict=True)]
     lens = p.operand("q_lens") is not None or p.operand("kv_lens") is not None
+    vectors = (16, 16, 16, p.vectors[3]) if attends and plan.split_inputs else p.vectors  # the workspace is aligned
     constants = {
         "kHeadDim": plan.head_dim,
         "kHeadDimV": plan.head_dim_v,
@@ -60,11 +66,12 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
         "kThreads": threads,
         "kMinBlocks": t.min_blocks if attends else 1,
         "kSmemBytes": smem_bytes,
-        **{f"kVec{name}": n for name, n in zip(("Q", "K", "V", "Out"), p.vectors, strict=True)},
+        **{f"kVec{name}": n for name, n in zip(("Q", "K", "V", "Out"), vectors, strict=True)},
     }
     flags = {
         "kPacked": p.packed,
         "kLens": lens,
+        "kOneChunk": plan.dv_chunks == 1,
         "kSplit": plan.num_splits > 1,
         "kFoldScale": not p.mods and p.scale > 0,
         "kDropout": p.dropout > 0,

@@ -6,17 +6,20 @@ import struct
 from typing import TYPE_CHECKING
 
 from cuattn.fields import Field
-from cuattn.problem import POINTERS
+from cuattn.problem import POINTERS, SLOT
 
 if TYPE_CHECKING:
     from cuattn.plan import Plan
 
 HEAD = struct.Struct(f"<{len(POINTERS)}Q")
 """The words that every call rewrites."""
+_Q, _SPLIT_Q = SLOT["q"], SLOT["split_q"]
 
 
-def fixed_fields(plan: Plan) -> list[tuple[str, int | float]]:
-    """Members of ForwardParams after its pointers, in order, as (struct code, value); each takes 8 bytes."""
+def _strides(plan: Plan, of_pairs: bool) -> list[int]:
+    """Batch, row and head strides of q, k, v and out. `of_pairs`: q, k and v are the fp16 pairs that split.cu wrote,
+    and their strides count rows.
+    """
     p = plan.problem
     strides: list[int] = []
     for name in ("q", "k", "v", "out"):
@@ -24,9 +27,18 @@ def fixed_fields(plan: Plan) -> list[tuple[str, int | float]]:
         assert operand is not None
         # A packed array has no batch axis of its own: its sequences lie one after the other.
         strides += [0 if p.packed else operand.strides[0], operand.strides[1], operand.strides[2]]
+    if of_pairs:
+        kinds = ((p.num_heads, p.total_q), (p.num_heads_kv, p.total_k), (p.num_heads_kv, p.total_k))
+        strides[:9] = [n for heads, rows in kinds for n in (0 if p.packed else heads * rows, 1, rows)]
+    return strides
+
+
+def fixed_fields(plan: Plan, of_pairs: bool = False) -> list[tuple[str, int | float]]:
+    """Members of ForwardParams after its pointers, in order, as (struct code, value); each takes 8 bytes."""
+    p = plan.problem
     rows = p.total_q if p.packed else p.seqlen_q
     longs = [
-        *strides,
+        *_strides(plan, of_pairs),
         0 if p.packed else p.num_heads * rows,
         rows,
         plan.partial_rows,
@@ -42,6 +54,7 @@ def fixed_fields(plan: Plan) -> list[tuple[str, int | float]]:
         p.head_dim,
         p.head_dim_v,
         p.total_q,
+        p.total_k,
         plan.m_blocks,
         plan.num_splits,
         plan.dv_chunks,
@@ -72,7 +85,9 @@ class Parameters:
 
     def __init__(self, plan: Plan, with_mods: bool) -> None:
         real = "d" if plan.problem.real == "float64" else "f4x"
-        fixed = fixed_fields(plan)
+        # Where inputs are split first, attention reads the pairs in the place of q, k and v.
+        self.of_pairs = with_mods and plan.split_inputs
+        fixed = fixed_fields(plan, self.of_pairs)
         variant = _variant_fields(plan, with_mods)
         codes = {"ptr": "Q", "int": "q", "real": real}
         layout = "<" + "".join(code for code, _ in fixed) + "".join(codes[f.kind] for f in variant)
@@ -84,7 +99,10 @@ class Parameters:
 
     def pack(self, pointers: list[int]) -> bytes:
         """`pointers` by slot; the first are those of `POINTERS`, seed included."""
-        head = HEAD.pack(*pointers[: len(POINTERS)])
+        own = pointers[: len(POINTERS)]
+        if self.of_pairs:
+            own[_Q : _Q + 3] = own[_SPLIT_Q : _SPLIT_Q + 3]
+        head = HEAD.pack(*own)
         if not self.patches:
             return head + self.tail
         tail = bytearray(self.tail)

@@ -16,6 +16,10 @@ MAX_ACCURATE_SPLITS = 4
 """Bounds the workspace that this accuracy costs."""
 WARPS_PER_COMBINE = 4
 WARPS_PER_TILE_MAP = 4
+SPLIT_THREADS = 256
+"""of a CTA of magnitude.cu and split.cu"""
+SPLIT_PARTS = 32
+"""kMagnitudes of kernels/mainloop/split_input.cuh"""
 
 
 @dataclass(frozen=True)
@@ -60,18 +64,38 @@ class Plan:
         return p.num_heads * (p.total_q if p.packed else p.batch * p.seqlen_q)
 
     @property
-    def workspace(self) -> tuple[int, int, int]:
-        """Bytes of partial_out, partial_lse and tile_map, each rounded up to 256."""
+    def split_inputs(self) -> bool:
+        """Whether q, k and v are first written as pairs of fp16 numbers (kernels/mainloop/split_input.cuh)."""
+        return self.mma == "MmaSplit"
+
+    @property
+    def split_grid(self) -> int:
+        """CTAs of magnitude.cu and split.cu, and words of magnitudes."""
+        p = self.problem
+        return SPLIT_PARTS * (1 if p.packed else p.batch) * (p.num_heads + 2 * p.num_heads_kv)
+
+    def _split_workspace(self) -> tuple[int, int, int, int]:
+        p = self.problem
+        if not self.split_inputs:
+            return 0, 0, 0, 0
+        rows_kv = p.num_heads_kv * (p.total_k if p.packed else p.batch * p.seqlen_k)
+        size, size_v = 4 * self.head_dim, 4 * self.head_dim_v * self.dv_chunks
+        return self.partial_rows * size, rows_kv * size, rows_kv * size_v, 4 * self.split_grid
+
+    @property
+    def workspace(self) -> tuple[int, ...]:
+        """Bytes of partial_out, partial_lse, tile_map, split_q, split_k, split_v, magnitudes, each rounded up to 256."""
         size = ITEMSIZE[self.problem.real]
         rows = self.num_splits * self.partial_rows if self.num_splits > 1 else 0
         maps = self.map_batches * self.map_heads * self.m_blocks * 2 * self.map_words
-        sizes = (rows * self.problem.head_dim_v * size, rows * size, 4 * maps)
-        return tuple(-(-n // 256) * 256 for n in sizes)  # type: ignore[return-value]
+        sizes = (rows * self.problem.head_dim_v * size, rows * size, 4 * maps, *self._split_workspace())
+        return tuple(-(-n // 256) * 256 for n in sizes)
 
     def __str__(self) -> str:
         t = self.tiles
         splits = f", {self.num_splits} splits" if self.num_splits > 1 else ""
         tile_map = ", tile map" if self.map_words else ""
+        splits += ", inputs as fp16 pairs" if self.split_inputs else ""
         return (
             f"Plan({self.kernel} for {self.device.arch}: {t.block_m}x{t.block_n} x{t.stages}, d{self.head_dim}/{self.head_dim_v}, "
             f"{self.threads} threads, {self.smem_bytes} B shared, grid {self.grid}{splits}{tile_map}, "
@@ -121,7 +145,7 @@ def _plan(problem: Problem, device: Device, spec: KernelSpec, tiles: Tiles) -> P
         m_blocks=m_blocks,
         num_splits=max(
             _num_splits(ctas, _visited(problem, tiles), resident * device.num_sms),
-            _accurate_splits(problem),
+            1 if spec.mma(problem, device) == "MmaSplit" else _accurate_splits(problem),
         ),
         map_words=-(-n_blocks // 32) if problem.mask.tiled else 0,
         map_batches=problem.batch if own_lengths or any(op.broadcast_strides(4)[0] for op in arrays if len(op.shape) <= 4) else 1,

@@ -33,6 +33,10 @@ POINTERS = (
     "partial_out",
     "partial_lse",
     "tile_map",
+    "split_q",
+    "split_k",
+    "split_v",
+    "magnitudes",
     "seed",
 )
 """The first words of ForwardParams, rewritten on every call; arrays of masks and score modifications take the slots after."""

@@ -259,7 +259,69 @@ def _smem_simt(problem: Problem, tiles: Tiles, device: Device) -> int:
     return next((size for size in layouts if size <= budget), layouts[-1])
 
 
+# float32 through pairs of fp16 numbers ----------------------------------------------------------------------------------
+
+SPLIT_LEAST = 512
+"""Queries per key and value, and keys per query, from which splitting the inputs once costs less than splitting fragments."""
+
+
+def _declines_split(problem: Problem, device: Device) -> list[str]:
+    reasons = []
+    if device.number < 80:
+        reasons.append(f"needs sm_80 or newer, got {device.arch}")
+    if max(problem.head_dim, problem.head_dim_v) > 512:
+        reasons.append(f"serves head dimensions to 512, got {problem.head_dim} and {problem.head_dim_v}")
+    if problem.precision != "tf32x3":
+        reasons.append("serves float32 at precision tf32x3 only")
+    rows = max(problem.num_heads * problem.total_q, 2 * problem.num_heads_kv * problem.total_k)
+    if rows * (1 if problem.packed else problem.batch) >= 2**31:
+        reasons.append("counts the rows of all heads in 32 bits")
+    queries, keys = min(problem.seqlen_q, problem.total_q), min(problem.seqlen_k, problem.total_k)
+    if queries * problem.group < SPLIT_LEAST or keys < SPLIT_LEAST:
+        reasons.append(f"splitting the inputs pays from {SPLIT_LEAST} keys and queries per key, got {keys} and {queries}")
+    return reasons
+
+
+def _dims_split(problem: Problem) -> tuple[int, int]:
+    """128 columns of out a CTA: with more, the sums of a tile beside the output spill."""
+    dim_v = round_up(problem.head_dim_v, 16)
+    return round_up(problem.head_dim, 16), round_up(-(-dim_v // -(-dim_v // 128)), 16)
+
+
+def _smem_split(problem: Problem, tiles: Tiles, device: Device) -> int:
+    """As `_smem_sm80`, with rows of twice head_dim fp16 numbers; out is staged as float32."""
+    dim, dim_v = _dims_split(problem)
+    pitch_qk, pitch_v = 4 * dim + 16, 4 * dim_v + 16
+    return max(tiles.block_m * pitch_qk + tiles.stages * tiles.block_n * (pitch_qk + pitch_v), tiles.block_m * pitch_v)
+
+
+def _tiles_split(problem: Problem, device: Device) -> Sequence[Tiles]:
+    dim, dim_v = _dims_split(problem)
+    weight = _weight(problem) + 2 * (dim % 64 > 0 or dim_v % 64 > 0 or dim_v > dim)  # loops the compiler allots worse
+    fitting = next(tiles for limit, tiles in _TILES_SPLIT.items() if max(dim, dim_v) <= limit)
+    # First those of which an SM holds as many CTAs as they are made for.
+    able = _allowed(fitting, weight, device)
+    return sorted(able, key=lambda t: t.min_blocks * (_smem_split(problem, t, device) + 1024) > device.smem_per_sm)
+
+
+_TILES_SPLIT = {  # by the wider of head_dim and columns of out
+    64: (
+        Tiles(128, 32, 2, 4, 2, 10, "32 rows a warp read each fragment of K and V for two sets of three products"),
+        Tiles(128, 32, 1, 4, 2, 10),
+        Tiles(64, 32, 1, 4, 2),
+    ),
+    128: (
+        Tiles(128, 32, 1, 4, 2, 1, "fits twice into 227 KB", archs=(90, 100)),
+        Tiles(64, 32, 1, 4, 2, reason="fits twice into 163 KB"),
+        Tiles(128, 32, 1, 8, 1, reason="99 KB hold one CTA"),
+        Tiles(64, 32, 1, 4, 1),
+    ),
+    256: (Tiles(128, 32, 1, 8, 1), Tiles(64, 32, 1, 4, 1), Tiles(64, 16, 1, 4, 1)),
+    512: (Tiles(64, 32, 1, 4, 1), Tiles(32, 32, 1, 2, 1), Tiles(16, 16, 1, 1, 1)),
+}
+
 FORWARD: tuple[KernelSpec, ...] = (
+    KernelSpec("forward_split", _declines_split, lambda problem, device: "MmaSplit", _dims_split, _tiles_split, _smem_split),
     KernelSpec("forward_sm80", _declines_sm80, _mma_sm80, _dims_sm80, _tiles_sm80, _smem_sm80),
     KernelSpec("forward_simt", _declines_simt, lambda problem, device: "", _dims_simt, _tiles_simt, _smem_simt),
 )

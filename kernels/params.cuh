@@ -19,6 +19,10 @@ struct ForwardParams {
     void* partial_out;         // (splits, B, H, Sq, Dv) in the dtype of the scores; packed: (splits, 1, H, Tq, Dv)
     void* partial_lse;         // (splits, B, H, Sq), logarithm to base 2; packed: (splits, 1, H, Tq)
     const unsigned* tile_map;  // see attention/tile_map.cuh; null without a mask that needs one
+    void* split_q;             // q, k, v as pairs of fp16 numbers, see mainloop/split_input.cuh; null without
+    void* split_k;
+    void* split_v;
+    unsigned* magnitudes;      // of what is split
     unsigned long long seed;   // of the dropout
     // Fixed by the plan.
     long long q_batch, q_row, q_head;
@@ -36,6 +40,7 @@ struct ForwardParams {
     alignas(8) int head_dim;
     alignas(8) int head_dim_v;
     alignas(8) int total_q;             // packed: rows of q
+    alignas(8) int total_k;             // packed: rows of k and v
     alignas(8) int m_blocks;            // query tiles of the longest sequence
     alignas(8) int num_splits;          // parts into which the keys are divided
     alignas(8) int dv_chunks;           // column chunks of out, one CTA each

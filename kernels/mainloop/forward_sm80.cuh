@@ -13,6 +13,7 @@
 #include "attention/scores.cuh"
 #include "attention/softmax.cuh"
 #include "mainloop/epilogue.cuh"
+#include "mainloop/split_input.cuh"
 #include "mainloop/work.cuh"
 #include "tile/copy.cuh"
 #include "tile/gemm.cuh"
@@ -22,8 +23,9 @@ namespace cuattn {
 
 template <class Config>
 struct ForwardSm80 {
-    using Element = typename Config::Element;
     using Mma = typename Config::Mma;
+    using Element = typename Mma::Element;    // of what is multiplied
+    using Output = typename Config::Element;  // of out: float where inputs are pairs of __half
     using Real = typename Mma::Accum;
     using Mask = typename Config::Mask;
     using ScoreMod = typename Config::ScoreMod;
@@ -36,7 +38,8 @@ struct ForwardSm80 {
     using QTile = typename Mma::template QTile<kBlockM, kHeadDim>;
     using KTile = typename Mma::template KTile<kBlockN, kHeadDim>;
     using VTile = typename Mma::template VTile<kBlockN, kHeadDimV>;
-    using OTile = SmemTile<Element, kBlockM, kHeadDimV, 1>;
+    using OTile = SmemTile<Output, kBlockM, kHeadDimV, 1>;
+    static constexpr bool kSplitInput = Mma::kParts > 1;  // see mainloop/split_input.cuh
     static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes;
     static_assert(QTile::kBytes + kStages * kStageBytes <= Config::kSmemBytes && OTile::kBytes <= Config::kSmemBytes,
                   "the plan's shared memory is too small");
@@ -47,6 +50,7 @@ struct ForwardSm80 {
     char* smem;
     RegTile<Real, kM, kNv> o;
     RowState<Real> rows[kM][2];
+    Real split_scale;  // kSplitInput: of the scores, with the exponents of q and k (and log2(e) where the scale is folded)
 
     __device__ __forceinline__ QTile sQ() const { return {reinterpret_cast<Element*>(smem)}; }
     __device__ __forceinline__ KTile sK(int stage) const {
@@ -58,24 +62,55 @@ struct ForwardSm80 {
     __device__ __forceinline__ static int warp_row() { return static_cast<int>(threadIdx.x / 32) * kWarpRows; }
     // What turns a score into the exponent of 2.
     __device__ __forceinline__ Real factor() const {
+        if constexpr (kSplitInput && Config::kFoldScale) return split_scale;
         return Config::kFoldScale ? static_cast<Real>(p.scale * 1.4426950408889634) : static_cast<Real>(1.4426950408889634);
+    }
+    // What turns a product of q and k into a score, where that is not left to factor().
+    __device__ __forceinline__ Real scale() const {
+        if constexpr (kSplitInput) return split_scale;
+        return static_cast<Real>(p.scale);
+    }
+    __device__ __forceinline__ void set_split_scale(const Work& w) {
+        const auto slots = SplitSlots<Config>::of(p);
+        const double exponents = static_cast<double>(power_of_two(split_exponent(p, slots.q(w.at.batch, w.at.head)))) *
+                                 power_of_two(split_exponent(p, slots.k(w.at.batch, w.head_kv)));
+        const float x = static_cast<float>(p.scale * (Config::kFoldScale ? 1.4426950408889634 : 1.0) * exponents);
+        // A folded scale of 0 would turn the first maximum, -inf, into NaN; an infinite one scores of 0.
+        split_scale = fminf(fmaxf(x, Config::kFoldScale ? 1.17549435e-38f : -3.40282347e38f), 3.40282347e38f);
     }
     __device__ __forceinline__ int cols_v(const Work& w) const { return min(kHeadDimV, p.head_dim_v - w.dv_start); }
     __device__ __forceinline__ Work work() const { return Work::of<Config>(p); }
 
+    // Where inputs are pairs, strides count rows (32 bits hold them) and a row has a length that is known here.
+    static constexpr int kPitch = kSplitInput ? QTile::kCols : 0, kPitchV = kSplitInput ? VTile::kCols : 0;
+    __device__ __forceinline__ int pair_row(const Work& w) const { return static_cast<int>(w.seq.k + w.head_kv * p.k_head); }
+
     __device__ __forceinline__ void load_q(const Work& w) const {
         const int start = w.m_block * kBlockM;
-        const Element* q = static_cast<const Element*>(p.q) + w.seq.q + w.at.head * p.q_head + start * p.q_row;
-        load_tile<kThreads, Config::kVecQ>(sQ(), q, p.q_row, w.at.seqlen_q - start, p.head_dim);
+        const long long offset = w.seq.q + w.at.head * p.q_head + start * p.q_row;
+        const Element* q = static_cast<const Element*>(p.q) + offset * (kSplitInput ? kPitch : 1);
+        load_tile<kThreads, Config::kVecQ, kPitch>(sQ(), q, p.q_row, w.at.seqlen_q - start, kSplitInput ? kPitch : p.head_dim);
     }
     __device__ __forceinline__ void load_k(const Work& w, int n, int stage) const {
-        const Element* k = static_cast<const Element*>(p.k) + w.seq.k + w.head_kv * p.k_head + n * kBlockN * p.k_row;
-        load_tile<kThreads, Config::kVecK>(sK(stage), k, p.k_row, w.at.seqlen_k - n * kBlockN, p.head_dim);
+        const Element* k = static_cast<const Element*>(p.k);
+        if constexpr (kSplitInput) {
+            k += static_cast<long long>(pair_row(w) + n * kBlockN) * kPitch;
+        } else {
+            k += w.seq.k + w.head_kv * p.k_head + n * kBlockN * p.k_row;
+        }
+        const int cols = kSplitInput ? kPitch : p.head_dim;
+        load_tile<kThreads, Config::kVecK, kPitch>(sK(stage), k, p.k_row, w.at.seqlen_k - n * kBlockN, cols);
     }
     __device__ __forceinline__ void load_v(const Work& w, int n, int stage) const {
-        const Element* v =
-            static_cast<const Element*>(p.v) + w.seq.v + w.head_kv * p.v_head + n * kBlockN * p.v_row + w.dv_start;
-        load_tile<kThreads, Config::kVecV>(sV(stage), v, p.v_row, w.at.seqlen_k - n * kBlockN, cols_v(w));
+        const Element* v = static_cast<const Element*>(p.v);
+        if constexpr (kSplitInput) {
+            const int chunk = Config::kOneChunk ? 0 : w.dv_start / kHeadDimV * static_cast<int>(pair_rows_kv<Config>(p));
+            v += static_cast<long long>(chunk + pair_row(w) + n * kBlockN) * kPitchV;
+        } else {
+            v += w.seq.v + w.head_kv * p.v_head + n * kBlockN * p.v_row + w.dv_start;
+        }
+        const int cols = kSplitInput ? kPitchV : cols_v(w);
+        load_tile<kThreads, Config::kVecV, kPitchV>(sV(stage), v, p.v_row, w.at.seqlen_k - n * kBlockN, cols);
     }
 
     // Scores to probabilities in place; rescales what has been accumulated when a maximum of the warp grew enough to matter.
@@ -101,7 +136,7 @@ struct ForwardSm80 {
 #pragma unroll
         for (int x = 0; x < 2 * kM; x++) {
             const int m = x / 2, half = x % 2;
-            const Real offset = rows[m][half].offset(f);
+            const Real offset = rows[m][half].offset(f) - static_cast<Real>(Mma::kProbabilityExponent);
             Real sum = 0;
 #pragma unroll
             for (int u = 0; u < kN; u++) {
@@ -118,11 +153,10 @@ struct ForwardSm80 {
     __device__ __forceinline__ void score_and_softmax(RegTile<Real, kM, kN>& s, const Work& w,
                                                       const KeyTiles<Mask, kBlockM, kBlockN>& tiles, int n) {
         const int row0 = w.m_block * kBlockM + warp_row(), col0 = n * kBlockN;
-        const Real scale = static_cast<Real>(p.scale);
         if (tiles.full(mask, w.at, n)) {
-            modify_scores<Config::kFoldScale, false>(s, w.at, row0, col0, scale, mask, score_mod);
+            modify_scores<Config::kFoldScale, false>(s, w.at, row0, col0, scale(), mask, score_mod);
         } else {
-            modify_scores<Config::kFoldScale, true>(s, w.at, row0, col0, scale, mask, score_mod);
+            modify_scores<Config::kFoldScale, true>(s, w.at, row0, col0, scale(), mask, score_mod);
         }
         softmax(s);
         if constexpr (Config::kDropout) drop_probabilities(s, w.at, row0, col0, p.seed, p.dropout_threshold);
@@ -171,6 +205,10 @@ struct ForwardSm80 {
 
     __device__ __forceinline__ void finish(const Work& w) {
         const int row0 = w.m_block * kBlockM + warp_row(), lane = threadIdx.x % 32;
+        Real unit_v = 1;
+        if constexpr (kSplitInput) {
+            unit_v = power_of_two(split_exponent(p, SplitSlots<Config>::of(p).v(w.at.batch, w.head_kv)));
+        }
 #pragma unroll
         for (int m = 0; m < kM; m++) {
 #pragma unroll
@@ -178,11 +216,15 @@ struct ForwardSm80 {
                 RowState<Real>& row = rows[m][half];
                 row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 1);
                 row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 2);
-                const Real top = row.max == negative_infinity<Real>() ? row.max : row.max * factor();
+                const Real top = row.max == negative_infinity<Real>() ? row.max : row.max * factor() - static_cast<Real>(Mma::kProbabilityExponent);
                 const RowResult<Real> result = finish_row(top, row.sum, sink_log2(w));
                 const Real scale = Config::kDropout ? result.factor * static_cast<Real>(p.dropout_scale) : result.factor;
 #pragma unroll
-                for (int u = 0; u < kNv; u++) o.data[m][u][2 * half] *= scale, o.data[m][u][2 * half + 1] *= scale;
+                for (int e = 0; e < 2 * kNv; e++) {
+                    Real& x = o.data[m][e / 2][2 * half + e % 2];
+                    x *= scale;
+                    if constexpr (kSplitInput) x *= unit_v;  // not by the product of both, which may be subnormal
+                }
                 const int i = row0 + 16 * m + 8 * half + lane / 4;
                 if (lane % 4 == 0 && i < w.at.seqlen_q) {
                     if constexpr (!Config::kSplit) {
@@ -207,19 +249,20 @@ struct ForwardSm80 {
     }
 
     __device__ __forceinline__ void store_out(const Work& w) {
-        const OTile sO{reinterpret_cast<Element*>(smem)};
+        const OTile sO{reinterpret_cast<Output*>(smem)};
         __syncthreads();  // nobody reads K or V
 #pragma unroll
         for (int x = 0; x < o.kSize; x++) {
-            *sO.at(warp_row() + o.row(x), Mma::column(x / 4 % kNv, x % 2)) = static_cast<Element>(o[x]);
+            *sO.at(warp_row() + o.row(x), Mma::column(x / 4 % kNv, x % 2)) = static_cast<Output>(o[x]);
         }
         __syncthreads();
         const int start = w.m_block * kBlockM;
-        Element* out = static_cast<Element*>(p.out) + w.seq.out + w.at.head * p.out_head + start * p.out_row + w.dv_start;
+        Output* out = static_cast<Output*>(p.out) + w.seq.out + w.at.head * p.out_head + start * p.out_row + w.dv_start;
         store_tile<kThreads, Config::kVecOut>(sO, out, p.out_row, w.at.seqlen_q - start, cols_v(w));
     }
 
     __device__ __forceinline__ void run() {
+        if constexpr (kSplitInput) set_split_scale(work());
         visit_keys(work());
         const Work w = work();
         if (w.m_block * kBlockM < w.at.seqlen_q) {
@@ -230,7 +273,7 @@ struct ForwardSm80 {
                 store_out(w);
             }
         }
-        if constexpr (!Config::kSplit) store_padding<Element, Real, kBlockM, kThreads>(p, w, cols_v(w));
+        if constexpr (!Config::kSplit) store_padding<Output, Real, kBlockM, kThreads>(p, w, cols_v(w));
     }
 };
 

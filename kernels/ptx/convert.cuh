@@ -21,6 +21,14 @@ __device__ __forceinline__ unsigned pack_pair<__nv_bfloat16>(float low, float hi
     return r;
 }
 
+// And back.
+template <class Element>
+__device__ __forceinline__ float2 unpack_pair(unsigned pair);
+template <>
+__device__ __forceinline__ float2 unpack_pair<__half>(unsigned pair) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
 // tf32 keeps the upper 19 bits of a float and the tensor core drops the others. Rounding first takes four instructions
 // (cvt.rna.tf32). One multiplication centres the error instead: 1 + 2^-11.53 adds the half unit in the last place that
 // truncation takes on average (0.35 to 0.69 of a unit, so what tf32 holds exactly stays so), and keeps infinities and NaN.

@@ -5,6 +5,8 @@
 //   S = Q K^T   load_q: 16 rows x kGroupK of q;  load_k: kTilesK * 8 keys x kGroupK;  multiply_qk
 //   O = P V     to_p: accumulated probabilities of kDepth keys as an operand;  load_v: kDepth keys x kTilesV * 8 columns;
 //               multiply_pv;  column: which column of O element e of accumulator tile u is, in this lane
+// kProducts instructions make one product, and kParts elements of a tile one of q, k or v (MmaSplit: 3 and 2). kPromote: sums over
+// a tile of keys are kept apart from the output. Probabilities are computed times 2^kProbabilityExponent.
 #pragma once
 #include "ptx/address.cuh"
 #include "ptx/convert.cuh"
@@ -19,6 +21,9 @@ struct MmaHalf {
     using Element = Element_;
     using Accum = float;
     static constexpr int kGroupK = 16, kTilesK = 2, kDepth = 16, kTilesV = 2;
+    static constexpr int kParts = 1, kProducts = 1;
+    static constexpr bool kPromote = false;
+    static constexpr float kProbabilityExponent = 0.0f;
     struct Fragment {
         unsigned r[4];
     };
@@ -62,10 +67,10 @@ struct MmaHalf {
         return {{pack_pair<Element>(x[0], x[1]), pack_pair<Element>(x[2], x[3]), pack_pair<Element>(y[0], y[1]),
                  pack_pair<Element>(y[2], y[3])}};
     }
-    __device__ __forceinline__ static void multiply_qk(Accum (&s)[4], const Q& q, const K& k, int tile) {
+    __device__ __forceinline__ static void multiply_qk(Accum (&s)[4], const Q& q, const K& k, int tile, int = 0) {
         mma_m16n8k16(s, q.r, k.r[2 * tile], k.r[2 * tile + 1], Element());
     }
-    __device__ __forceinline__ static void multiply_pv(Accum (&o)[4], const P& p, const V& v, int tile) {
+    __device__ __forceinline__ static void multiply_pv(Accum (&o)[4], const P& p, const V& v, int tile, int = 0) {
         mma_m16n8k16(o, p.r, v.r[2 * tile], v.r[2 * tile + 1], Element());
     }
     __device__ __forceinline__ static int column(int u, int e) { return 8 * u + 2 * (threadIdx.x % 4) + e; }

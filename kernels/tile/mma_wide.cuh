@@ -28,8 +28,8 @@ struct ProductTf32x3 {
         float high, low;
     };
     __device__ __forceinline__ static Operand operand(float x) {
-        const float high = truncate_tf32(x);
-        return {high, centre_tf32(x - high)};
+        const float high = truncate_tf32(centre_tf32(x));
+        return {high, fabsf(high) <= 3.4e38f ? x - high : 0.0f};  // an infinity has no low part
     }
     __device__ __forceinline__ static void multiply(float (&d)[4], const Operand (&a)[4], Operand b0, Operand b1) {
         const float high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
@@ -65,6 +65,9 @@ struct MmaWide {
     using Operand = typename Product::Operand;
     static constexpr int kUnit = 16 / sizeof(Element);  // elements per load: 4 or 2
     static constexpr int kGroupK = 4 * kUnit, kTilesK = 1, kDepth = 8, kTilesV = kUnit;
+    static constexpr int kParts = 1, kProducts = 1;
+    static constexpr bool kPromote = false;
+    static constexpr float kProbabilityExponent = 0.0f;
     struct alignas(16) Unit {
         Element x[kUnit];
     };
@@ -120,14 +123,14 @@ struct MmaWide {
         const Accum(&x)[4] = p[step];
         return {{Product::operand(x[0]), Product::operand(x[2]), Product::operand(x[1]), Product::operand(x[3])}};
     }
-    __device__ __forceinline__ static void multiply_qk(Accum (&s)[4], const Q& q, const K& k, int) {
+    __device__ __forceinline__ static void multiply_qk(Accum (&s)[4], const Q& q, const K& k, int, int) {
 #pragma unroll
         for (int e = 0; e < kUnit; e += 2) {
             const Operand a[4] = {q.x[0][e], q.x[1][e], q.x[0][e + 1], q.x[1][e + 1]};
             Product::multiply(s, a, k.x[e], k.x[e + 1]);
         }
     }
-    __device__ __forceinline__ static void multiply_pv(Accum (&o)[4], const P& p, const V& v, int tile) {
+    __device__ __forceinline__ static void multiply_pv(Accum (&o)[4], const P& p, const V& v, int tile, int) {
         Product::multiply(o, p.x, v.x[0][tile], v.x[1][tile]);
     }
     // Tile u holds column g' * kUnit + u % kUnit of its group of kUnit tiles, g' = 2t + e being the column within the tile.
