@@ -83,8 +83,8 @@ def _declines_sm80(problem: Problem, device: Device) -> list[str]:
         reasons.append(f"needs sm_80 or newer, got {device.arch}")
     if max(problem.head_dim, problem.head_dim_v) > 512:
         reasons.append(f"serves head dimensions to 512, got {problem.head_dim} and {problem.head_dim_v}")
-    if problem.dtype == "float32" and problem.precision == "ieee":
-        reasons.append("tensor cores have no ieee float32 product")
+    if problem.dtype == "float32" and problem.precision != "tf32":
+        reasons.append(f"multiplies float32 as tf32, got precision {problem.precision}")
     if problem.dtype == "float64" and problem.head_dim > 448 and device.smem_per_block < 110000:
         reasons.append(f"float64 at head_dim {problem.head_dim} needs more than the {device.smem_per_block} B of a block")
     return reasons
@@ -94,7 +94,7 @@ def _mma_sm80(problem: Problem, device: Device) -> str:
     if problem.dtype == "float64":
         return f"MmaWide<ProductFp64<{'true' if device.number == 90 else 'false'}>>"
     if problem.dtype == "float32":
-        return f"MmaWide<Product{ {'tf32': 'Tf32', 'tf32x3': 'Tf32x3'}[problem.precision] }>"
+        return "MmaWide<ProductTf32>"
     return f"MmaHalf<{ {'float16': '__half', 'bfloat16': '__nv_bfloat16'}[problem.dtype] }>"
 
 
@@ -191,8 +191,8 @@ def _smem_sm80(problem: Problem, tiles: Tiles, device: Device) -> int:
 
 def _declines_simt(problem: Problem, device: Device) -> list[str]:
     reasons = []
-    if problem.dtype != "float32" or problem.precision != "ieee":
-        reasons.append(f"serves float32 in ieee precision, got {problem.dtype} ({problem.precision})")
+    if problem.dtype != "float32" or problem.precision == "tf32":
+        reasons.append(f"serves float32 at precision ieee, or tf32x3 where nothing is faster, got {problem.dtype}")
     if max(problem.head_dim, problem.head_dim_v) > 512:
         reasons.append(f"serves head dimensions to 512, got {problem.head_dim} and {problem.head_dim_v}")
     if device.number < 80:
@@ -262,7 +262,7 @@ def _smem_simt(problem: Problem, tiles: Tiles, device: Device) -> int:
 # float32 through pairs of fp16 numbers ----------------------------------------------------------------------------------
 
 SPLIT_LEAST = 512
-"""Queries per key and value, and keys per query, from which splitting the inputs once costs less than splitting fragments."""
+"""Queries per key and value, and keys per query, from which the passes that split the inputs pay; below, FFMA serves tf32x3."""
 
 
 def _declines_split(problem: Problem, device: Device) -> list[str]:

@@ -1,4 +1,4 @@
-// Forward on tensor cores through mma.sync and cp.async: 16-bit, tf32, tf32x3 and fp64 elements, sm_80 and up.
+// Forward on tensor cores through mma.sync and cp.async: 16-bit, tf32 and fp64 elements, and float32 as pairs of fp16, sm_80 and up.
 //
 //   S = scale * Q K^T, modified and masked     P = exp(S - lse)     O = P V        (FlashAttention-2, algorithm 1)
 //
@@ -89,7 +89,7 @@ struct ForwardSm80 {
         const int start = w.m_block * kBlockM;
         const long long offset = w.seq.q + w.at.head * p.q_head + start * p.q_row;
         const Element* q = static_cast<const Element*>(p.q) + offset * (kSplitInput ? kPitch : 1);
-        load_tile<kThreads, Config::kVecQ, kPitch>(sQ(), q, p.q_row, w.at.seqlen_q - start, kSplitInput ? kPitch : p.head_dim);
+        load_tile<kThreads, Config::kVecQ>(sQ(), q, kSplitInput ? kPitch : p.q_row, w.at.seqlen_q - start, kSplitInput ? kPitch : p.head_dim);
     }
     __device__ __forceinline__ void load_k(const Work& w, int n, int stage) const {
         const Element* k = static_cast<const Element*>(p.k);
@@ -99,7 +99,7 @@ struct ForwardSm80 {
             k += w.seq.k + w.head_kv * p.k_head + n * kBlockN * p.k_row;
         }
         const int cols = kSplitInput ? kPitch : p.head_dim;
-        load_tile<kThreads, Config::kVecK, kPitch>(sK(stage), k, p.k_row, w.at.seqlen_k - n * kBlockN, cols);
+        load_tile<kThreads, Config::kVecK>(sK(stage), k, kSplitInput ? kPitch : p.k_row, w.at.seqlen_k - n * kBlockN, cols);
     }
     __device__ __forceinline__ void load_v(const Work& w, int n, int stage) const {
         const Element* v = static_cast<const Element*>(p.v);
@@ -110,7 +110,7 @@ struct ForwardSm80 {
             v += w.seq.v + w.head_kv * p.v_head + n * kBlockN * p.v_row + w.dv_start;
         }
         const int cols = kSplitInput ? kPitchV : cols_v(w);
-        load_tile<kThreads, Config::kVecV, kPitchV>(sV(stage), v, p.v_row, w.at.seqlen_k - n * kBlockN, cols);
+        load_tile<kThreads, Config::kVecV>(sV(stage), v, kSplitInput ? kPitchV : p.v_row, w.at.seqlen_k - n * kBlockN, cols);
     }
 
     // Scores to probabilities in place; rescales what has been accumulated when a maximum of the warp grew enough to matter.

@@ -34,6 +34,4 @@ __device__ __forceinline__ float2 unpack_pair<__half>(unsigned pair) {
 // truncation takes on average (0.35 to 0.69 of a unit, so what tf32 holds exactly stays so), and keeps infinities and NaN.
 __device__ __forceinline__ float centre_tf32(float x) { return x * 1.000338f; }
 
-__device__ __forceinline__ float truncate_tf32(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
-
 }  // namespace cuattn

@@ -11,8 +11,7 @@ constexpr int copy_lanes(int vecs_per_row) { return vecs_per_row % 8 == 0 ? 8 : 
 
 // Loads rows [0, rows) x columns [0, cols) of a row-major array into a tile and writes zero everywhere else in it.
 // kVecBytes is what the array's alignment allows: 16, 8 or 4 (cp.async), or 2 (plain loads). The caller commits and waits.
-// kPitch: the pitch where it is known to the compiler, 0 elsewhere.
-template <int kThreads, int kVecBytes, int kPitch = 0, class Tile>
+template <int kThreads, int kVecBytes, class Tile>
 __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile::Element* source, long long pitch, int rows,
                                           int cols) {
     using Element = typename Tile::Element;
@@ -23,7 +22,7 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile:
     static_assert(kThreads % kLanes == 0);
     // NOTE: opaque, or the steps' addresses are hoisted out of the main loop into registers that it needs.
     const int thread = opaque(static_cast<int>(threadIdx.x));
-    pitch = kPitch > 0 ? kPitch : opaque(pitch);
+    pitch = opaque(pitch);
     const int row0 = thread / kLanes, col0 = thread % kLanes * kVec;
     const unsigned smem0 = smem_address(tile.at(row0, col0));
     const Element* source0 = source + row0 * pitch + col0;

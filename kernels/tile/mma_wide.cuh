@@ -1,4 +1,4 @@
-// Warp products of 32- and 64-bit elements (tf32, tf32x3, fp64), fed by 16-byte loads. See mma_half.cuh for the interface.
+// Warp products of 32- and 64-bit elements (tf32, fp64), fed by 16-byte loads. See mma_half.cuh for the interface.
 //
 // ldmatrix transposes 16-bit elements only. Two freedoms make plain 16-byte loads fit the fragments instead. A product does not
 // care in which order its depth runs: lane t takes kUnit consecutive depth elements of q and of k alike, and keys 2t, 2t + 1 of
@@ -18,25 +18,6 @@ struct ProductTf32 {
     __device__ __forceinline__ static Operand operand(float x) { return centre_tf32(x); }
     __device__ __forceinline__ static void multiply(float (&d)[4], const Operand (&a)[4], Operand b0, Operand b1) {
         mma_m16n8k8_tf32(d, a, b0, b1);
-    }
-};
-
-// x = high + low with 11 bits each; the product of two low parts, 2^-22 of the whole, is left out.
-struct ProductTf32x3 {
-    using Element = float;
-    struct Operand {
-        float high, low;
-    };
-    __device__ __forceinline__ static Operand operand(float x) {
-        const float high = truncate_tf32(centre_tf32(x));
-        return {high, fabsf(high) <= 3.4e38f ? x - high : 0.0f};  // an infinity has no low part
-    }
-    __device__ __forceinline__ static void multiply(float (&d)[4], const Operand (&a)[4], Operand b0, Operand b1) {
-        const float high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
-        const float low[4] = {a[0].low, a[1].low, a[2].low, a[3].low};
-        mma_m16n8k8_tf32(d, low, b0.high, b1.high);
-        mma_m16n8k8_tf32(d, high, b0.low, b1.low);
-        mma_m16n8k8_tf32(d, high, b0.high, b1.high);
     }
 };
 
