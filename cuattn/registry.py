@@ -178,11 +178,12 @@ def _smem_sm80(problem: Problem, tiles: Tiles, device: Device) -> int:
     """kernels/mainloop/forward_sm80.cuh: sQ, then sK and sV for each stage. The kernel asserts that it suffices."""
     dim, dim_v = _dims_sm80(problem)
     per_unit = 16 // ITEMSIZE[problem.dtype]
-    units, units_v = dim // per_unit, dim_v // per_unit
-    odd, half = 1 - units % 2, (12 - units % 8) % 8
-    pitch_qk = 16 * (units + (odd if problem.dtype in ("float16", "bfloat16") else half))
-    pitch_v = 16 * (units_v + 1 - units_v % 2)
-    staged_out = 16 * tiles.block_m * (units_v + 1)
+    if problem.dtype in ("float16", "bfloat16"):  # swizzled panels of 64 columns
+        pitch_qk, pitch_v = 2 * round_up(dim, 64), 2 * round_up(dim_v, 64)
+    else:  # padded rows, in units of 16 bytes
+        units, units_v = dim // per_unit, dim_v // per_unit
+        pitch_qk, pitch_v = 16 * (units + (12 - units % 8) % 8), 16 * (units_v + 1 - units_v % 2)
+    staged_out = 16 * tiles.block_m * (dim_v // per_unit + 1)
     return max(tiles.block_m * pitch_qk + tiles.stages * tiles.block_n * (pitch_qk + pitch_v), staged_out)
 
 
@@ -291,8 +292,9 @@ def _dims_split(problem: Problem) -> tuple[int, int]:
 def _smem_split(problem: Problem, tiles: Tiles, device: Device) -> int:
     """As `_smem_sm80`, with rows of twice head_dim fp16 numbers; out is staged as float32."""
     dim, dim_v = _dims_split(problem)
-    pitch_qk, pitch_v = 4 * dim + 16, 4 * dim_v + 16
-    return max(tiles.block_m * pitch_qk + tiles.stages * tiles.block_n * (pitch_qk + pitch_v), tiles.block_m * pitch_v)
+    pitch_qk, pitch_v = 2 * round_up(2 * dim, 64), 2 * round_up(2 * dim_v, 64)
+    staged_out = tiles.block_m * (4 * dim_v + 16)
+    return max(tiles.block_m * pitch_qk + tiles.stages * tiles.block_n * (pitch_qk + pitch_v), staged_out)
 
 
 def _tiles_split(problem: Problem, device: Device) -> Sequence[Tiles]:

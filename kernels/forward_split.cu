@@ -6,7 +6,7 @@ namespace cuattn {
 
 template <class Config>
 __device__ __forceinline__ void forward_split(const ForwardArguments<Config>& arguments) {
-    extern __shared__ __align__(16) char smem[];
+    extern __shared__ __align__(128) char smem[];
     ForwardSm80<Config>{arguments.base, arguments.mask, arguments.score_mod, smem}.run();
 }
 

@@ -17,8 +17,9 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile:
     using Element = typename Tile::Element;
     constexpr int kSize = static_cast<int>(sizeof(Element));
     constexpr int kVec = kVecBytes > kSize ? kVecBytes / kSize : 1;
-    constexpr int kLanes = copy_lanes(Tile::kCols / kVec), kPanels = Tile::kCols / kVec / kLanes;
+    constexpr int kLanes = copy_lanes(Tile::kCopyCols / kVec), kSpan = kLanes * kVec, kPanels = Tile::kCopyCols / kSpan;
     constexpr int kRowStep = kThreads / kLanes, kSteps = (Tile::kRows + kRowStep - 1) / kRowStep;
+    constexpr bool kUniform = Tile::is_uniform(kRowStep, kSpan);
     static_assert(kThreads % kLanes == 0);
     // NOTE: opaque, or the steps' addresses are hoisted out of the main loop into registers that it needs.
     const int thread = opaque(static_cast<int>(threadIdx.x));
@@ -26,14 +27,14 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile:
     const int row0 = thread / kLanes, col0 = thread % kLanes * kVec;
     const unsigned smem0 = smem_address(tile.at(row0, col0));
     const Element* source0 = source + row0 * pitch + col0;
-    if (kVecBytes >= 4 && Tile::kRows % kRowStep == 0 && rows >= Tile::kRows && cols >= Tile::kCols) {
+    if (kVecBytes >= 4 && kUniform && Tile::kRows % kRowStep == 0 && rows >= Tile::kRows && cols >= Tile::kCols) {
 #pragma unroll
         for (int step = 0; step < kSteps; step++) {  // most tiles: nothing to check
             const Element* from = source0 + step * kRowStep * pitch;
 #pragma unroll
             for (int panel = 0; panel < kPanels; panel++) {
-                const int col = panel * kLanes * kVec;
-                cp_async<kVecBytes < 4 ? 4 : kVecBytes>(smem0 + (step * kRowStep * Tile::kPitch + col) * kSize, from + col);
+                if (Tile::kCols % kSpan != 0 && col0 + panel * kSpan >= Tile::kCols) break;
+                cp_async<kVecBytes < 4 ? 4 : kVecBytes>(smem0 + Tile::shift(step * kRowStep, panel * kSpan), from + panel * kSpan);
             }
         }
         return;
@@ -45,13 +46,14 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile:
         const Element* from = source0 + step * kRowStep * pitch;
 #pragma unroll(kPanels <= 4 ? kPanels : 4)
         for (int panel = 0; panel < kPanels; panel++) {
-            const int col = col0 + panel * kLanes * kVec;
+            const int col = col0 + panel * kSpan;
+            if (Tile::kCols % kSpan != 0 && col >= Tile::kCols) break;
             if constexpr (kVecBytes >= 4) {
                 const int valid = row < rows ? max(0, min(kVecBytes, (cols - col) * kSize)) : 0;
-                const unsigned to = smem0 + (step * kRowStep * Tile::kPitch + panel * kLanes * kVec) * kSize;
-                cp_async<kVecBytes>(to, valid > 0 ? from + panel * kLanes * kVec : source, valid);
+                const unsigned to = kUniform ? smem0 + Tile::shift(step * kRowStep, panel * kSpan) : smem_address(tile.at(row, col));
+                cp_async<kVecBytes>(to, valid > 0 ? from + panel * kSpan : source, valid);
             } else {
-                *tile.at(row, col) = row < rows && col < cols ? from[panel * kLanes * kVec] : Element(0.0f);
+                *tile.at(row, col) = row < rows && col < cols ? from[panel * kSpan] : Element(0.0f);
             }
         }
     }

@@ -8,7 +8,6 @@
 // kProducts instructions make one product, and kParts elements of a tile one of q, k or v (MmaSplit: 3 and 2). kPromote: sums over
 // a tile of keys are kept apart from the output. Probabilities are computed times 2^kProbabilityExponent.
 #pragma once
-#include "ptx/address.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/mma.cuh"
@@ -32,7 +31,7 @@ struct MmaHalf {
     using P = Fragment;
     using V = Fragment;
     template <int kRows, int kCols>
-    using QTile = SmemTile<Element, kRows, kCols, odd_padding(kCols / 8)>;
+    using QTile = SwizzledTile<Element, kRows, kCols>;
     template <int kRows, int kCols>
     using KTile = QTile<kRows, kCols>;
     template <int kRows, int kCols>
@@ -42,21 +41,21 @@ struct MmaHalf {
     __device__ __forceinline__ static Q load_q(const Tile& tile, int row, int k) {
         const int lane = threadIdx.x % 32;
         Q a;
-        ldmatrix_x4(a.r, smem_address(tile.at(lane % 16, lane / 16 * 8)) + (row * Tile::kPitch + k) * 2);
+        ldmatrix_x4(a.r, Tile::moved(tile.address(lane % 16, lane / 16 * 8), row, k));
         return a;
     }
     template <class Tile>
     __device__ __forceinline__ static K load_k(const Tile& tile, int row, int k) {
         const int lane = threadIdx.x % 32;
         K b;
-        ldmatrix_x4(b.r, smem_address(tile.at(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8)) + (row * Tile::kPitch + k) * 2);
+        ldmatrix_x4(b.r, Tile::moved(tile.address(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8), row, k));
         return b;
     }
     template <class Tile>
     __device__ __forceinline__ static V load_v(const Tile& tile, int k, int col) {
         const int lane = threadIdx.x % 32;
         V b;
-        ldmatrix_x4_trans(b.r, smem_address(tile.at(lane % 16, lane / 16 * 8)) + (k * Tile::kPitch + col) * 2);
+        ldmatrix_x4_trans(b.r, Tile::moved(tile.address(lane % 16, lane / 16 * 8), k, col));
         return b;
     }
     // Keys kDepth * step ...; `p` are the accumulator tiles of one row block.

@@ -34,6 +34,14 @@ struct MmaSplit {
     template <int kRows, int kCols>
     using VTile = QTile<kRows, kCols>;
 
+    // Of the element (row + lane_row, col + lane_col) in the high part for lanes 0 to 15, in the low part for the others.
+    template <class Tile>
+    __device__ __forceinline__ static unsigned address(const Tile& tile, int lane_row, int lane_col, int row, int col) {
+        constexpr int kHalf = Tile::kCols / kParts;
+        const int part = static_cast<int>(threadIdx.x % 32 / 16) * kHalf;
+        if constexpr (kHalf % Tile::kPanel == 0) return Tile::moved(tile.address(lane_row, lane_col + part), row, col);
+        return tile.address(row + lane_row, col + lane_col + part);
+    }
     template <class Tile>
     __device__ __forceinline__ static Q load_q(const Tile& tile, int row, int k) {
         return {Half::load_q(tile, row, k), Half::load_q(tile, row, k + Tile::kCols / kParts)};
@@ -41,17 +49,15 @@ struct MmaSplit {
     template <class Tile>
     __device__ __forceinline__ static K load_k(const Tile& tile, int row, int k) {
         const int lane = threadIdx.x % 32;
-        const unsigned base = smem_address(tile.at(lane % 8, lane / 8 % 2 * 8 + lane / 16 * (Tile::kCols / kParts)));
         K b;
-        ldmatrix_x4(b.r, base + (row * Tile::kPitch + k) * 2);
+        ldmatrix_x4(b.r, address(tile, lane % 8, lane / 8 % 2 * 8, row, k));
         return b;
     }
     template <class Tile>
     __device__ __forceinline__ static V load_v(const Tile& tile, int k, int col) {
         const int lane = threadIdx.x % 32;
-        const unsigned base = smem_address(tile.at(lane % 16, lane / 16 * (Tile::kCols / kParts)));
         V b;
-        ldmatrix_x4_trans(b.r, base + (k * Tile::kPitch + col) * 2);
+        ldmatrix_x4_trans(b.r, address(tile, lane % 16, col % 16, k, col - col % 16));
         return b;
     }
     template <int kTiles>

@@ -1,11 +1,15 @@
-// A tile in shared memory: kRows rows of kCols elements, each row followed by kPadUnits units of 16 bytes.
+// Tiles in shared memory. Two layouts, each free of bank conflicts for those who read it eight lanes (128 bytes) at a time.
 //
-// The padding replaces a swizzle: a constant pitch lets every access of an unrolled loop be one register plus an immediate.
-// Which padding is free of bank conflicts depends on who reads, eight lanes (128 bytes) at a time:
-//   ldmatrix, or eight rows at one column     the pitch in units is odd
+// SwizzledTile, for 16-bit elements and ldmatrix: panels of 64 columns, 128 bytes a row, in which unit u (16 bytes) of row r
+// lies at place u ^ (r % 8). A copy of 128 bytes thus stays inside one 128-byte line of shared memory: cp.async into padded rows
+// fetches half as many sectors again from L2.
+//
+// SmemTile, for 32- and 64-bit elements: each row followed by kPadUnits units of 16 bytes. Which padding, depends on who reads:
 //   lanes (g, t) of an MMA fragment reading unit t of row g, two rows at a time     pitch % 8 == 4
 //   lanes (g, t) reading unit g of rows 2t, two units at a time                     pitch is odd
+//   eight rows at one column                                                        pitch is odd
 #pragma once
+#include "ptx/address.cuh"
 
 namespace cuattn {
 
@@ -16,11 +20,40 @@ struct SmemTile {
     static constexpr int kUnit = 16 / sizeof(Element);  // elements per 16 bytes
     static constexpr int kPitch = kCols + kPadUnits * kUnit;
     static constexpr int kBytes = kRows * kPitch * static_cast<int>(sizeof(Element));
+    static constexpr int kCopyCols = kCols;  // columns that a copy divides among its lanes
     static_assert(kCols % kUnit == 0, "a row must be whole 16-byte units");
 
     Element* data;
 
     __device__ __forceinline__ Element* at(int row, int col) const { return data + row * kPitch + col; }
+    // Bytes between two elements, for steps that `is_uniform`.
+    static constexpr int shift(int rows, int cols) { return (rows * kPitch + cols) * static_cast<int>(sizeof(Element)); }
+    static constexpr bool is_uniform(int, int) { return true; }
+};
+
+template <class Element_, int kRows_, int kCols_>
+struct SwizzledTile {
+    using Element = Element_;
+    static_assert(sizeof(Element) == 2 && kRows_ % 8 == 0);
+    static constexpr int kRows = kRows_, kCols = kCols_;
+    static constexpr int kPanel = 64, kPanelBytes = kRows * 128;
+    static constexpr int kCopyCols = (kCols + kPanel - 1) / kPanel * kPanel;
+    static constexpr int kBytes = kCopyCols / kPanel * kPanelBytes;
+
+    Element* data;
+
+    __device__ __forceinline__ static int offset(int row, int col) {
+        return col / kPanel * kPanelBytes + row * 128 + (col / 8 % 8 ^ row % 8) * 16 + col % 8 * 2;
+    }
+    __device__ __forceinline__ Element* at(int row, int col) const { return data + offset(row, col) / 2; }
+    __device__ __forceinline__ unsigned address(int row, int col) const { return smem_address(data) + offset(row, col); }
+    static constexpr int shift(int rows, int cols) { return rows * 128 + cols / kPanel * kPanelBytes; }
+    static constexpr bool is_uniform(int rows, int cols) { return rows % 8 == 0 && cols % kPanel == 0; }
+    // The address `rows` (a multiple of 8) down and `cols` (a multiple of 16) to the right of one in the first two units of a
+    // panel: one exclusive or, the rest an immediate.
+    __device__ __forceinline__ static unsigned moved(unsigned address, int rows, int cols) {
+        return (address ^ (cols % kPanel * 2)) + shift(rows, cols);
+    }
 };
 
 // Padding units that make the pitch odd, or 4 modulo 8.
