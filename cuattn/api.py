@@ -20,7 +20,7 @@ from cuattn.codegen import Unit, units
 from cuattn.launch import Parameters
 from cuattn.masks import Mask
 from cuattn.plan import WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan, make_plan
-from cuattn.problem import POINTERS, SLOT, Problem, contiguous_strides, make_problem, parse_mask, parse_mods
+from cuattn.problem import POINTERS, SLOT, Problem, make_problem, parse_mask, parse_mods
 from cuattn.registry import DEVICES, Device
 from cuattn.score_mods import ScoreMod
 
@@ -54,7 +54,7 @@ def attention(
 
     q: (batch, seqlen_q, num_heads, head_dim); k: (batch, seqlen_k, num_heads_kv, head_dim); v: (batch, seqlen_k, num_heads_kv,
       head_dim_v), float16, bfloat16, float32 or float64, num_heads a multiple of num_heads_kv. The batch axis may be left out.
-      NumPy, CuPy, PyTorch, JAX or DLPack arrays, all of one kind and on one device; the last axis contiguous, other strides free.
+      NumPy, CuPy, PyTorch, JAX or DLPack arrays, all of one kind, on one device; last axis contiguous, other strides free.
     scale: of the scores, default 1 / sqrt(head_dim).
     causal: True hides keys after the query, aligned at the ends of both sequences (j <= i + seqlen_k - seqlen_q); "top-left"
       aligns their starts (j <= i).
@@ -294,7 +294,7 @@ def _on_cpu(
 def _check_host_lengths(host: dict[str, np.ndarray[Any, Any]], problem: Problem) -> None:
     """Lengths that the host can see are checked; those on a GPU are the caller's promise."""
     for name, longest in (("q_lens", problem.seqlen_q), ("kv_lens", problem.seqlen_k)):
-        if name in host and host[name].size and not (0 <= host[name].min() and host[name].max() <= longest):
+        if name in host and host[name].size and not (host[name].min() >= 0 and host[name].max() <= longest):
             raise ValueError(f"{name}: got values from {host[name].min()} to {host[name].max()}, expected 0 to {longest}")
     for side, longest, total in (("q", problem.seqlen_q, problem.total_q), ("k", problem.seqlen_k, problem.total_k)):
         name = f"cu_seqlens_{side}"
@@ -404,7 +404,7 @@ def _launch(
     view = library.view
     views = {name: view(x, name) for name, x in present.items()}
     own_views = [view(x) for x in own] if own else ()
-    signature = tuple([(name, *v[1:], v[0] & 15) for name, v in views.items()])
+    signature: tuple[Any, ...] = tuple([(name, *v[1:], v[0] & 15) for name, v in views.items()])
     if own:
         signature += tuple([(*v[1:], v[0] & 15) for v in own_views])
     key = (device, signature, mask.key(), tuple([m.key() for m in mods]) if mods else (), options)
@@ -487,9 +487,9 @@ def _prepare(
 def _step(role: str, unit: Unit, plan: Plan) -> _Step:
     try:
         cubin = jit.build(unit.source, plan.device.arch)
-        function = jit.load(cubin, unit)
-    except Exception as error:
-        raise type(error)(f"{error}\nwhile building {unit.entry} for {plan}") if isinstance(error, jit.CompileError) else error
+    except jit.CompileError as error:
+        raise jit.CompileError(f"{error}\nwhile building {unit.entry} for {plan}") from None
+    function = jit.load(cubin, unit)
     _debug(f"{unit.entry}: {cubin.path or 'in memory'}")
     grid = plan.grid
     if role == "tile_map":

@@ -46,7 +46,7 @@ def problem_of(
     dropout: float = 0.0,
     misaligned: bool = False,
 ) -> Problem:
-    """A problem over arrays that need not exist. `extras` are of sinks, q_lens, kv_lens; `mask` and `mods` are bound to Views."""
+    """A problem over arrays that need not exist. `extras`: of sinks, q_lens, kv_lens; `mask` and `mods` are over Views."""
     batch = 4
     lead_q, lead_k = ((batch * seqlens[0],), (batch * seqlens[1],)) if packed else ((batch, seqlens[0]), (batch, seqlens[1]))
     ptr = 2 if misaligned else 0

@@ -94,8 +94,9 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
         *(f"    static constexpr bool {name} = {_flag(value)};" for name, value in flags.items()),
         "};",
         "}  // namespace cuattn",
-        f"using Arguments = cuattn::ForwardArguments<cuattn::Config>;",
-        f'static_assert(sizeof(Arguments) == {8 * parameter_words(plan, attends)}, "launch.py lays the parameters out differently");',
+        "using Arguments = cuattn::ForwardArguments<cuattn::Config>;",
+        f"static_assert(sizeof(Arguments) == {8 * parameter_words(plan, attends)},",
+        '              "launch.py lays the parameters out differently");',
         'extern "C" __global__ void __launch_bounds__(cuattn::Config::kThreads, cuattn::Config::kMinBlocks)',
         f"cuattn_{kernel}(const __grid_constant__ Arguments arguments) {{ cuattn::{kernel}<cuattn::Config>(arguments); }}",
     ]

@@ -76,8 +76,8 @@ def _header_digest() -> str:
 def _nvrtc() -> tuple[Any, tuple[int, int], str]:
     """(CuPy's NVRTC binding, its version, folder of the CUDA headers)."""
     import ml_dtypes  # noqa: F401  # before CuPy, which looks for it once
-    from cupy.cuda import nvrtc
     from cuda.pathfinder import find_nvidia_header_directory
+    from cupy.cuda import nvrtc
 
     include = find_nvidia_header_directory("cudart")
     if include is None:

@@ -74,6 +74,13 @@ class Mask:
         """Whether kernels need a tile map (built on the device) to know which tiles to visit."""
         return False
 
+    def varies(self, operands: Sequence[Operand]) -> tuple[bool, bool]:
+        """Whether the mask's arrays differ between batches, and between heads."""
+        if not operands:
+            return False, False
+        strides = operands[0].broadcast_strides(4)
+        return strides[0] != 0, strides[1] != 0
+
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
@@ -195,9 +202,9 @@ class BooleanMask(Mask):
 class BlockSparse(Mask):
     """A mask in blocks of block_q queries by block_k keys.
 
-    `blocks`, an integer or boolean array broadcastable to (batch, num_heads, ceil(seqlen_q / block_q), ceil(seqlen_k / block_k)),
-    holds 0 for an invisible block, 1 for a visible one and 2 + n for one whose elements are `partial[n]`, a boolean array
-    (count, block_q, block_k).
+    `blocks`, an integer or boolean array that broadcasts to (batch, num_heads, ceil(seqlen_q / block_q), ceil(seqlen_k /
+    block_k)), holds 0 for an invisible block, 1 for a visible one and 2 + n for one whose elements are `partial[n]`, a boolean
+    array (count, block_q, block_k).
     """
 
     blocks: Any
@@ -296,6 +303,10 @@ class And(Mask):
     @property
     def tiled(self) -> bool:
         return any(m.tiled for m in self.masks)
+
+    def varies(self, operands: Sequence[Operand]) -> tuple[bool, bool]:
+        each = [m.varies(part) for m, part in zip(self.masks, self._split(operands), strict=True)]
+        return any(b for b, _ in each), any(h for _, h in each)
 
 
 def gather(array: npt.NDArray[Any], batch: int, head: Any, row: Any, col: Any) -> npt.NDArray[Any]:

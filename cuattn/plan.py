@@ -97,7 +97,8 @@ class Plan:
         tile_map = ", tile map" if self.map_words else ""
         splits += ", inputs as fp16 pairs" if self.split_inputs else ""
         return (
-            f"Plan({self.kernel} for {self.device.arch}: {t.block_m}x{t.block_n} x{t.stages}, d{self.head_dim}/{self.head_dim_v}, "
+            f"Plan({self.kernel} for {self.device.arch}: {t.block_m}x{t.block_n} x{t.stages}, "
+            f"d{self.head_dim}/{self.head_dim_v}, "
             f"{self.threads} threads, {self.smem_bytes} B shared, grid {self.grid}{splits}{tile_map}, "
             f"workspace {sum(self.workspace)} B)"
         )
@@ -131,7 +132,7 @@ def _plan(problem: Problem, device: Device, spec: KernelSpec, tiles: Tiles) -> P
     smem = spec.smem_bytes(problem, tiles, device)
     resident = max(1, min(tiles.min_blocks, device.smem_per_sm // (smem + 1024)))
     ctas = m_blocks * dv_chunks * problem.num_heads * problem.batch
-    arrays = [op for op in problem.mask_operands if len(op.shape) != 3 or problem.mask.tiled]
+    per_batch, per_head = problem.mask.varies(problem.mask_operands)
     own_lengths = problem.packed or problem.operand("q_lens") is not None or problem.operand("kv_lens") is not None
     return Plan(
         problem=problem,
@@ -148,8 +149,8 @@ def _plan(problem: Problem, device: Device, spec: KernelSpec, tiles: Tiles) -> P
             1 if spec.mma(problem, device) == "MmaSplit" else _accurate_splits(problem),
         ),
         map_words=-(-n_blocks // 32) if problem.mask.tiled else 0,
-        map_batches=problem.batch if own_lengths or any(op.broadcast_strides(4)[0] for op in arrays if len(op.shape) <= 4) else 1,
-        map_heads=problem.num_heads if any(op.broadcast_strides(4)[1] for op in arrays if len(op.shape) <= 4) else 1,
+        map_batches=problem.batch if own_lengths or per_batch else 1,
+        map_heads=problem.num_heads if per_head else 1,
         smem_bytes=smem,
     )
 

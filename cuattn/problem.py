@@ -45,7 +45,7 @@ SLOT = {name: slot for slot, name in enumerate(POINTERS)}
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention call in canonical form: 4-D arrays (packed: 3-D behind a batch axis of stride 0), one mask, a tuple of mods.
+    """One attention call in canonical form: 4-D arrays (packed: a batch axis of stride 0 before 3-D), one mask, several mods.
 
     Lengths are in tokens, strides (inside `operands`) in elements, `scale` multiplies q k^T.
     """
@@ -403,9 +403,7 @@ def _out_view(views: dict[str, View], shape: tuple[int, ...]) -> View:
     return out
 
 
-def _operands(
-    views: dict[str, View], mask_views: Sequence[View], mod_views: Sequence[View]
-) -> tuple[Operand | None, ...]:
+def _operands(views: dict[str, View], mask_views: Sequence[View], mod_views: Sequence[View]) -> tuple[Operand | None, ...]:
     operands: list[Operand | None] = [
         Operand(slot, views[name].shape, views[name].strides, views[name].dtype) if name in views else None
         for slot, name in enumerate(POINTERS)

@@ -71,6 +71,7 @@ class KernelSpec:
 
 
 def round_up(n: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is at least `n`."""
     return -(-n // multiple) * multiple
 
 
@@ -108,9 +109,10 @@ def _dims_sm80(problem: Problem) -> tuple[int, int]:
 
 
 def _weight(problem: Problem) -> int:
-    """How many registers masks and modifications are likely to need, in steps at which the widest tiles spill."""
+    """How many registers masks, modifications and layouts are likely to need, in steps at which the widest tiles spill."""
     parts = problem.mask.masks if isinstance(problem.mask, And) else (problem.mask,)
-    weight = 3 * (problem.dropout > 0) + 2 * len(problem.mods) + (min(problem.vectors[:3]) < 16)
+    weight = 6 * (problem.dropout > 0) + 2 * len(problem.mods) + 2 * problem.packed + (min(problem.vectors[:3]) < 16)
+    weight += sum(problem.operand(name) is not None for name in ("sinks", "q_lens", "kv_lens"))
     for mask in parts:
         weight += 3 if mask.tiled else 0 if isinstance(mask, Full) else 1
     return weight + (isinstance(problem.mask, SlidingWindow) and None not in (problem.mask.left, problem.mask.right))
@@ -126,22 +128,26 @@ def _allowed(tiles: Sequence[Tiles], weight: int, device: Device) -> list[Tiles]
     return [t for t in tiles if weight <= t.max_weight and (not t.archs or device.number in t.archs)]
 
 
+_AMPERE = (80, 86, 89)
 _TILES_16BIT = {  # by the wider of head_dim and columns of out
     64: (
-        Tiles(128, 128, 1, 4, 2, 1, "32 rows a warp read each key fragment for two products", archs=(90,)),
-        Tiles(128, 96, 1, 4, 2, 1, archs=(80, 86, 89, 120)),
-        Tiles(128, 64, 1, 4, 2, 4),
-        Tiles(128, 32, 1, 4, 2),
+        Tiles(128, 112, 1, 4, 2, 1, "32 rows a warp read each key fragment for two products", archs=(*_AMPERE, 90)),
+        Tiles(128, 64, 1, 4, 2, 1),
+        Tiles(128, 64, 1, 4, 2, 5, archs=(90,)),
+        Tiles(64, 64, 1, 4, 2),
     ),
     128: (
-        Tiles(128, 48, 2, 4, 2, 1, "the most keys without a spill; two stages fit twice into 227 KB", archs=(90,)),
+        Tiles(128, 64, 1, 4, 2, 1, "the most keys without a spill", archs=(90,)),
+        Tiles(128, 48, 1, 4, 2, 1, archs=_AMPERE),
+        Tiles(128, 32, 1, 4, 2, 5, archs=(90,)),
         Tiles(128, 32, 1, 4, 2, 1),
         Tiles(64, 64, 1, 4, 2),
         Tiles(64, 32, 1, 4, 2),
     ),
     256: (
-        Tiles(128, 112, 1, 8, 1, 1, "the fewest passes over q without a spill", archs=(90,)),
-        Tiles(64, 64, 1, 4, 1, 3, "256 columns of out leave room for 16 rows a warp; two CTAs hide each other's softmax"),
+        Tiles(128, 128, 1, 8, 1, 1, "reads q from shared memory least often", archs=(90,)),
+        Tiles(128, 64, 1, 8, 1, 1, archs=(80,)),
+        Tiles(64, 64, 1, 4, 1, 5, "256 columns of out leave room for 16 rows a warp"),
         Tiles(64, 32, 1, 4, 1),
         Tiles(64, 16, 1, 4, 1),
     ),
@@ -152,7 +158,7 @@ _TILES_16BIT = {  # by the wider of head_dim and columns of out
     ),
 }
 _TILES_TF32 = {
-    64: (Tiles(128, 64, 1, 4, 2, 2), Tiles(128, 32, 1, 4, 2), Tiles(64, 32, 1, 4, 2)),
+    64: (Tiles(128, 64, 1, 4, 2, 3), Tiles(128, 32, 1, 4, 2), Tiles(64, 32, 1, 4, 2)),
     128: (Tiles(128, 32, 1, 4, 2, 2), Tiles(64, 32, 1, 4, 2), Tiles(64, 32, 1, 4, 1), Tiles(64, 16, 1, 4, 1)),
     256: (
         Tiles(64, 32, 1, 4, 1, archs=(80, 86, 89, 90)),
@@ -314,12 +320,13 @@ _TILES_SPLIT = {  # by the wider of head_dim and columns of out
     ),
     128: (
         Tiles(128, 32, 1, 4, 2, 1, "fits twice into 227 KB", archs=(90, 100)),
-        Tiles(64, 32, 1, 4, 2, reason="fits twice into 163 KB"),
-        Tiles(128, 32, 1, 8, 1, reason="99 KB hold one CTA"),
-        Tiles(64, 32, 1, 4, 1),
+        Tiles(64, 32, 1, 4, 2, 12, "fits twice into 163 KB"),
+        Tiles(128, 32, 1, 8, 1, 12, "99 KB hold one CTA"),
+        Tiles(64, 32, 1, 4, 1, 12),
+        Tiles(64, 16, 1, 4, 1),
     ),
-    256: (Tiles(128, 32, 1, 8, 1), Tiles(64, 32, 1, 4, 1), Tiles(64, 16, 1, 4, 1)),
-    512: (Tiles(64, 32, 1, 4, 1), Tiles(32, 32, 1, 2, 1), Tiles(16, 16, 1, 1, 1)),
+    256: (Tiles(128, 32, 1, 8, 1, 12), Tiles(64, 32, 1, 4, 1, 12), Tiles(64, 16, 1, 4, 1)),
+    512: (Tiles(64, 32, 1, 4, 1, 12), Tiles(32, 32, 1, 2, 1, 12), Tiles(16, 16, 1, 1, 1)),
 }
 
 FORWARD: tuple[KernelSpec, ...] = (

@@ -145,7 +145,7 @@ class Bias(ScoreMod):
 
 
 USER_VARIABLES = ("s", "b", "h", "i", "j", "seqlen_q", "seqlen_k")
-"""Names an expression may use besides its parameters: the score (of type Real), batch, query head, query and key index, lengths."""
+"""Names an expression may use besides its parameters: score (of type Real), batch, query head, query, key, lengths."""
 
 
 @dataclass(frozen=True, eq=False)

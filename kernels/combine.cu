@@ -40,7 +40,9 @@ __device__ __forceinline__ void combine(const ForwardArguments<Config>& argument
         }
     }
     Real sink_log2 = negative_infinity<Real>();
-    if (Config::kSinks && exists) sink_log2 = static_cast<Real>(static_cast<const typename Config::Sink*>(p.sinks)[head]) * static_cast<Real>(1.4426950408889634);
+    if (Config::kSinks && exists)
+        sink_log2 =
+            static_cast<Real>(static_cast<const typename Config::Sink*>(p.sinks)[head]) * static_cast<Real>(1.4426950408889634);
     const RowResult<Real> result = finish_row(top, sum, sink_log2);
     for (int col = lane; col < p.head_dim_v; col += 32) {
         Real total = 0;

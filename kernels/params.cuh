@@ -22,32 +22,32 @@ struct ForwardParams {
     void* split_q;             // q, k, v as pairs of fp16 numbers, see mainloop/split_input.cuh; null without
     void* split_k;
     void* split_v;
-    unsigned* magnitudes;      // of what is split
-    unsigned long long seed;   // of the dropout
+    unsigned* magnitudes;     // of what is split
+    unsigned long long seed;  // of the dropout
     // Fixed by the plan.
     long long q_batch, q_row, q_head;
     long long k_batch, k_row, k_head;
     long long v_batch, v_row, v_head;
     long long out_batch, out_row, out_head;
-    long long lse_batch, lse_head;      // of lse; rows are contiguous
-    long long partial_rows;             // rows of a split's partial results: B * H * Sq, packed: H * Tq
-    long long map_batch, map_head;      // words of the tile map between batches, heads
+    long long lse_batch, lse_head;  // of lse; rows are contiguous
+    long long partial_rows;         // rows of a split's partial results: B * H * Sq, packed: H * Tq
+    long long map_batch, map_head;  // words of the tile map between batches, heads
     alignas(8) int batch;
-    alignas(8) int seqlen_q;            // packed: the longest
+    alignas(8) int seqlen_q;  // packed: the longest
     alignas(8) int seqlen_k;
     alignas(8) int num_heads;
-    alignas(8) int group;               // query heads per KV head
+    alignas(8) int group;  // query heads per KV head
     alignas(8) int head_dim;
     alignas(8) int head_dim_v;
-    alignas(8) int total_q;             // packed: rows of q
-    alignas(8) int total_k;             // packed: rows of k and v
-    alignas(8) int m_blocks;            // query tiles of the longest sequence
-    alignas(8) int num_splits;          // parts into which the keys are divided
-    alignas(8) int dv_chunks;           // column chunks of out, one CTA each
-    alignas(8) int map_words;           // words of the tile map per query tile
-    alignas(8) int dropout_threshold;   // of 2^16
-    double scale;                       // of the scores
-    double dropout_scale;               // 1 / (1 - p)
+    alignas(8) int total_q;            // packed: rows of q
+    alignas(8) int total_k;            // packed: rows of k and v
+    alignas(8) int m_blocks;           // query tiles of the longest sequence
+    alignas(8) int num_splits;         // parts into which the keys are divided
+    alignas(8) int dv_chunks;          // column chunks of out, one CTA each
+    alignas(8) int map_words;          // words of the tile map per query tile
+    alignas(8) int dropout_threshold;  // of 2^16
+    double scale;                      // of the scores
+    double dropout_scale;              // 1 / (1 - p)
 };
 
 template <class Config>

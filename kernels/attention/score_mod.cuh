@@ -3,9 +3,9 @@
 //   grad(s, at, i, j)   d apply / d s at the unmodified s
 // kReadsMemory: i and j must lie inside their sequences, so callers clamp them in ragged tiles.
 #pragma once
-#include "attention/coord.cuh"
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include "attention/coord.cuh"
 
 namespace cuattn {
 

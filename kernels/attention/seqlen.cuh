@@ -27,16 +27,16 @@ struct Sequence {
             s.head_rows = p.seqlen_q;
             return s;
         } else {
-        const bool tail = batch == p.batch;
-        const int q0 = p.cu_seqlens_q[batch], k0 = tail ? 0 : p.cu_seqlens_k[batch];
-        s.rows_q = (tail ? p.total_q : p.cu_seqlens_q[batch + 1]) - q0;
-        s.seqlen_q = tail ? 0 : kLens && p.q_lens ? min(p.q_lens[batch], s.rows_q) : s.rows_q;
-        const int rows_k = tail ? 0 : p.cu_seqlens_k[batch + 1] - k0;
-        s.seqlen_k = tail ? 0 : kLens && p.kv_lens ? min(p.kv_lens[batch], rows_k) : rows_k;
-        s.q = q0 * p.q_row, s.k = k0 * p.k_row, s.v = k0 * p.v_row, s.out = q0 * p.out_row;
-        s.lse = q0, s.row = q0;
-        s.head_rows = p.total_q;
-        return s;
+            const bool tail = batch == p.batch;
+            const int q0 = p.cu_seqlens_q[batch], k0 = tail ? 0 : p.cu_seqlens_k[batch];
+            s.rows_q = (tail ? p.total_q : p.cu_seqlens_q[batch + 1]) - q0;
+            s.seqlen_q = tail ? 0 : kLens && p.q_lens ? min(p.q_lens[batch], s.rows_q) : s.rows_q;
+            const int rows_k = tail ? 0 : p.cu_seqlens_k[batch + 1] - k0;
+            s.seqlen_k = tail ? 0 : kLens && p.kv_lens ? min(p.kv_lens[batch], rows_k) : rows_k;
+            s.q = q0 * p.q_row, s.k = k0 * p.k_row, s.v = k0 * p.v_row, s.out = q0 * p.out_row;
+            s.lse = q0, s.row = q0;
+            s.head_rows = p.total_q;
+            return s;
         }
     }
 };

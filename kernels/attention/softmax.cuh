@@ -1,6 +1,6 @@
 // Online softmax of one row (Milakov and Gimelshein, 2018; FlashAttention, algorithm 1), to base 2.
-// Scores arrive in the unit `s * factor = log2 of the unnormalised probability`; factor is scale * log2(e), or log2(e) where the
-// scale has been applied already.
+// Scores arrive in the unit `s * factor = log2 of the unnormalised probability`; factor is scale * log2(e), or log2(e) where
+// the scale has been applied already.
 #pragma once
 #include "ptx/math.cuh"
 
@@ -33,8 +33,8 @@ struct RowState {
 // What a finished row is multiplied with and remembered by.
 template <class Real>
 struct RowResult {
-    Real factor;     // out = accumulated * factor
-    Real lse_log2;   // log2 of the sum of exp, -inf for a row without keys
+    Real factor;    // out = accumulated * factor
+    Real lse_log2;  // log2 of the sum of exp, -inf for a row without keys
 };
 
 // `max_log2`: the row's maximum to base 2; `sum` over the whole row; `sink_log2`: -inf without a sink.

@@ -270,8 +270,8 @@ struct ForwardSimt {
         for (int j = 0; j < kN; j++) {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                *mine.at(Scores::tx() + 8 * j, h, Scores::ty()) = make_float4(s.data[4 * h][j], s.data[4 * h + 1][j],
-                                                                              s.data[4 * h + 2][j], s.data[4 * h + 3][j]);
+                *mine.at(Scores::tx() + 8 * j, h, Scores::ty()) =
+                    make_float4(s.data[4 * h][j], s.data[4 * h + 1][j], s.data[4 * h + 2][j], s.data[4 * h + 3][j]);
             }
         }
     }

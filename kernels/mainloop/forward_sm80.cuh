@@ -1,4 +1,5 @@
-// Forward on tensor cores through mma.sync and cp.async: 16-bit, tf32 and fp64 elements, and float32 as pairs of fp16, sm_80 and up.
+// Forward on tensor cores through mma.sync and cp.async: 16-bit, tf32 and fp64 elements, and float32 as pairs of fp16, sm_80
+// and up.
 //
 //   S = scale * Q K^T, modified and masked     P = exp(S - lse)     O = P V        (FlashAttention-2, algorithm 1)
 //
@@ -89,7 +90,8 @@ struct ForwardSm80 {
         const int start = w.m_block * kBlockM;
         const long long offset = w.seq.q + w.at.head * p.q_head + start * p.q_row;
         const Element* q = static_cast<const Element*>(p.q) + offset * (kSplitInput ? kPitch : 1);
-        load_tile<kThreads, Config::kVecQ>(sQ(), q, kSplitInput ? kPitch : p.q_row, w.at.seqlen_q - start, kSplitInput ? kPitch : p.head_dim);
+        load_tile<kThreads, Config::kVecQ>(sQ(), q, kSplitInput ? kPitch : p.q_row, w.at.seqlen_q - start,
+                                           kSplitInput ? kPitch : p.head_dim);
     }
     __device__ __forceinline__ void load_k(const Work& w, int n, int stage) const {
         const Element* k = static_cast<const Element*>(p.k);
@@ -200,7 +202,8 @@ struct ForwardSm80 {
 
     __device__ __forceinline__ Real sink_log2(const Work& w) const {
         if constexpr (!Config::kSinks || Config::kSplit) return negative_infinity<Real>();
-        return static_cast<Real>(static_cast<const typename Config::Sink*>(p.sinks)[w.at.head]) * static_cast<Real>(1.4426950408889634);
+        return static_cast<Real>(static_cast<const typename Config::Sink*>(p.sinks)[w.at.head]) *
+               static_cast<Real>(1.4426950408889634);
     }
 
     __device__ __forceinline__ void finish(const Work& w) {
@@ -216,7 +219,9 @@ struct ForwardSm80 {
                 RowState<Real>& row = rows[m][half];
                 row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 1);
                 row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 2);
-                const Real top = row.max == negative_infinity<Real>() ? row.max : row.max * factor() - static_cast<Real>(Mma::kProbabilityExponent);
+                const Real top = row.max == negative_infinity<Real>()
+                                     ? row.max
+                                     : row.max * factor() - static_cast<Real>(Mma::kProbabilityExponent);
                 const RowResult<Real> result = finish_row(top, row.sum, sink_log2(w));
                 const Real scale = Config::kDropout ? result.factor * static_cast<Real>(p.dropout_scale) : result.factor;
 #pragma unroll

@@ -15,7 +15,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 // 2^x for x <= 0 (and NaN), below 1 ulp: x = n + f with |f| <= 1/2, a Taylor polynomial of e^(f ln 2) whose truncation error is
 // under 2^-54, and n added to the exponent. Results under 2^-1022 are flushed to 0, which the softmax cannot notice.
 __device__ __forceinline__ double exp2_fast(double x) {
-    constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
+    constexpr double kShift = 6755399441055744.0;      // 1.5 * 2^52: adding it rounds to an integer
     const double clamped = x < -1022.0 ? -1022.0 : x;  // NaN compares false and stays
     const double shifted = clamped + kShift;
     const int n = __double2loint(shifted);

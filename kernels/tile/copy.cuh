@@ -7,7 +7,9 @@
 namespace cuattn {
 
 // Lanes side by side that copy one row's neighbouring vectors: 128 bytes where the row allows.
-constexpr int copy_lanes(int vecs_per_row) { return vecs_per_row % 8 == 0 ? 8 : vecs_per_row % 4 == 0 ? 4 : vecs_per_row % 2 == 0 ? 2 : 1; }
+constexpr int copy_lanes(int vecs_per_row) {
+    return vecs_per_row % 8 == 0 ? 8 : vecs_per_row % 4 == 0 ? 4 : vecs_per_row % 2 == 0 ? 2 : 1;
+}
 
 // Loads rows [0, rows) x columns [0, cols) of a row-major array into a tile and writes zero everywhere else in it.
 // kVecBytes is what the array's alignment allows: 16, 8 or 4 (cp.async), or 2 (plain loads). The caller commits and waits.
@@ -34,7 +36,8 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile:
 #pragma unroll
             for (int panel = 0; panel < kPanels; panel++) {
                 if (Tile::kCols % kSpan != 0 && col0 + panel * kSpan >= Tile::kCols) break;
-                cp_async<kVecBytes < 4 ? 4 : kVecBytes>(smem0 + Tile::shift(step * kRowStep, panel * kSpan), from + panel * kSpan);
+                cp_async <
+                    kVecBytes<4 ? 4 : kVecBytes>(smem0 + Tile::shift(step * kRowStep, panel * kSpan), from + panel * kSpan);
             }
         }
         return;
@@ -50,7 +53,8 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile:
             if (Tile::kCols % kSpan != 0 && col >= Tile::kCols) break;
             if constexpr (kVecBytes >= 4) {
                 const int valid = row < rows ? max(0, min(kVecBytes, (cols - col) * kSize)) : 0;
-                const unsigned to = kUniform ? smem0 + Tile::shift(step * kRowStep, panel * kSpan) : smem_address(tile.at(row, col));
+                const unsigned to =
+                    kUniform ? smem0 + Tile::shift(step * kRowStep, panel * kSpan) : smem_address(tile.at(row, col));
                 cp_async<kVecBytes>(to, valid > 0 ? from + panel * kSpan : source, valid);
             } else {
                 *tile.at(row, col) = row < rows && col < cols ? from[panel * kSpan] : Element(0.0f);
@@ -61,7 +65,8 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile:
 
 // Stores rows [0, rows) x columns [0, cols) of a tile.
 template <int kThreads, int kVecBytes, class Tile>
-__device__ __forceinline__ void store_tile(const Tile& tile, typename Tile::Element* target, long long pitch, int rows, int cols) {
+__device__ __forceinline__ void store_tile(const Tile& tile, typename Tile::Element* target, long long pitch, int rows,
+                                           int cols) {
     using Element = typename Tile::Element;
     constexpr int kVec = kVecBytes / static_cast<int>(sizeof(Element));
     constexpr int kVecsPerRow = Tile::kCols / kVec, kVecs = Tile::kRows * kVecsPerRow;

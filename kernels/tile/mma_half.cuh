@@ -5,8 +5,8 @@
 //   S = Q K^T   load_q: 16 rows x kGroupK of q;  load_k: kTilesK * 8 keys x kGroupK;  multiply_qk
 //   O = P V     to_p: accumulated probabilities of kDepth keys as an operand;  load_v: kDepth keys x kTilesV * 8 columns;
 //               multiply_pv;  column: which column of O element e of accumulator tile u is, in this lane
-// kProducts instructions make one product, and kParts elements of a tile one of q, k or v (MmaSplit: 3 and 2). kPromote: sums over
-// a tile of keys are kept apart from the output. Probabilities are computed times 2^kProbabilityExponent.
+// kProducts instructions make one product, and kParts elements of a tile one of q, k or v (MmaSplit: 3 and 2). kPromote: sums
+// over a tile of keys are kept apart from the output. Probabilities are computed times 2^kProbabilityExponent.
 #pragma once
 #include "ptx/convert.cuh"
 #include "ptx/ldmatrix.cuh"

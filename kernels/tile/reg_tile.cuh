@@ -12,9 +12,7 @@ struct RegTile {
     __device__ __forceinline__ static int row(int x) {
         return static_cast<int>(threadIdx.x % 32 / 4) + 16 * (x / (4 * kN)) + x % 4 / 2 * 8;
     }
-    __device__ __forceinline__ static int col(int x) {
-        return 2 * static_cast<int>(threadIdx.x % 4) + x / 4 % kN * 8 + x % 2;
-    }
+    __device__ __forceinline__ static int col(int x) { return 2 * static_cast<int>(threadIdx.x % 4) + x / 4 % kN * 8 + x % 2; }
 };
 
 }  // namespace cuattn

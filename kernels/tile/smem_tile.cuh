@@ -1,8 +1,8 @@
 // Tiles in shared memory. Two layouts, each free of bank conflicts for those who read it eight lanes (128 bytes) at a time.
 //
 // SwizzledTile, for 16-bit elements and ldmatrix: panels of 64 columns, 128 bytes a row, in which unit u (16 bytes) of row r
-// lies at place u ^ (r % 8). A copy of 128 bytes thus stays inside one 128-byte line of shared memory: cp.async into padded rows
-// fetches half as many sectors again from L2.
+// lies at place u ^ (r % 8). A copy of 128 bytes thus stays inside one 128-byte line of shared memory: cp.async into padded
+// rows fetches half as many sectors again from L2.
 //
 // SmemTile, for 32- and 64-bit elements: each row followed by kPadUnits units of 16 bytes. Which padding, depends on who reads:
 //   lanes (g, t) of an MMA fragment reading unit t of row g, two rows at a time     pitch % 8 == 4
