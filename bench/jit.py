@@ -19,9 +19,10 @@ PROCESS_LIMIT = 120
 
 
 def seconds(case: Case, folder: str) -> float:
-    """The first call in a fresh process whose caches, CuPy's own included, live in `folder`."""
+    """The first call in a fresh process whose caches, those of CuPy and CUDA included, live in `folder`."""
     arguments = (case.dtype, case.head_dim, case.num_heads, case.seqlen_q)
     environment = {**os.environ, "CUATTN_CACHE_DIR": f"{folder}/cuattn", "CUPY_CACHE_DIR": f"{folder}/cupy"}
+    environment["CUDA_CACHE_PATH"] = f"{folder}/cuda"  # NVRTC and the driver keep a cache of their own
     command = [sys.executable, "-m", "bench.first_call", *map(str, arguments)]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PROCESS_LIMIT, check=False

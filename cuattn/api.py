@@ -87,7 +87,7 @@ def attention(
     named = {"q": q, "k": k, "v": v, "sinks": sinks, "q_lens": q_lens, "kv_lens": kv_lens, "out": out}
     return _call(
         named,
-        parse_mask(causal, window, mask) if mask is not None or window is not None or causal is not False else _FULL,
+        _mask_of(causal, window, mask),
         parse_mods(softcap, alibi_slopes, bias, score_mod),
         Options(scale, dropout, precision, return_lse, None, None),
         seed,
@@ -144,14 +144,21 @@ def attention_varlen(
     named = {"q": q, "k": k, "v": v, "sinks": sinks, "q_lens": q_lens, "kv_lens": kv_lens, "out": out}
     return _call(
         {**named, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k},
-        parse_mask(causal, window, mask) if mask is not None or window is not None or causal is not False else _FULL,
+        _mask_of(causal, window, mask),
         parse_mods(softcap, alibi_slopes, bias, score_mod),
         Options(scale, dropout, precision, return_lse, max_seqlen_q, max_seqlen_k),
         seed,
     )
 
 
-_FULL = parse_mask(False, None, None)
+_FULL, _CAUSAL = parse_mask(False, None, None), parse_mask(True, None, None)
+
+
+def _mask_of(causal: Any, window: Any, mask: Any) -> Mask:
+    """`parse_mask`, with the most common answers at hand."""
+    if mask is None and window is None and (causal is False or causal is True):
+        return _CAUSAL if causal else _FULL
+    return parse_mask(causal, window, mask)
 
 
 class Options(NamedTuple):
@@ -166,11 +173,16 @@ class Options(NamedTuple):
 
 
 def _call(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], options: Options, seed: int) -> Any:
-    library = library_of(named["q"], "q")
-    device = library.device(named["q"], "q")
+    q = named["q"]
+    library = library_of(q, "q")
+    device = library.device(q, "q")
     present = {name: x for name, x in named.items() if x is not None}
-    mask = _place_blocks(mask, library, present["q"], device)
-    own = mask.arrays + (tuple(a for mod in mods for a in mod.arrays) if mods else ())
+    own = mask.arrays
+    if own:
+        mask = _place_blocks(mask, library, q, device)
+        own = mask.arrays
+    if mods:
+        own += tuple(a for mod in mods for a in mod.arrays)
     _check_kinds(library, device, present, mask, mods)
     if type(seed) is not int or seed < 0 or seed >> 64:
         seed = _seed(seed)
@@ -193,8 +205,10 @@ def _check_kinds(
     library: Library, device: ArrayDevice, present: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...]
 ) -> None:
     """Every array of one kind, on one device, none that a gradient is wanted for."""
+    kind, needs_grad = type(present["q"]), library.needs_grad
     for name, x in present.items():
-        _check_kind(library, device, name, x)
+        if type(x) is not kind or library.device(x, name) != device or needs_grad(x):
+            _check_kind(library, device, name, x)
     for x in mask.arrays:
         _check_kind(library, device, "mask", x)
     for mod in mods:
@@ -228,7 +242,7 @@ _placed: weakref.WeakKeyDictionary[Mask, dict[tuple[str, ArrayDevice], Mask]] = 
 def _place_blocks(mask: Mask, library: Library, like: Any, device: ArrayDevice) -> Mask:
     """Block layouts are often made by NumPy or SciPy: bring them to where q is, once for each mask object."""
     own = mask.arrays
-    if not own or library is arrays.NUMPY or not any(isinstance(a, np.ndarray) for a in own):
+    if library is arrays.NUMPY or not any(isinstance(a, np.ndarray) for a in own):
         return mask
     from cuattn.masks import And, BlockSparse
 
@@ -422,15 +436,16 @@ def _launch(
         lse = library.empty(prepared.lse_shape, plan.problem.real, device) if options.return_lse else None
         if plan.empty:
             return out if lse is None else (out, lse)
-        pointers = [0] * len(POINTERS)
+        pointers = _NO_POINTERS.copy()
         for name, v in views.items():
             pointers[SLOT[name]] = v[0]
-        pointers[_OUT] = view(out)[0]
+        if "out" not in views:
+            pointers[_OUT] = view(out)[0]
         pointers[_LSE] = 0 if lse is None else view(lse)[0]
         pointers[_SEED] = seed
         if own:
             pointers += [v[0] for v in own_views]
-        workspace = _allocate(library, device, prepared, pointers)
+        workspace = _allocate(library, device, prepared, pointers) if prepared.workspace else None
         stream = _Stream(library.stream(device))
         for step in prepared.steps:
             packed = np.void(step.parameters.pack(pointers))
@@ -439,14 +454,13 @@ def _launch(
     return out if lse is None else (out, lse)
 
 
+_NO_POINTERS = [0] * len(POINTERS)
 _OUT, _LSE, _SEED, _WORKSPACE = SLOT["out"], SLOT["lse"], SLOT["seed"], SLOT["partial_out"]
 
 
 def _allocate(library: Library, device: ArrayDevice, prepared: _Prepared, pointers: list[int]) -> Any:
     """One allocation for the whole workspace; its parts' addresses go into `pointers`."""
     total = sum(prepared.workspace)
-    if not total:
-        return None
     try:
         workspace = library.empty((total,), "uint8", device)
     except Exception as error:
@@ -476,7 +490,7 @@ def _prepare(
     steps = tuple(_step(role, unit, plan) for role, unit in units(plan).items()) if not plan.empty else ()
     q = views["q"].shape
     rows = (q[1], q[0]) if problem.packed or len(q) == 3 else (q[0], q[2], q[1])
-    prepared = _Prepared(plan, steps, (*q[:-1], problem.head_dim_v), rows, plan.workspace)
+    prepared = _Prepared(plan, steps, (*q[:-1], problem.head_dim_v), rows, plan.workspace if any(plan.workspace) else ())
     with _prepare_lock:
         if len(_prepared) >= _MAX_PREPARED:
             _prepared.clear()

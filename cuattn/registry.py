@@ -112,6 +112,7 @@ def _weight(problem: Problem) -> int:
     """How many registers masks, modifications and layouts are likely to need, in steps at which the widest tiles spill."""
     parts = problem.mask.masks if isinstance(problem.mask, And) else (problem.mask,)
     weight = 6 * (problem.dropout > 0) + 2 * len(problem.mods) + 2 * problem.packed + (min(problem.vectors[:3]) < 16)
+    weight += 2 * (problem.head_dim_v > problem.head_dim)
     weight += sum(problem.operand(name) is not None for name in ("sinks", "q_lens", "kv_lens"))
     for mask in parts:
         weight += 3 if mask.tiled else 0 if isinstance(mask, Full) else 1
@@ -298,14 +299,13 @@ def _dims_split(problem: Problem) -> tuple[int, int]:
 def _smem_split(problem: Problem, tiles: Tiles, device: Device) -> int:
     """As `_smem_sm80`, with rows of twice head_dim fp16 numbers; out is staged as float32."""
     dim, dim_v = _dims_split(problem)
-    pitch_qk, pitch_v = 2 * round_up(2 * dim, 64), 2 * round_up(2 * dim_v, 64)
-    staged_out = tiles.block_m * (4 * dim_v + 16)
-    return max(tiles.block_m * pitch_qk + tiles.stages * tiles.block_n * (pitch_qk + pitch_v), staged_out)
+    pitch_qk, pitch_v = 4 * dim + 16, 4 * dim_v + 16
+    return max(tiles.block_m * pitch_qk + tiles.stages * tiles.block_n * (pitch_qk + pitch_v), tiles.block_m * pitch_v)
 
 
 def _tiles_split(problem: Problem, device: Device) -> Sequence[Tiles]:
     dim, dim_v = _dims_split(problem)
-    weight = _weight(problem) + 2 * (dim % 64 > 0 or dim_v % 64 > 0 or dim_v > dim)  # loops the compiler allots worse
+    weight = _weight(problem) + 2 * (dim % 64 > 0 or dim_v % 64 > 0)  # loops the compiler allots worse
     fitting = next(tiles for limit, tiles in _TILES_SPLIT.items() if max(dim, dim_v) <= limit)
     # First those of which an SM holds as many CTAs as they are made for.
     able = _allowed(fitting, weight, device)
@@ -319,7 +319,7 @@ _TILES_SPLIT = {  # by the wider of head_dim and columns of out
         Tiles(64, 32, 1, 4, 2),
     ),
     128: (
-        Tiles(128, 32, 1, 4, 2, 1, "fits twice into 227 KB", archs=(90, 100)),
+        Tiles(128, 48, 1, 8, 1, 1, "32 rows a warp are some 5 % faster and spill", archs=(90,)),
         Tiles(64, 32, 1, 4, 2, 12, "fits twice into 163 KB"),
         Tiles(128, 32, 1, 8, 1, 12, "99 KB hold one CTA"),
         Tiles(64, 32, 1, 4, 1, 12),

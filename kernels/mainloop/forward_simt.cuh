@@ -10,6 +10,10 @@
 //   S = Q K^T                                      four d at a time: 8 + kN loads for 32 kN FFMA
 //   O = P V                                        one key at a time: 2 + kGroups loads for 32 kGroups FFMA
 //
+// Registers lie in two banks, the odd and the even numbers, each of which supplies one operand per FFMA. An FFMA reads three,
+// so one must come from the operand reuse cache, which keeps a register of each bank for each operand position, and the other
+// two must not share a bank. The compiler roughly keeps the order of the FFMAs below; .reuse in SASS tells how well that works.
+//
 // Bit 0 of the lane is one of ty and bit 1 one of tx. A 16-byte load in which lanes x and x ^ 1, or x and x ^ 2, always agree
 // on the address returns its registers at twice the rate of others, which is what keeps shared memory off the critical path.
 //
@@ -52,6 +56,12 @@ struct SharedProbabilities {
     }
 };
 
+// Four consecutive floats of shared memory, 16-byte aligned.
+__device__ __forceinline__ void load_four(float* to, const void* from) {
+    const float4 four = *static_cast<const float4*>(from);
+    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+}
+
 template <class Config>
 struct ForwardSimt {
     using Mask = typename Config::Mask;
@@ -62,10 +72,10 @@ struct ForwardSimt {
     static constexpr int kM = 8, kWarpRows = 4 * kM, kWarpsN = kThreads / kBlockM;
     static constexpr int kN = kBlockN / (8 * kWarpsN), kGroups = (kHeadDimV + 32 * kWarpsN - 1) / (32 * kWarpsN);
     static constexpr int kColsV = 32 * kWarpsN * kGroups;
-    static_assert(kThreads % kBlockM == 0 && kBlockM % kWarpRows == 0 && kBlockN % (8 * kWarpsN) == 0 && kAhead >= 1);
+    static_assert(kThreads % kBlockM == 0 && kBlockM % kWarpRows == 0 && kBlockN % (16 * kWarpsN) == 0 && kAhead >= 1);
     using Scores = ThreadTile<kM, kN>;
-    // About 512 FFMA in the bodies of the two products, which the instruction cache must hold.
-    static constexpr int kUnrollQk = kN >= 16 ? 1 : 16 / kN, kUnrollPv = kGroups >= 4 ? 1 : 4 / kGroups;
+    // About 512 FFMA in the body of S and 1024 in that of O, which the instruction cache must hold.
+    static constexpr int kUnrollQk = kN >= 16 ? 1 : 16 / kN, kUnrollPv = kGroups >= 8 ? 1 : 8 / kGroups;
 
     // A chunk of V has as many keys as fit into the space that one of K needs anyway.
     __host__ __device__ static constexpr int keys(int depth, bool resident) {
@@ -165,19 +175,20 @@ struct ForwardSimt {
         const float* k0 = tile_k.at(warp_col() + Scores::tx(), 0);
 #pragma unroll kUnrollQk
         for (int u = 0; u < kDepth; u += 4) {
-            float4 q[kM];
+            float q[kM][4], k[2][4];
 #pragma unroll
-            for (int i = 0; i < kM; i++) q[i] = *reinterpret_cast<const float4*>(q0 + 4 * i * QTile::kPitch + u);
+            for (int i = 0; i < kM; i++) load_four(q[i], q0 + 4 * i * QTile::kPitch + u);
+            // Two keys at a time, back and forth over the rows. Component e of every q and k is in the same bank, so components
+            // of either bank take turns: e of even rows, e ^ 1 of odd ones.
 #pragma unroll
-            for (int j = 0; j < kN; j++) {
-                const float4 k = *reinterpret_cast<const float4*>(k0 + 8 * j * KTile::kPitch + u);
-#pragma unroll
-                for (int i = 0; i < kM; i++) {
-                    s.data[i][j] += q[i].x * k.x;
-                    s.data[i][j] += q[i].y * k.y;
-                    s.data[i][j] += q[i].z * k.z;
-                    s.data[i][j] += q[i].w * k.w;
+            for (int x = 0; x < 4 * kM * kN; x++) {
+                const int j = x / (8 * kM) * 2, second = x / kM % 2;
+                const int i = second ? kM - 1 - x % kM : x % kM, e = (x / (2 * kM) % 4) ^ (i % 2);
+                if (x % (8 * kM) == 0) {
+                    load_four(k[0], k0 + 8 * j * KTile::kPitch + u);
+                    load_four(k[1], k0 + 8 * (j + 1) * KTile::kPitch + u);
                 }
+                s.data[i][j + second] += q[i][e] * k[second][e];
             }
         }
     }
@@ -190,16 +201,13 @@ struct ForwardSimt {
             const SharedProbabilities four = sP(key + t);
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                const float4 low = *four.at(e, 0, Scores::ty()), high = *four.at(e, 1, Scores::ty());
-                const float x[kM] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+                float p_of_row[kM], v[4];
+                load_four(p_of_row, four.at(e, 0, Scores::ty())), load_four(p_of_row + 4, four.at(e, 1, Scores::ty()));
 #pragma unroll
-                for (int c = 0; c < kGroups; c++) {
-                    const float4 v = *reinterpret_cast<const float4*>(v0 + (t + e) * VTile::kPitch + 32 * c);
-#pragma unroll
-                    for (int i = 0; i < kM; i++) {
-                        o[i][4 * c] += x[i] * v.x, o[i][4 * c + 1] += x[i] * v.y;
-                        o[i][4 * c + 2] += x[i] * v.z, o[i][4 * c + 3] += x[i] * v.w;
-                    }
+                for (int x = 0; x < 4 * kM * kGroups; x++) {  // one column at a time, back and forth over the rows
+                    const int col = x / kM, i = col % 2 == 0 ? x % kM : kM - 1 - x % kM;
+                    if (x % (4 * kM) == 0) load_four(v, v0 + (t + e) * VTile::kPitch + 8 * col);
+                    o[i][col] += p_of_row[i] * v[col % 4];
                 }
             }
         }

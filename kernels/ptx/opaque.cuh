@@ -9,6 +9,11 @@ __device__ __forceinline__ long long opaque(long long x) {
     return x;
 }
 
+__device__ __forceinline__ unsigned opaque(unsigned x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 __device__ __forceinline__ int opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;

@@ -17,7 +17,7 @@ template <int kThreads, int kVecBytes, class Tile>
 __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile::Element* source, long long pitch, int rows,
                                           int cols) {
     using Element = typename Tile::Element;
-    constexpr int kSize = static_cast<int>(sizeof(Element));
+    constexpr int kSize = static_cast<int>(sizeof(Element)), kCopyBytes = kVecBytes < 4 ? 4 : kVecBytes;
     constexpr int kVec = kVecBytes > kSize ? kVecBytes / kSize : 1;
     constexpr int kLanes = copy_lanes(Tile::kCopyCols / kVec), kSpan = kLanes * kVec, kPanels = Tile::kCopyCols / kSpan;
     constexpr int kRowStep = kThreads / kLanes, kSteps = (Tile::kRows + kRowStep - 1) / kRowStep;
@@ -31,13 +31,11 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile:
     const Element* source0 = source + row0 * pitch + col0;
     if (kVecBytes >= 4 && kUniform && Tile::kRows % kRowStep == 0 && rows >= Tile::kRows && cols >= Tile::kCols) {
 #pragma unroll
-        for (int step = 0; step < kSteps; step++) {  // most tiles: nothing to check
-            const Element* from = source0 + step * kRowStep * pitch;
+        for (int step = 0; step < kSteps; step++, source0 += kRowStep * pitch) {  // most tiles: nothing to check
 #pragma unroll
             for (int panel = 0; panel < kPanels; panel++) {
                 if (Tile::kCols % kSpan != 0 && col0 + panel * kSpan >= Tile::kCols) break;
-                cp_async <
-                    kVecBytes<4 ? 4 : kVecBytes>(smem0 + Tile::shift(step * kRowStep, panel * kSpan), from + panel * kSpan);
+                cp_async<kCopyBytes>(smem0 + Tile::shift(step * kRowStep, panel * kSpan), source0 + panel * kSpan);
             }
         }
         return;

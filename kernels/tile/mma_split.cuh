@@ -27,8 +27,9 @@ struct MmaSplit {
     using P = Rows;
     using K = Half::Fragment;  // two registers of high, two of low: of one tile, in one ldmatrix
     using V = Half::Fragment;
+    // Padded: with three products for each fragment, registers are scarcer than L2 (a swizzle spills).
     template <int kRows, int kCols>
-    using QTile = typename Half::template QTile<kRows, kParts * kCols>;
+    using QTile = SmemTile<Element, kRows, kParts * kCols, odd_padding(kParts* kCols / 8)>;
     template <int kRows, int kCols>
     using KTile = QTile<kRows, kCols>;
     template <int kRows, int kCols>
@@ -37,10 +38,8 @@ struct MmaSplit {
     // Of the element (row + lane_row, col + lane_col) in the high part for lanes 0 to 15, in the low part for the others.
     template <class Tile>
     __device__ __forceinline__ static unsigned address(const Tile& tile, int lane_row, int lane_col, int row, int col) {
-        constexpr int kHalf = Tile::kCols / kParts;
-        const int part = static_cast<int>(threadIdx.x % 32 / 16) * kHalf;
-        if constexpr (kHalf % Tile::kPanel == 0) return Tile::moved(tile.address(lane_row, lane_col + part), row, col);
-        return tile.address(row + lane_row, col + lane_col + part);
+        const int part = static_cast<int>(threadIdx.x % 32 / 16) * (Tile::kCols / kParts);
+        return Tile::moved(tile.address(lane_row, lane_col + part), row, col);
     }
     template <class Tile>
     __device__ __forceinline__ static Q load_q(const Tile& tile, int row, int k) {

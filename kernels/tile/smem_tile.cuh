@@ -29,6 +29,10 @@ struct SmemTile {
     // Bytes between two elements, for steps that `is_uniform`.
     static constexpr int shift(int rows, int cols) { return (rows * kPitch + cols) * static_cast<int>(sizeof(Element)); }
     static constexpr bool is_uniform(int, int) { return true; }
+    __device__ __forceinline__ unsigned address(int row, int col) const { return smem_address(at(row, col)); }
+    __device__ __forceinline__ static unsigned moved(unsigned address, int rows, int cols) {
+        return address + shift(rows, cols);
+    }
 };
 
 template <class Element_, int kRows_, int kCols_>
