@@ -58,7 +58,7 @@ def clear_cache() -> int:
     """Delete the cubins on disk; returns their number."""
     count = 0
     for path in cache_folder().glob("*"):
-        if re.fullmatch(r"[0-9a-f]{40}\.(cubin|json|cu)", path.name):
+        if re.fullmatch(r"(failed-)?[0-9a-f]{40}\.(cubin|json|cu)", path.name):
             count += path.suffix == ".cubin"
             path.unlink(missing_ok=True)
     return count

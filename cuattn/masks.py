@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -172,7 +172,7 @@ def Causal(*, top_left: bool = False) -> SlidingWindow:
 class BooleanMask(Mask):
     """A boolean array, True = visible, broadcastable to (batch, num_heads, seqlen_q, seqlen_k)."""
 
-    array: Any
+    array: Any = field(repr=False)
 
     @property
     def arrays(self) -> tuple[Any, ...]:  # type: ignore[override]
@@ -207,10 +207,10 @@ class BlockSparse(Mask):
     array (count, block_q, block_k).
     """
 
-    blocks: Any
+    blocks: Any = field(repr=False)
     block_q: int
     block_k: int
-    partial: Any = None
+    partial: Any = field(default=None, repr=False)
 
     @staticmethod
     def from_bsr(matrix: Any) -> BlockSparse:

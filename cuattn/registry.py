@@ -233,7 +233,7 @@ _TILES_SIMT = {  # warps / (block_m / 32) of them share 32 rows, which costs a b
     ),
     96: (Tiles(128, 32, 2, 4, 2, 2), Tiles(64, 64, 2, 8, 1)),
     128: (
-        Tiles(64, 128, 2, 4, 2, 1, archs=(90,)),
+        Tiles(128, 128, 2, 8, 1, 1, "half the loads of 64 x 128", archs=(90,)),
         Tiles(64, 64, 2, 4, 2, 2),
         Tiles(64, 64, 2, 8, 1),
     ),

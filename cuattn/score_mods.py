@@ -87,7 +87,7 @@ class Alibi(ScoreMod):
     Source: Press et al., "Train short, test long", section 3, with a distance that is symmetric for keys after the query.
     """
 
-    slopes: Any
+    slopes: Any = field(repr=False)
 
     @property
     def arrays(self) -> tuple[Any, ...]:  # type: ignore[override]
@@ -119,7 +119,7 @@ class Alibi(ScoreMod):
 class Bias(ScoreMod):
     """s + array[batch, head, i, j]; the array broadcasts to (batch, num_heads, seqlen_q, seqlen_k)."""
 
-    array: Any
+    array: Any = field(repr=False)
 
     @property
     def arrays(self) -> tuple[Any, ...]:  # type: ignore[override]
