@@ -159,7 +159,7 @@ _TILES_16BIT = {  # by the wider of head_dim and columns of out
     ),
 }
 _TILES_TF32 = {
-    64: (Tiles(128, 64, 1, 4, 2, 3), Tiles(128, 32, 1, 4, 2), Tiles(64, 32, 1, 4, 2)),
+    64: (Tiles(128, 64, 1, 4, 2, 3), Tiles(128, 32, 1, 4, 2, 12), Tiles(64, 32, 1, 4, 2)),
     128: (Tiles(128, 32, 1, 4, 2, 2), Tiles(64, 32, 1, 4, 2), Tiles(64, 32, 1, 4, 1), Tiles(64, 16, 1, 4, 1)),
     256: (
         Tiles(64, 32, 1, 4, 1, archs=(80, 86, 89, 90)),
