@@ -24,9 +24,7 @@ __device__ __forceinline__ void combine(const ForwardArguments<Config>& argument
     Real* lse = static_cast<Real*>(p.lse);
     bool exists;
     if constexpr (Config::kPacked) {  // a token exists when it lies inside its sequence
-        int b = 0;
-        while (b < p.batch && p.cu_seqlens_q[b + 1] <= i) b++;
-        exists = b < p.batch && (p.q_lens == nullptr || i - p.cu_seqlens_q[b] < p.q_lens[b]);
+        exists = token_exists(p.cu_seqlens_q, p.q_lens, p.batch, i);
     } else {
         exists = p.q_lens == nullptr || i < p.q_lens[batch];
     }
@@ -39,11 +37,8 @@ __device__ __forceinline__ void combine(const ForwardArguments<Config>& argument
             if (x != negative_infinity<Real>()) sum += exp2_fast(x - top);
         }
     }
-    Real sink_log2 = negative_infinity<Real>();
-    if (Config::kSinks && exists)
-        sink_log2 =
-            static_cast<Real>(static_cast<const typename Config::Sink*>(p.sinks)[head]) * static_cast<Real>(1.4426950408889634);
-    const RowResult<Real> result = finish_row(top, sum, sink_log2);
+    const Real sink = exists ? sink_log2<Config, Real>(p, head) : negative_infinity<Real>();
+    const RowResult<Real> result = finish_row(top, sum, sink);
     for (int col = lane; col < p.head_dim_v; col += 32) {
         Real total = 0;
         for (int s = 0; exists && s < p.num_splits; s++) {

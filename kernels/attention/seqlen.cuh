@@ -41,4 +41,20 @@ struct Sequence {
     }
 };
 
+// Whether token i of a packed array lies inside its sequence; `lens` may be null.
+__device__ __forceinline__ bool token_exists(const int* cumulative, const int* lens, int batches, int i) {
+    if (i >= cumulative[batches]) return false;
+    if (lens == nullptr) return true;
+    int low = 0, high = batches - 1;  // the last sequence that starts at or before the token
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (cumulative[middle] <= i) {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    return i - cumulative[low] < lens[low];
+}
+
 }  // namespace cuattn

@@ -141,9 +141,7 @@ struct ForwardSimt {
     __device__ __forceinline__ static int before(int stage) { return stage == 0 ? kStages - 1 : stage - 1; }
 
     // What turns a score into the exponent of 2.
-    __device__ __forceinline__ float factor() const {
-        return Config::kFoldScale ? static_cast<float>(p.scale * 1.4426950408889634) : kLog2e;
-    }
+    __device__ __forceinline__ float factor() const { return exponent_factor<Config, float>(p); }
     __device__ __forceinline__ int cols_v(const Work& w) const { return min(kHeadDimV, p.head_dim_v - w.dv_start); }
     __device__ __forceinline__ Work work() const { return Work::of<Config>(p); }
 
@@ -329,11 +327,6 @@ struct ForwardSimt {
         }
     }
 
-    __device__ __forceinline__ float sink_log2(const Work& w) const {
-        if constexpr (!Config::kSinks || Config::kSplit) return negative_infinity<float>();
-        return static_cast<float>(static_cast<const typename Config::Sink*>(p.sinks)[w.at.head]) * kLog2e;
-    }
-
     __device__ __forceinline__ void total_sums() {
 #pragma unroll
         for (int i = 0; i < kM; i++) {
@@ -358,18 +351,11 @@ struct ForwardSimt {
         for (int i = 0; i < kM; i++) {
             const RowState<float>& row = rows[i];
             const float top = row.max == negative_infinity<float>() ? row.max : row.max * factor();
-            const RowResult<float> result = finish_row(top, row.sum, sink_log2(w));
-            const float scale = Config::kDropout ? result.factor * static_cast<float>(p.dropout_scale) : result.factor;
+            const int query = w.m_block * kBlockM + warp_row() + Scores::ty() + 4 * i;
+            const bool stores = warp_n() == 0 && Scores::tx() == 0;
+            const float scale = finish_output_row<Config>(p, w, query, top, row.sum, stores);
 #pragma unroll
             for (int x = 0; x < 4 * kGroups; x++) o[i][x] *= scale;
-            const int query = w.m_block * kBlockM + warp_row() + Scores::ty() + 4 * i;
-            if (warp_n() == 0 && Scores::tx() == 0 && query < w.at.seqlen_q) {
-                if constexpr (!Config::kSplit) {
-                    store_lse(p, w, query, result.lse_log2);
-                } else if (w.dv_start == 0) {
-                    static_cast<float*>(p.partial_lse)[partial_row(p, w, query)] = result.lse_log2;
-                }
-            }
         }
     }
 

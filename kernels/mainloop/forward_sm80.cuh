@@ -64,7 +64,7 @@ struct ForwardSm80 {
     // What turns a score into the exponent of 2.
     __device__ __forceinline__ Real factor() const {
         if constexpr (kSplitInput && Config::kFoldScale) return split_scale;
-        return Config::kFoldScale ? static_cast<Real>(p.scale * 1.4426950408889634) : static_cast<Real>(1.4426950408889634);
+        return exponent_factor<Config, Real>(p);
     }
     // What turns a product of q and k into a score, where that is not left to factor().
     __device__ __forceinline__ Real scale() const {
@@ -75,7 +75,7 @@ struct ForwardSm80 {
         const auto slots = SplitSlots<Config>::of(p);
         const double exponents = static_cast<double>(power_of_two(split_exponent(p, slots.q(w.at.batch, w.at.head)))) *
                                  power_of_two(split_exponent(p, slots.k(w.at.batch, w.head_kv)));
-        const float x = static_cast<float>(p.scale * (Config::kFoldScale ? 1.4426950408889634 : 1.0) * exponents);
+        const float x = static_cast<float>(p.scale * (Config::kFoldScale ? kLog2e : 1.0) * exponents);
         // A folded scale of 0 would turn the first maximum, -inf, into NaN; an infinite one scores of 0.
         split_scale = fminf(fmaxf(x, Config::kFoldScale ? 1.17549435e-38f : -3.40282347e38f), 3.40282347e38f);
     }
@@ -200,12 +200,6 @@ struct ForwardSm80 {
         cp_async_wait_group<0>();
     }
 
-    __device__ __forceinline__ Real sink_log2(const Work& w) const {
-        if constexpr (!Config::kSinks || Config::kSplit) return negative_infinity<Real>();
-        return static_cast<Real>(static_cast<const typename Config::Sink*>(p.sinks)[w.at.head]) *
-               static_cast<Real>(1.4426950408889634);
-    }
-
     __device__ __forceinline__ void finish(const Work& w) {
         const int row0 = w.m_block * kBlockM + warp_row(), lane = threadIdx.x % 32;
         Real unit_v = 1;
@@ -222,21 +216,13 @@ struct ForwardSm80 {
                 const Real top = row.max == negative_infinity<Real>()
                                      ? row.max
                                      : row.max * factor() - static_cast<Real>(Mma::kProbabilityExponent);
-                const RowResult<Real> result = finish_row(top, row.sum, sink_log2(w));
-                const Real scale = Config::kDropout ? result.factor * static_cast<Real>(p.dropout_scale) : result.factor;
+                const int i = row0 + 16 * m + 8 * half + lane / 4;
+                const Real scale = finish_output_row<Config>(p, w, i, top, row.sum, lane % 4 == 0);
 #pragma unroll
                 for (int e = 0; e < 2 * kNv; e++) {
                     Real& x = o.data[m][e / 2][2 * half + e % 2];
                     x *= scale;
                     if constexpr (kSplitInput) x *= unit_v;  // not by the product of both, which may be subnormal
-                }
-                const int i = row0 + 16 * m + 8 * half + lane / 4;
-                if (lane % 4 == 0 && i < w.at.seqlen_q) {
-                    if constexpr (!Config::kSplit) {
-                        store_lse(p, w, i, result.lse_log2);
-                    } else if (w.dv_start == 0) {
-                        static_cast<Real*>(p.partial_lse)[partial_row(p, w, i)] = result.lse_log2;
-                    }
                 }
             }
         }

@@ -4,13 +4,13 @@
 // An element down to 2^-18 of that magnitude keeps its 22 bits, a smaller one an absolute error of 2^-40 of it.
 // magnitude.cu finds the magnitudes, split.cu writes the pairs. Rows past the sequences are neither read nor written.
 //
-//   pairs        (chunks, B, H, S, [high | low])  packed: (chunks, H, T, [high | low]); a chunk of v is what one CTA takes, q
-//   and
-//                k are one chunk; zero columns fill a chunk up. The attention kernel gets strides that count rows.
+//   pairs        (chunks, B, H, S, [high | low])  packed: (chunks, H, T, [high | low]); a chunk of v is what one CTA takes,
+//                q and k are one chunk; zero columns fill a chunk up. The attention kernel gets strides that count rows.
 //   magnitudes   (slots of q, then k, then v) x kMagnitudes words; a slot is a batch and head, a word the bits of the largest
 //                finite |x| of the slot's rows of one chunk. One word per lane, so that a warp finds their maximum at once.
 #pragma once
 #include <cuda_fp16.h>
+#include "attention/seqlen.cuh"
 #include "params.cuh"
 #include "ptx/special_registers.cuh"
 
@@ -121,18 +121,7 @@ struct SplitArray {
         if constexpr (!Config::kPacked) {
             return !Config::kLens || lens == nullptr || i < lens[batch];
         } else {
-            if (i >= cumulative[p.batch]) return false;
-            if (!Config::kLens || lens == nullptr) return true;
-            int low = 0, high = p.batch - 1;  // the last sequence that starts at or before token i
-            while (low < high) {
-                const int middle = (low + high + 1) / 2;
-                if (cumulative[middle] <= i) {
-                    low = middle;
-                } else {
-                    high = middle - 1;
-                }
-            }
-            return i - cumulative[low] < lens[low];
+            return token_exists(cumulative, Config::kLens ? lens : nullptr, p.batch, i);
         }
     }
 
