@@ -1,6 +1,16 @@
 """Exact attention in CUDA C, compiled just in time, for NumPy, CuPy, PyTorch and JAX arrays alike."""
 
-from cuattn.api import BackendInfo, attention, attention_varlen, backend_info, explain
+from cuattn.api import (
+    BackendInfo,
+    Gradients,
+    attention,
+    attention_backward,
+    attention_varlen,
+    attention_varlen_backward,
+    backend_info,
+    explain,
+    vjp,
+)
 from cuattn.dropout import dropout_mask
 from cuattn.jit import CompileError
 from cuattn.masks import BlockSparse, BooleanMask, Causal, Full, Mask, SlidingWindow
@@ -16,14 +26,18 @@ __all__ = [
     "Causal",
     "CompileError",
     "Full",
+    "Gradients",
     "Mask",
     "ScoreMod",
     "SlidingWindow",
     "SoftCap",
     "UserMod",
     "attention",
+    "attention_backward",
     "attention_varlen",
+    "attention_varlen_backward",
     "backend_info",
     "dropout_mask",
     "explain",
+    "vjp",
 ]

@@ -120,12 +120,20 @@ class Library:
         """
         _retain(arrays)
 
+    def cast(self, x: Any, dtype: str) -> Any:
+        """An array that `empty` made, in another dtype; in stream order."""
+        return x.astype(numpy_dtype(dtype), copy=False)
+
     def writable(self, x: Any) -> bool:
         """Whether `x` may be written as `out=`."""
         return self.supports_out
 
     def needs_grad(self, x: Any) -> bool:
         """Whether the library would have to record this call in order to differentiate it with respect to `x`."""
+        return False
+
+    def autocasts(self, inputs: tuple[Any, ...], device: Device) -> bool:
+        """Whether the library wants one of `inputs` in another dtype for a computation on `device`."""
         return False
 
 
@@ -318,12 +326,23 @@ class Torch(Library):
     def retain(self, arrays: tuple[Any, ...]) -> None:
         """Nothing to do: the kernel runs on the stream PyTorch's allocator orders this memory by."""
 
+    def cast(self, x: Any, dtype: str) -> Any:
+        return x.to(_torch_dtype(dtype))
+
     def needs_grad(self, x: Any) -> bool:
         """True for a tensor that requires grad while grad mode is on, and for a dual tensor of forward-mode differentiation."""
         if x.requires_grad:
             return bool(self._torch.is_grad_enabled())
         forward_ad = self._forward_ad
         return getattr(forward_ad, "_current_level", 0) >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+    def autocasts(self, inputs: tuple[Any, ...], device: Device) -> bool:
+        if not self._torch.is_autocast_enabled(device[0]):
+            return False
+        from cuattn.torch import CASTABLE
+
+        dtype = self._torch.get_autocast_dtype(device[0])
+        return any(x.dtype in CASTABLE and x.dtype != dtype for x in inputs if isinstance(x, self._torch.Tensor))
 
     def writable(self, x: Any) -> bool:
         return not self.needs_grad(x)
@@ -365,6 +384,15 @@ class DLPack(Library):
             return x
         with CUPY.guard(device):
             return upload(x)
+
+
+def traced(x: Any) -> bool:
+    """Whether a call on `x` is being traced (torch.compile, torch.export) instead of run: its tensors have no contents."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.Tensor):
+        return False
+    # The compiler, while it reads this, takes the first for True. Others run it with tensors that dispatch in Python.
+    return bool(torch.compiler.is_dynamo_compiling() or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__)
 
 
 NUMPY, CUPY, TORCH, JAX, DLPACK = NumPy(), CuPy(), Torch(), Jax(), DLPack()

@@ -6,11 +6,16 @@ Sizes never enter the text: two calls that differ in batch or length share their
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from cuattn.backward import CELLS, COLUMNS, STORE, BackwardPlan
 from cuattn.fields import CTYPES
-from cuattn.launch import parameter_words
+from cuattn.launch import backward_words, fixed_fields, parameter_words
 from cuattn.plan import SPLIT_THREADS, WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan
+from cuattn.problem import ITEMSIZE, POINTERS
+from cuattn.score_mods import ScoreMod
 
 
 class Unit(NamedTuple):
@@ -42,62 +47,183 @@ def _flag(value: bool) -> str:
     return "true" if value else "false"
 
 
-def mod_type(plan: Plan) -> str:
+def mod_type(plan: Plan | BackwardPlan) -> str:
     """C++ type of a plan's score modifications, applied in order."""
-    types = [m.cuda_type([op.dtype for op in ops]) for m, ops in zip(plan.problem.mods, plan.problem.mod_operands, strict=True)]
+    types = [mod.cuda_type(dtypes, uniform) for mod, dtypes, uniform in _mods(plan)]
     if not types:
         return "NoScoreMod"
     return functools.reduce(lambda rest, first: f"Chain<{first}, {rest}>", reversed(types))
 
 
-def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
-    p, t = plan.problem, plan.tiles
-    attends = kernel == plan.kernel
+def _mods(plan: Plan | BackwardPlan) -> Iterator[tuple[ScoreMod, list[str], int | None]]:
+    """Each modification, the dtypes of its arrays, and what `ScoreMod.cuda_type` wants to know of the backward."""
+    p = plan.problem
+    wanted = plan.backward.wanted if isinstance(plan, BackwardPlan) else (False,) * len(p.mods)
+    uniforms = 0
+    for mod, operands, gradient in zip(p.mods, p.mod_operands, wanted, strict=True):
+        yield mod, [op.dtype for op in operands], uniforms if gradient else None
+        uniforms += mod.uniforms if gradient else 0
+
+
+def _translation_unit(
+    plan: Plan | BackwardPlan,
+    kernel: str,
+    arguments: str,
+    words: int,
+    types: dict[str, str],
+    constants: dict[str, int],
+    flags: dict[str, bool],
+    with_mods: bool,
+) -> Unit:
+    """The text around `struct Config`. `arguments`: name of the parameter struct in kernels/params.cuh, of so many words."""
+    p = plan.problem
+    definitions = [mod.cuda_source(dtypes, uniform) for mod, dtypes, uniform in _mods(plan)] if with_mods else []
     sinks = p.operand("sinks")
-    definitions = [m.cuda_source([op.dtype for op in ops]) for m, ops in zip(p.mods, p.mod_operands, strict=True)]
     lens = p.operand("q_lens") is not None or p.operand("kv_lens") is not None
-    vectors = (16, 16, 16, p.vectors[3]) if attends and plan.split_inputs else p.vectors  # the workspace is aligned
-    constants = {
+    types = {
+        "Element": CTYPES[p.dtype],
+        "Real": "cuattn::Real",
+        "Sink": CTYPES[sinks.dtype if sinks else p.real],
+        **types,
+        "Mask": p.mask.cuda_type([op.dtype for op in p.mask_operands]),
+        "ScoreMod": mod_type(plan) if with_mods else "NoScoreMod",
+    }
+    flags = {
+        "kPacked": p.packed,
+        "kLens": lens,
+        "kFoldScale": not p.mods and p.scale > 0,
+        "kDropout": p.dropout > 0,
+        "kSinks": sinks is not None,
+        **flags,
+    }
+    lines = [
+        f'#include "{kernel}.cu"',
+        "namespace cuattn {",
+        f"using Real = {CTYPES[p.real]};",
+        *dict.fromkeys(text for text in definitions if text),
+        "struct Config {",
+        *(f"    using {name} = {value};" for name, value in types.items()),
+        *(f"    static constexpr int {name} = {value};" for name, value in constants.items()),
+        *(f"    static constexpr bool {name} = {_flag(value)};" for name, value in flags.items()),
+        "};",
+        "}  // namespace cuattn",
+        f"using Arguments = cuattn::{arguments}<cuattn::Config>;",
+        f"static_assert(sizeof(Arguments) == {8 * words},",
+        '              "launch.py lays the parameters out differently");',
+        'extern "C" __global__ void __launch_bounds__(cuattn::Config::kThreads, cuattn::Config::kMinBlocks)',
+        f"cuattn_{kernel}(const __grid_constant__ Arguments arguments) {{ cuattn::{kernel}<cuattn::Config>(arguments); }}",
+    ]
+    return Unit(f"cuattn_{kernel}", "\n".join(lines) + "\n", constants["kThreads"], constants["kSmemBytes"])
+
+
+def _constants(plan: Plan | BackwardPlan, threads: int, smem_bytes: int, min_blocks: int) -> dict[str, int]:
+    t = plan.tiles
+    return {
         "kHeadDim": plan.head_dim,
         "kHeadDimV": plan.head_dim_v,
         "kBlockM": t.block_m,
         "kBlockN": t.block_n,
         "kStages": t.stages,
         "kThreads": threads,
-        "kMinBlocks": t.min_blocks if attends else 1,
+        "kMinBlocks": min_blocks,
         "kSmemBytes": smem_bytes,
+    }
+
+
+def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
+    """A kernel of the forward."""
+    p = plan.problem
+    attends = kernel == plan.kernel
+    vectors = (16, 16, 16, p.vectors[3]) if attends and plan.split_inputs else p.vectors  # the workspace is aligned
+    constants = {
+        **_constants(plan, threads, smem_bytes, plan.tiles.min_blocks if attends else 1),
         **{f"kVec{name}": n for name, n in zip(("Q", "K", "V", "Out"), vectors, strict=True)},
     }
-    flags = {
-        "kPacked": p.packed,
-        "kLens": lens,
-        "kOneChunk": plan.dv_chunks == 1,
-        "kSplit": plan.num_splits > 1,
-        "kFoldScale": not p.mods and p.scale > 0,
-        "kDropout": p.dropout > 0,
-        "kSinks": sinks is not None,
+    types = {"Mma": plan.mma} if attends and plan.mma else {}
+    flags = {"kOneChunk": plan.dv_chunks == 1, "kSplit": plan.num_splits > 1}
+    words = parameter_words(plan, attends)
+    return _translation_unit(plan, kernel, "ForwardArguments", words, types, constants, flags, attends)
+
+
+# Backward -------------------------------------------------------------------------------------------------------------
+
+PREPARE_THREADS = 256
+SINKS_THREADS = 1024
+BIAS_THREADS = 256
+COMBINE_THREADS = 128
+
+
+def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
+    """By role, in launch order: tile_map (if the mask needs one), prepare, sinks (if there are), backward, convert, combine (if
+    CTAs shared queries), bias (unless there is none, or it is stored as it comes).
+    """
+    p, bias = plan.problem, plan.backward.bias
+    result = {}
+    if plan.map_words:
+        constants = {
+            **_constants(plan, 32 * WARPS_PER_TILE_MAP, 0, 1),
+            **{f"kVec{name}": 16 for name in ("Q", "K", "V", "Out")},
+        }
+        words = len(POINTERS) + len(fixed_fields(plan)) + len(p.mask.fields(p.mask_operands)) + 1
+        flags = {"kOneChunk": True, "kSplit": False}
+        result["tile_map"] = _translation_unit(plan, "tile_map", "ForwardArguments", words, {}, constants, flags, False)
+    result["prepare"] = _backward_unit(plan, "backward_prepare", PREPARE_THREADS, 0)
+    if p.operand("sinks") is not None:
+        result["sinks"] = _backward_unit(plan, "backward_sinks", SINKS_THREADS, 0)
+    result["backward"] = _backward_unit(plan, "backward", plan.threads, plan.smem_bytes)
+    staged = plan.tiles.block_m * (plan.head_dim * plan.gemm.itemsize + 16)
+    result["convert"] = _backward_unit(plan, "backward_convert", plan.threads, staged)
+    if plan.q_splits > 1:
+        result["combine"] = _backward_unit(plan, "backward_combine", COMBINE_THREADS, 0)
+    if bias is not None and plan.bias_kind is not STORE:
+        result["bias"] = _backward_unit(plan, "backward_bias", BIAS_THREADS, 0)
+    return result
+
+
+def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: int) -> Unit:
+    p, backward, bias = plan.problem, plan.backward, plan.backward.bias
+    attends = kernel == "backward"
+    size = ITEMSIZE[p.dtype]
+    ours = [math.gcd(16, dim * size) for dim in (p.head_dim, p.head_dim, p.head_dim_v)]  # contiguous, at an aligned address
+    vectors = (*p.vectors, backward.vector_dout, *ours)
+    constants = {
+        **_constants(plan, threads, smem_bytes, plan.tiles.min_blocks if attends else 1),
+        "kSlabThreads": plan.threads,
+        "kPrepareLanes": plan.prepare_lanes,
+        "kBiasKind": plan.bias_kind.number,
+        "kUniform": sum(mod.uniforms for mod, wanted in zip(p.mods, backward.wanted, strict=True) if wanted),
+        **{f"kVec{name}": n for name, n in zip(("Q", "K", "V", "Out", "Dout", "Dq", "Dk", "Dv"), vectors, strict=True)},
     }
-    mods = mod_type(plan) if attends else "NoScoreMod"
-    lines = [
-        f'#include "{kernel}.cu"',
-        "namespace cuattn {",
-        f"using Real = {CTYPES[p.real]};",
-        *(dict.fromkeys(text for text in definitions if text) if attends else ()),
-        "struct Config {",
-        f"    using Element = {CTYPES[p.dtype]};",
-        "    using Real = cuattn::Real;",
-        f"    using Sink = {CTYPES[sinks.dtype if sinks else p.real]};",
-        *([f"    using Mma = {plan.mma};"] if attends and plan.mma else []),
-        f"    using Mask = {p.mask.cuda_type([op.dtype for op in p.mask_operands])};",
-        f"    using ScoreMod = {mods};",
-        *(f"    static constexpr int {name} = {value};" for name, value in constants.items()),
-        *(f"    static constexpr bool {name} = {_flag(value)};" for name, value in flags.items()),
-        "};",
-        "}  // namespace cuattn",
-        "using Arguments = cuattn::ForwardArguments<cuattn::Config>;",
-        f"static_assert(sizeof(Arguments) == {8 * parameter_words(plan, attends)},",
-        '              "launch.py lays the parameters out differently");',
-        'extern "C" __global__ void __launch_bounds__(cuattn::Config::kThreads, cuattn::Config::kMinBlocks)',
-        f"cuattn_{kernel}(const __grid_constant__ Arguments arguments) {{ cuattn::{kernel}<cuattn::Config>(arguments); }}",
-    ]
-    return Unit(f"cuattn_{kernel}", "\n".join(lines) + "\n", threads, smem_bytes)
+    element = CTYPES[bias.dtype] if bias is not None else "Real"
+    types = {
+        "Gemm": plan.gemm.cuda,
+        "BiasElement": element,
+        "BiasTarget": element if plan.bias_kind is STORE else "Real",
+    }
+    kernels_with_gemm = ("backward", "backward_convert")
+    if kernel not in kernels_with_gemm:
+        del types["Gemm"]
+    flags = {
+        "kTf32": p.precision == "tf32",
+        "kDeterministic": backward.deterministic,
+        "kQuerySplit": plan.q_splits > 1,
+        "kVectorRed": plan.device.number >= 90,
+        "kBiasPairs": _bias_in_pairs(plan),
+        "kWide": bias_is_wide(plan),
+    }
+    words = backward_words(plan, attends)
+    return _translation_unit(plan, kernel, "BackwardArguments", words, types, constants, flags, attends)
+
+
+def _bias_in_pairs(plan: BackwardPlan) -> bool:
+    """Whether two elements of a row of dbias, or of bias_sum, may be written at once."""
+    bias = plan.backward.bias
+    if plan.bias_kind is CELLS:  # rows of bias_sum are padded to pairs
+        return plan.problem.real == "float32" and plan.device.number >= 90
+    return bias is not None and plan.bias_kind is STORE and bias.shape[-1] % 2 == 0
+
+
+def bias_is_wide(plan: BackwardPlan) -> bool:
+    """Whether an element of dbias is a sum over all keys, which takes a CTA."""
+    bias = plan.backward.bias
+    return bias is not None and plan.bias_kind is COLUMNS and bias.shape[-1] == 1 and plan.problem.seqlen_k > 1

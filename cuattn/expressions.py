@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,25 @@ def evaluate(expression: str, variables: Mapping[str, Any], dtype: npt.DTypeLike
     real = DOUBLE if np.dtype(dtype) == DOUBLE else FLOAT
     with np.errstate(all="ignore"):
         return _Evaluation(expression, variables, real).value(_parse(expression))
+
+
+def names(expression: str) -> frozenset[str]:
+    """The variables and parameters that an expression reads; functions and types are left out.
+
+    Raises ValueError, naming score_mod, for a syntax error.
+
+    >>> sorted(names("min(i - j, 3) + table[h]"))
+    ['h', 'i', 'j', 'table']
+    """
+    return frozenset(_names(_parse(expression)))
+
+
+def _names(node: Any) -> Iterator[str]:
+    if type(node).__name__ == "ID":
+        yield node.name
+    for edge, child in node.children():
+        if not (type(node).__name__ == "FuncCall" and edge == "name"):
+            yield from _names(child)
 
 
 def _error(expression: str, problem: str) -> ValueError:

@@ -188,7 +188,7 @@ def _compile(source: str, arch: str, key: str) -> Cubin:
 
 def _explain(log: str, source: str, arch: str, key: str) -> str:
     """The compiler's message with the user's own line, when a user's expression is at fault, and the source's path."""
-    user = re.search(r'"?score_mod (apply|grad)"?\((\d+)\): error: (.*)', log)
+    user = re.search(r'"?score_mod (\w+)"?\((\d+)\): error: (.*)', log)
     path: Path | None = cache_folder() / f"failed-{key}.cu"
     try:
         assert path is not None

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cuattn.fields import Field
-from cuattn.problem import POINTERS, SLOT
+from cuattn.backward import POINTERS as BACKWARD_POINTERS
+from cuattn.backward import BackwardPlan
+from cuattn.fields import Field, Operand
+from cuattn.problem import POINTERS, SLOT, Problem, contiguous_strides
+from cuattn.score_mods import Bias
 
 if TYPE_CHECKING:
     from cuattn.plan import Plan
@@ -16,7 +20,7 @@ HEAD = struct.Struct(f"<{len(POINTERS)}Q")
 _Q, _SPLIT_Q = SLOT["q"], SLOT["split_q"]
 
 
-def _strides(plan: Plan, of_pairs: bool) -> list[int]:
+def _strides(plan: Plan | BackwardPlan, of_pairs: bool) -> list[int]:
     """Batch, row and head strides of q, k, v and out. `of_pairs`: q, k and v are the fp16 pairs that split.cu wrote,
     and their strides count rows.
     """
@@ -33,7 +37,7 @@ def _strides(plan: Plan, of_pairs: bool) -> list[int]:
     return strides
 
 
-def fixed_fields(plan: Plan, of_pairs: bool = False) -> list[tuple[str, int | float]]:
+def fixed_fields(plan: Plan | BackwardPlan, of_pairs: bool = False) -> list[tuple[str, int | float]]:
     """Members of ForwardParams after its pointers, in order, as (struct code, value); each takes 8 bytes."""
     p = plan.problem
     rows = p.total_q if p.packed else p.seqlen_q
@@ -65,7 +69,7 @@ def fixed_fields(plan: Plan, of_pairs: bool = False) -> list[tuple[str, int | fl
     return [("q", n) for n in longs] + [("i4x", n) for n in ints] + [("d", x) for x in reals]
 
 
-def _variant_fields(plan: Plan, with_mods: bool) -> list[Field]:
+def _variant_fields(plan: Plan | BackwardPlan, with_mods: bool) -> list[Field]:
     p = plan.problem
     fields = list(p.mask.fields(p.mask_operands))
     if not with_mods or not p.mods:
@@ -80,22 +84,25 @@ def parameter_words(plan: Plan, with_mods: bool) -> int:
     return len(POINTERS) + len(fixed_fields(plan)) + len(_variant_fields(plan, with_mods))
 
 
+def _layout(
+    problem: Problem, fixed: Sequence[tuple[str, int | float]], variant: Sequence[Field]
+) -> tuple[bytes, list[tuple[int, int]]]:
+    """The bytes after the pointers of ForwardParams, and where in them (offset, slot) pointers of the variant belong."""
+    codes = {"ptr": "Q", "int": "q", "real": "d" if problem.real == "float64" else "f4x"}
+    layout = "<" + "".join(code for code, _ in fixed) + "".join(codes[f.kind] for f in variant)
+    values = [value for _, value in fixed] + [0 if f.kind == "ptr" else f.value for f in variant]
+    start = 8 * len(fixed)
+    return struct.pack(layout, *values), [(start + 8 * n, int(f.value)) for n, f in enumerate(variant) if f.kind == "ptr"]
+
+
 class Parameters:
     """The bytes of a plan's parameter struct; pointers are filled in by `pack`."""
 
-    def __init__(self, plan: Plan, with_mods: bool) -> None:
-        real = "d" if plan.problem.real == "float64" else "f4x"
+    def __init__(self, plan: Plan | BackwardPlan, with_mods: bool) -> None:
         # Where inputs are split first, attention reads the pairs in the place of q, k and v.
         self.of_pairs = with_mods and plan.split_inputs
-        fixed = fixed_fields(plan, self.of_pairs)
-        variant = _variant_fields(plan, with_mods)
-        codes = {"ptr": "Q", "int": "q", "real": real}
-        layout = "<" + "".join(code for code, _ in fixed) + "".join(codes[f.kind] for f in variant)
-        values = [value for _, value in fixed] + [0 if f.kind == "ptr" else f.value for f in variant]
-        self.tail = struct.pack(layout, *values)
-        start = 8 * len(fixed)
-        self.patches = [(start + 8 * n, int(f.value)) for n, f in enumerate(variant) if f.kind == "ptr"]
-        """(offset in the tail, slot) of the pointers in masks and score modifications"""
+        fixed, variant = fixed_fields(plan, self.of_pairs), _variant_fields(plan, with_mods)
+        self.tail, self.patches = _layout(plan.problem, fixed, variant)
 
     def pack(self, pointers: list[int]) -> bytes:
         """`pointers` by slot; the first are those of `POINTERS`, seed included."""
@@ -109,3 +116,77 @@ class Parameters:
         for offset, slot in self.patches:
             struct.pack_into("<Q", tail, offset, pointers[slot])
         return head + bytes(tail)
+
+
+# Backward -------------------------------------------------------------------------------------------------------------
+
+BACKWARD_HEAD = struct.Struct(f"<{len(BACKWARD_POINTERS)}Q")
+
+
+def _backward_fields(plan: BackwardPlan, launch: tuple[int, int, int, int]) -> Sequence[tuple[str, int | float]]:
+    """Members of BackwardParams after its pointers, in order, as (struct code, value)."""
+    backward, p, bias = plan.backward, plan.problem, plan.backward.bias
+
+    def rows(strides: Sequence[int]) -> list[int]:  # batch, row, head
+        return [0 if p.packed else strides[0], strides[1], strides[2]]
+
+    def stats(operand: Operand | None) -> list[int]:  # batch, head, row
+        return list(operand.strides) if operand is not None else [0, 0, 0]
+
+    gradients = [n for name in "qkv" for n in rows(contiguous_strides(backward.shape(name)))]
+    shape = (1, 1, 1, 1, *(bias.shape if bias is not None else ()))[-4:]
+    extents = plan.sum_shape
+    sum_strides = [s if n > 1 else 0 for s, n in zip(contiguous_strides(extents), extents, strict=True)]
+    longs = [
+        *rows(backward.dout.strides),
+        *stats(backward.lse),
+        *stats(backward.dlse),
+        *gradients,
+        plan.rows_kv,
+        plan.slabs,
+        plan.dq_elements,
+        *contiguous_strides(shape),
+        *sum_strides,
+    ]
+    ints = [plan.n_blocks, plan.q_splits, plan.dq_splits, *launch, *shape]
+    return [("q", n) for n in longs] + [("i4x", n) for n in ints]
+
+
+def _backward_variant(plan: BackwardPlan, with_mods: bool) -> list[Field]:
+    p, backward = plan.problem, plan.backward
+    fields = list(p.mask.fields(p.mask_operands))
+    if not with_mods or not p.mods:
+        return [*fields, Field("int", 0)]
+    slot = backward.first_slot + len(BACKWARD_POINTERS)
+    for mod, operands, wanted in zip(p.mods, p.mod_operands, backward.wanted, strict=True):
+        count = len(mod.differentiable) if wanted and not isinstance(mod, Bias) else 0
+        fields += mod.fields(operands, tuple(range(slot, slot + count)))
+        slot += count
+    return fields
+
+
+def backward_words(plan: BackwardPlan, with_mods: bool) -> int:
+    """8-byte words of the parameter struct of a kernel of the backward."""
+    own = len(BACKWARD_POINTERS) + len(_backward_fields(plan, (0, 0, 0, 0)))
+    return len(POINTERS) + len(fixed_fields(plan)) + own + len(_backward_variant(plan, with_mods))
+
+
+class BackwardParameters:
+    """The bytes of the parameter struct of one launch of the backward."""
+
+    def __init__(self, plan: BackwardPlan, launch: tuple[int, int, int, int], with_mods: bool) -> None:
+        self.base = _layout(plan.problem, fixed_fields(plan), [])[0]
+        self.start = plan.backward.first_slot
+        variant = _backward_variant(plan, with_mods)
+        self.tail, self.patches = _layout(plan.problem, _backward_fields(plan, launch), variant)
+
+    def pack(self, pointers: list[int]) -> bytes:
+        """`pointers` by slot: of the forward, of masks and modifications, then those of the backward."""
+        head = HEAD.pack(*pointers[: len(POINTERS)])
+        own = BACKWARD_HEAD.pack(*pointers[self.start : self.start + len(BACKWARD_POINTERS)])
+        if not self.patches:
+            return head + self.base + own + self.tail
+        tail = bytearray(self.tail)
+        for offset, slot in self.patches:
+            struct.pack_into("<Q", tail, offset, pointers[slot])
+        return head + self.base + own + bytes(tail)

@@ -6,7 +6,7 @@ every test; in a narrower dtype it is the naive implementation whose error is th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,15 +102,147 @@ def forward(
     return out, lse
 
 
+class Gradients(NamedTuple):
+    """Of a scalar L, given dout = dL/dout and dlse = dL/dlse; each has the shape of what it belongs to."""
+
+    dq: Array
+    dk: Array
+    dv: Array
+    dmods: tuple[tuple[Array, ...], ...]
+    """For every modification, one array for each of its `differentiable`."""
+    dsinks: Array | None
+    """None in a call without sinks."""
+
+
+def backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    mask: Mask,
+    mods: Sequence[ScoreMod] = (),
+    sinks: Array | None = None,
+    q_lens: Array | None = None,
+    kv_lens: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+    dlse: Array | None = None,
+    dtype: npt.DTypeLike = np.float64,
+    operand: Callable[[Array], Array] = np.asarray,
+) -> Gradients:
+    """Gradients of `forward`, everything computed anew from its inputs with every step done in `dtype`.
+
+    dout: as out, (B, Sq, Hq, Dv) or packed (Tq, Hq, Dv); dlse: as lse, (B, Hq, Sq) or packed (Hq, Tq), None for zeros. The
+    other arguments are those of `forward`. S, P, dP, dS (after each modification too) and the results are rounded to `dtype`;
+    for a 16-bit one they come back as float32 arrays. P is exp(S - lse), so that the rounding of lse counts as in a kernel. A
+    pair of a query and a key that it does not see contributes nothing, NaN included, and neither does a row with lse -inf;
+    padding gets gradients 0. `operand` is what a matrix product makes of P and dS before it multiplies them (of the inputs, the
+    caller makes it).
+    """
+    dtype = np.dtype(dtype)
+    wide = np.dtype(np.float32) if dtype.itemsize < 4 else dtype
+    dout, q, k, v = (x.astype(dtype).astype(wide) for x in (dout, q, k, v))
+    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    dmods = tuple(tuple(np.zeros(np.shape(mod.arrays[n]), wide) for n in mod.differentiable) for mod in mods)
+    dsinks = None if sinks is None else np.zeros(np.shape(sinks), wide)
+    lengths = {"q_lens": q_lens, "kv_lens": kv_lens, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    with np.errstate(all="ignore"):
+        for span in spans(q, k, **lengths):
+            (rows, heads), (columns, heads_kv) = q[span.q].shape[:2], k[span.k].shape[:2]
+            group = max(1, heads // max(1, heads_kv))
+            for h in range(heads):
+                tile = Tile.of(span.batch, range(h, h + 1), range(rows), range(columns), rows, columns)
+                kept = np.ones((), wide)
+                if dropout > 0:
+                    kept = dropout_bits.keep(seed, dropout, tile)[0] / np.asarray(1 - dropout, wide)
+                parts = head_backward(
+                    dout[span.q][:, h],
+                    np.zeros(rows, wide) if dlse is None else dlse[span.lse][h].astype(wide),
+                    q[span.q][:, h],
+                    k[span.k][:, h // group],
+                    v[span.k][:, h // group],
+                    np.asarray(-np.inf if sinks is None else sinks[h]).astype(wide),
+                    tile,
+                    kept,
+                    float(scale),
+                    mask,
+                    mods,
+                    dmods,
+                    dtype,
+                    operand,
+                )
+                dq[span.q][:, h] = parts[0]
+                dk[span.k][:, h // group] += parts[1]
+                dv[span.k][:, h // group] += parts[2]
+                if dsinks is not None:
+                    dsinks[h] += parts[3]
+        dq, dk, dv = (rounded(x, dtype) for x in (dq, dk, dv))
+        dmods = tuple(tuple(rounded(x, dtype) for x in totals) for totals in dmods)
+        return Gradients(dq, dk, dv, dmods, None if dsinks is None else rounded(dsinks, dtype))
+
+
+def head_backward(
+    dout: Array,
+    dlse: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    sink: Array,
+    tile: Tile,
+    kept: Array,
+    scale: float,
+    mask: Mask,
+    mods: Sequence[ScoreMod],
+    dmods: Sequence[Sequence[Array]],
+    dtype: np.dtype[Any],
+    operand: Callable[[Array], Array],
+) -> tuple[Array, Array, Array, Array]:
+    """(dq, dk, dv, dsink) of one head; adds to `dmods`.
+
+    dout (seqlen_q, Dv), dlse (seqlen_q,), q (seqlen_q, D), k (seqlen_k, D), v (seqlen_k, Dv); `kept` is the factor of dropout,
+    0 or 1 / (1 - p), that broadcasts to (seqlen_q, seqlen_k).
+    """
+    chain = modified(q, k, tile, scale, mods, dtype)
+    visible = np.broadcast_to(mask.keep(tile), chain[-1].shape)[0]
+    lse = softmax(np.where(visible, chain[-1][0], -np.inf), sink)[1]
+    alive = ~np.isneginf(lse)
+    visible = visible & alive[:, None]
+    p = np.where(visible, np.exp(chain[-1][0] - lse[:, None]), 0)
+    p, p_kept = rounded(p, dtype), rounded(p * kept, dtype)
+    out = rounded(weighted_sum(p_kept[None], v[None], visible[None])[0], dtype)
+    delta = (dout * out).sum(axis=-1) - dlse
+    dp = rounded(rounded(dout @ v.T, dtype) * kept, dtype)
+    ds = np.where(visible, rounded(p * (dp - delta[:, None]), dtype), 0)[None]
+    for mod, s, totals in zip(reversed(mods), reversed(chain[:-1]), reversed(dmods), strict=True):
+        mod.accumulate(s, ds, tile, totals)
+        ds = np.where(visible, rounded(ds * mod.grad(s, tile), dtype), 0)
+    ds, p_kept = operand(ds), operand(p_kept)
+    dq = scale * weighted_sum(ds, k[None], visible[None])[0]
+    dk = scale * weighted_sum(ds[0].T[None], q[None], visible.T[None])[0]
+    dv = weighted_sum(p_kept.T[None], dout[None], visible.T[None])[0]
+    dsink = -np.where(alive, np.exp(sink - lse) * delta, 0).sum()
+    return dq, dk, dv, dsink
+
+
 def scores(
     q: Array, k: Array, tile: Tile, scale: float, mask: Mask, mods: Sequence[ScoreMod], dtype: np.dtype[Any]
 ) -> tuple[Array, BoolArray]:
     """S of one head, -inf where masked, and which keys are visible, both (seqlen_q, seqlen_k)."""
-    s = rounded(q @ k.T * float(scale), dtype)[None]
-    for mod in mods:
-        s = np.broadcast_to(rounded(mod.apply(s, tile), dtype), s.shape)
+    s = modified(q, k, tile, scale, mods, dtype)[-1]
     visible = np.broadcast_to(mask.keep(tile), s.shape)[0]
     return np.where(visible, s[0], -np.inf), visible
+
+
+def modified(q: Array, k: Array, tile: Tile, scale: float, mods: Sequence[ScoreMod], dtype: np.dtype[Any]) -> list[Array]:
+    """Scores of one head before the first modification and after each, (1, seqlen_q, seqlen_k)."""
+    chain = [rounded(q @ k.T * float(scale), dtype)[None]]
+    for mod in mods:
+        chain.append(np.broadcast_to(rounded(mod.apply(chain[-1], tile), dtype), chain[-1].shape))
+    return chain
 
 
 def softmax(s: Array, sink: Array | None) -> tuple[Array, Array]:

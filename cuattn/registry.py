@@ -47,7 +47,7 @@ class Tiles:
     min_blocks: int = 1
     """CTAs an SM must hold, which bounds the registers of a thread"""
     max_weight: int = 100
-    """of the masks and modifications (`_weight`) under which no register spills"""
+    """of the masks and modifications (`register_weight`) under which no register spills"""
     reason: str = ""
     archs: tuple[int, ...] = ()
     """compute capabilities for which the compiler keeps this tile in registers; empty: all"""
@@ -108,7 +108,7 @@ def _dims_sm80(problem: Problem) -> tuple[int, int]:
     return round_up(problem.head_dim, 16), round_up(-(-dim_v // chunks), step_v)
 
 
-def _weight(problem: Problem) -> int:
+def register_weight(problem: Problem) -> int:
     """How many registers masks, modifications and layouts are likely to need, in steps at which the widest tiles spill."""
     parts = problem.mask.masks if isinstance(problem.mask, And) else (problem.mask,)
     weight = 6 * (problem.dropout > 0) + 2 * len(problem.mods) + 2 * problem.packed + (min(problem.vectors[:3]) < 16)
@@ -121,7 +121,7 @@ def _weight(problem: Problem) -> int:
 
 def _tiles_sm80(problem: Problem, device: Device) -> Sequence[Tiles]:
     table = {"float64": _TILES_FP64, "float32": _TILES_TF32}.get(problem.dtype, _TILES_16BIT)
-    widest, weight = max(_dims_sm80(problem)), _weight(problem)
+    widest, weight = max(_dims_sm80(problem)), register_weight(problem)
     return _allowed(next(tiles for limit, tiles in table.items() if widest <= limit), weight, device)
 
 
@@ -220,7 +220,7 @@ def _tiles_simt(problem: Problem, device: Device) -> Sequence[Tiles]:
     if widest in (80, 112):
         widest = 128  # these spill on the tile of 96
     tiles = next(tiles for limit, tiles in _TILES_SIMT.items() if widest <= limit)
-    return _allowed(tiles, _weight(problem), device)
+    return _allowed(tiles, register_weight(problem), device)
 
 
 _OLD = (80, 86, 89, 90)
@@ -305,7 +305,7 @@ def _smem_split(problem: Problem, tiles: Tiles, device: Device) -> int:
 
 def _tiles_split(problem: Problem, device: Device) -> Sequence[Tiles]:
     dim, dim_v = _dims_split(problem)
-    weight = _weight(problem) + 2 * (dim % 64 > 0 or dim_v % 64 > 0)  # loops the compiler allots worse
+    weight = register_weight(problem) + 2 * (dim % 64 > 0 or dim_v % 64 > 0)  # loops the compiler allots worse
     fitting = next(tiles for limit, tiles in _TILES_SPLIT.items() if max(dim, dim_v) <= limit)
     # First those of which an SM holds as many CTAs as they are made for.
     able = _allowed(fitting, weight, device)

@@ -57,4 +57,52 @@ struct ForwardArguments {
     typename Config::ScoreMod score_mod;
 };
 
+// What the backward needs besides. A slab is one query tile's share of dq_sum: kBlockM x kHeadDim elements in the order of the
+// accumulators of the CTA that adds to it.
+struct BackwardParams {
+    const void* dout;  // (B, Sq, H, Dv)  packed: (Tq, H, Dv)
+    const void* lse;   // as the forward returned it, natural logarithm
+    const void* dlse;  // like lse, or null
+    void* dq;          // (B, Sq, H, D)   packed: (Tq, H, D)
+    void* dk;          // (B, Sk, Hkv, D) packed: (Tk, Hkv, D)
+    void* dv;          // (B, Sk, Hkv, Dv)
+    void* dsinks;      // (H) of Config::Sink, or null
+    void* dbias;       // of the shape and dtype of the bias, or null
+    void* row_stats;   // (B, H, Sq) pairs (lse to base 2, delta) in the dtype of the scores; packed: (H, Tq)
+    void* dq_sum;      // (dq_splits, B, H, m_blocks) slabs; packed: (dq_splits, H, q_slabs)
+    void* partial_dk;  // (q_splits, B, Hkv, Sk, D), packed: (q_splits, Hkv, Tk, D); null where q_splits is 1
+    void* partial_dv;  // likewise with Dv
+    void* bias_sum;    // see attention/mod_sums.cuh
+    long long dout_batch, dout_row, dout_head;
+    long long lse_batch, lse_head, lse_row;
+    long long dlse_batch, dlse_head, dlse_row;
+    long long dq_batch, dq_row, dq_head;
+    long long dk_batch, dk_row, dk_head;
+    long long dv_batch, dv_row, dv_head;
+    long long rows_kv;                                       // rows of a split's partial dk: B * Hkv * Sk, packed: Hkv * Tk
+    long long q_slabs;                                       // slabs of a head; packed: floor(Tq / kBlockM) + B + 1
+    long long dq_split;                                      // elements between the sums of two splits
+    long long bias_batch, bias_head, bias_q, bias_k;         // strides of dbias
+    long long sum_split, sum_batch, sum_head, sum_q, sum_k;  // strides of bias_sum
+    alignas(8) int n_blocks;                                 // key tiles of the longest sequence
+    alignas(8) int q_splits;     // parts into which the queries (of all heads of a group) of a key tile are divided
+    alignas(8) int dq_splits;    // CTAs that share the key tiles of a head in turn: each has its own dq_sum
+    alignas(8) int first_batch;  // of this launch, and heads and batches that it covers
+    alignas(8) int first_head_kv;
+    alignas(8) int batches;
+    alignas(8) int heads_kv;
+    alignas(8) int bias_batches;  // lengths of the axes of dbias
+    alignas(8) int bias_heads;
+    alignas(8) int bias_rows;
+    alignas(8) int bias_cols;
+};
+
+template <class Config>
+struct BackwardArguments {
+    ForwardParams base;
+    BackwardParams grad;
+    typename Config::Mask mask;
+    typename Config::ScoreMod score_mod;
+};
+
 }  // namespace cuattn

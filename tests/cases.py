@@ -118,15 +118,33 @@ class Case:
 
     def exact(self) -> tuple[Array, Array]:
         """(out, lse) of the oracle in float64."""
-        return _oracle(self, np.dtype(np.float64))
+        return _answer("forward", self, np.dtype(np.float64))
 
     def naive(self) -> tuple[Array, Array]:
         """(out, lse) of the textbook formula in the arithmetic of the case's dtype and precision."""
-        return _oracle(self, self.numpy_dtype)
+        return _answer("forward", self, self.numpy_dtype)
+
+    def cotangents(self) -> tuple[Array, Array]:
+        """(dout, dlse) of a random loss; NaN in rows that are padding."""
+        return _cotangents(self)
+
+    def exact_gradients(self) -> reference.Gradients:
+        """Of the oracle in float64."""
+        return _answer("backward", self, np.dtype(np.float64))
+
+    def naive_gradients(self) -> reference.Gradients:
+        """Of the textbook formulas in the arithmetic of the case's dtype and precision."""
+        return _answer("backward", self, self.numpy_dtype)
+
+    def run_backward(self, put: Put, out: Any, lse: Any, **extra: Any) -> cuattn.Gradients:
+        """The public call on this case's inputs and cotangents."""
+        call = cuattn.attention_varlen_backward if self.packed else cuattn.attention_backward
+        dout, dlse = (put(x) for x in self.cotangents())
+        return call(dout, **self.arguments(put), out=out, lse=lse, **{"dlse": dlse, **extra})
 
     def naive_lse(self) -> Array:
         """As `naive`, in the dtype of lse: at least float32."""
-        return _oracle(self, np.promote_types(self.numpy_dtype, np.float32))[1]
+        return _answer("forward", self, np.promote_types(self.numpy_dtype, np.float32))[1]
 
 
 class Inputs(NamedTuple):
@@ -246,6 +264,21 @@ def _bias_keys(case: Case, rng: np.random.Generator) -> Feature:
     return Feature({"bias": bias}, Bias(bias))
 
 
+def _bias_queries(case: Case, rng: np.random.Generator) -> Feature:
+    bias = rng.standard_normal((case.batch, 1, case.seqlen_q, 1), np.float32)
+    return Feature({"bias": bias}, Bias(bias))
+
+
+def _bias_pairs(case: Case, rng: np.random.Generator) -> Feature:
+    bias = rng.standard_normal((case.num_heads, case.seqlen_q, case.seqlen_k), np.float32).astype(case.numpy_dtype)
+    return Feature({"bias": bias}, Bias(bias))
+
+
+def _bias_scalar(case: Case, rng: np.random.Generator) -> Feature:
+    bias = rng.standard_normal((case.num_heads, 1, 1), np.float32)
+    return Feature({"bias": bias}, Bias(bias))
+
+
 def _bias_hides(case: Case, rng: np.random.Generator) -> Feature:
     """A bias that holds -inf: an additive mask."""
     keep = rng.random((case.batch, 1, 1, case.seqlen_k)) < 0.7
@@ -254,15 +287,25 @@ def _bias_hides(case: Case, rng: np.random.Generator) -> Feature:
 
 
 def _user(case: Case, rng: np.random.Generator) -> Feature:
-    expression = "s + Real(0.125) * ((i + j) % 3 == 0 ? Real(h) : -fabs(s))"
-    gradient = "Real(1) - ((i + j) % 3 == 0 ? Real(0) : Real(0.125) * (s < 0 ? Real(-1) : Real(1)))"
+    expression = "s + Real(0.125) * ((i + j) % 3 == 0 ? Real(h) : -s * tanh(s))"
+    gradient = "Real(1) - ((i + j) % 3 == 0 ? Real(0) : Real(0.125) * (tanh(s) + s * (Real(1) - tanh(s) * tanh(s))))"
     return Feature({"score_mod": (expression, gradient)}, UserMod(expression, gradient))
 
 
 def _user_params(case: Case, rng: np.random.Generator) -> Feature:
     slope = rng.random(case.num_heads, np.float32)
     expression = "s - slope[h] * tanh(Real(j) / Real(seqlen_k) - s) * gain"
-    mod = UserMod(expression, None, {"slope": slope, "gain": 0.5})
+    tanh = "tanh(Real(j) / Real(seqlen_k) - s)"
+    gradient = f"Real(1) + slope[h] * gain * (Real(1) - {tanh} * {tanh})"
+    mod = UserMod(expression, gradient, {"slope": slope, "gain": 0.5}, {"slope": ("h", f"-{tanh} * gain")})
+    return Feature({"score_mod": mod}, mod)
+
+
+def _user_table(case: Case, rng: np.random.Generator) -> Feature:
+    """A learned bias by relative position, clipped."""
+    table = rng.standard_normal(33, np.float32)
+    index = "(j - i < -16 ? 0 : j - i > 16 ? 32 : j - i + 16)"
+    mod = UserMod(f"s + table[{index}]", "1", {"table": table}, {"table": (index, "1")})
     return Feature({"score_mod": mod}, mod)
 
 
@@ -272,9 +315,13 @@ MODS: dict[str, Callable[[Case, np.random.Generator], Feature]] = {
     "alibi_batch": _alibi_batch,
     "bias": _bias,
     "bias_keys": _bias_keys,
+    "bias_queries": _bias_queries,
+    "bias_pairs": _bias_pairs,
+    "bias_scalar": _bias_scalar,
     "bias_hides": _bias_hides,
     "user": _user,
     "user_params": _user_params,
+    "user_table": _user_table,
 }
 MOD_SETS: tuple[tuple[str, ...], ...] = (
     (),
@@ -430,6 +477,61 @@ def _oracle(case: Case, dtype: np.dtype[Any]) -> tuple[Array, Array]:
     with np.errstate(all="ignore"):  # fully masked rows and non-finite inputs are part of the cases
         out, lse = reference.forward(*tensors, **inputs.oracle, dtype=dtype)
     return (out, lse) if case.batch_axis else (out[0], lse[0])
+
+
+@functools.lru_cache(maxsize=16)
+def _cotangents(case: Case) -> tuple[Array, Array]:
+    inputs = _inputs(case)
+    rng = np.random.default_rng(zlib.crc32(repr(case).encode()) + 1)
+    shape = case.out_shape
+    dout = rng.standard_normal(shape, np.float32).astype(case.numpy_dtype)
+    wide = np.float64 if case.dtype == "float64" else np.float32
+    dlse = rng.standard_normal((*shape[:-3], shape[-2], shape[-3]), np.float32).astype(wide)
+    oracle = {name: inputs.oracle[name] for name in ("q_lens", "cu_seqlens_q") if name in inputs.oracle}
+    exists = np.zeros(shape[:-2] if case.batch_axis else (1, *shape[:-2]), np.bool_)
+    for span in reference.spans(*([inputs.q] * 2 if case.batch_axis else [inputs.q[None]] * 2), **oracle):
+        exists[span.q] = True
+    exists = exists if case.batch_axis else exists[0]
+    dout[~exists] = np.nan
+    np.moveaxis(dlse, -2, -1)[~exists] = np.nan
+    return dout, dlse
+
+
+@functools.lru_cache(maxsize=16)
+def _gradients(case: Case, dtype: np.dtype[Any]) -> reference.Gradients:
+    inputs = _inputs(case)
+    dout, dlse = case.cotangents()
+    tensors: list[Array] = [dout, inputs.q, inputs.k, inputs.v]
+    operand = round_to_tf32 if dtype != np.float64 and case.precision == "tf32" else np.asarray
+    tensors = [operand(x) for x in tensors]
+    if not case.batch_axis:
+        tensors, dlse = [x[None] for x in tensors], dlse[None]
+    with np.errstate(all="ignore"):
+        gradients = reference.backward(*tensors, **inputs.oracle, dlse=dlse, dtype=dtype, operand=operand)
+    return gradients if case.batch_axis else gradients._replace(**{n: getattr(gradients, n)[0] for n in ("dq", "dk", "dv")})
+
+
+PREPARED: dict[tuple[str, Case, np.dtype[Any]], Any] = {}
+"""Answers of the oracle that were computed ahead, in parallel (tests/conftest.py)."""
+
+
+def _answer(direction: str, case: Case, dtype: np.dtype[Any]) -> Any:
+    key = (direction, case, dtype)
+    return PREPARED[key] if key in PREPARED else answer(key)
+
+
+def answer(key: tuple[str, Case, np.dtype[Any]]) -> Any:
+    """What the oracle says of ("forward" or "backward", a case, the dtype to compute in)."""
+    direction, case, dtype = key
+    return _oracle(case, dtype) if direction == "forward" else _gradients(case, dtype)
+
+
+def questions(case: Case, backward: bool) -> list[tuple[str, Case, np.dtype[Any]]]:
+    """What a check of a case asks the oracle."""
+    dtypes = dict.fromkeys([np.dtype(np.float64), case.numpy_dtype])
+    if backward:
+        return [("backward", case, dtype) for dtype in dtypes]
+    return [("forward", case, dtype) for dtype in {**dtypes, np.promote_types(case.numpy_dtype, np.float32): None}]
 
 
 def round_to_tf32(x: Array) -> Array:

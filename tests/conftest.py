@@ -6,8 +6,11 @@ arrays with the CUDA kernels. Before the first GPU test, the kernels of every co
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
+import multiprocessing
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +22,9 @@ import pytest
 
 import cuattn
 from cuattn import arrays, jit
-from cuattn.codegen import units
-from tests.cases import Case
+from cuattn.backward import BackwardPlan
+from cuattn.codegen import backward_units, units
+from tests.cases import PREPARED, Case, answer, questions
 from tests.source_hash import source_hash
 
 REPORT = Path(__file__).parent / "gpu_report.json"
@@ -123,19 +127,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compile the kernels of all selected GPU cases at once: one after the other they would take most of the time of a run."""
-    cases = [c for item in session.items if "gpu" in item.keywords for c in _cases(item)]
+    """Compile the kernels of all selected GPU cases at once, and ask the oracle about them: one after the other would take most of
+    the time of a run.
+    """
+    items = [item for item in session.items if "gpu" in item.keywords]
+    cases = dict.fromkeys(c for item in items for c in _cases(item))
     if not cases or session.config.option.collectonly or not arrays.gpu_available()[0]:
         return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    backward = dict.fromkeys(c for item in items if "backward" in item.nodeid for c in _cases(item))
     start = time.perf_counter()
-    plans = [plan for plan in map(_plan, dict.fromkeys(cases)) if plan is not None]
-    jobs = dict.fromkeys((unit.source, plan.device.arch) for plan in plans for unit in units(plan).values())
+    plans = [_plan(case) for case in cases]
+    plans += [_plan(c, backward=True, **o) for o in ({}, {"deterministic": True}) for c in backward]
+    jobs = dict.fromkeys((unit.source, p.device.arch) for p in plans if p is not None for unit in _units(p).values())
     with contextlib.suppress(jit.CompileError):  # the test that needs the kernel will say so
         jit.compile_many(jobs)
-    line = f"compiled {len(jobs)} kernels for {len(plans)} plans in {time.perf_counter() - start:.1f} s"
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    compiled = time.perf_counter()
+    asked = [q for c in cases if c not in backward for q in questions(c, False)] + [
+        q for c in backward for q in questions(c, True)
+    ]
+    _ask_ahead(asked)
     if reporter is not None:
-        reporter.write_line(line)
+        took = f"{compiled - start:.1f} s, {len(asked)} answers of the oracle in {time.perf_counter() - compiled:.1f} s"
+        reporter.write_line(f"compiled {len(jobs)} kernels in {took}")
+
+
+def _ask_ahead(asked: list[Any]) -> None:
+    """Answers in worker processes, where there are many questions and processors."""
+    workers = (os.cpu_count() or 1) - 1
+    if workers < 4 or len(asked) < 32:
+        return
+    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in threads:
+            patch.setenv(name, "1")
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+            PREPARED.update(zip(asked, pool.map(answer, asked, chunksize=4), strict=True))
 
 
 def _cases(item: pytest.Item) -> list[Case]:
@@ -144,10 +172,14 @@ def _cases(item: pytest.Item) -> list[Case]:
     return [v for v in callspec.params.values() if isinstance(v, Case)] if callspec is not None else []
 
 
-def _plan(case: Case) -> Any:
+def _plan(case: Case, **options: Any) -> Any:
     """The plan of a case, made without touching the GPU; None where that fails, which the case's test will report."""
     with contextlib.suppress(Exception):
-        return cuattn.explain(**case.arguments())
+        return cuattn.explain(**case.arguments(), **options)
+
+
+def _units(plan: Any) -> dict[str, Any]:
+    return backward_units(plan) if isinstance(plan, BackwardPlan) else units(plan)
 
 
 # The GPU report ------------------------------------------------------------------------------------------------------------

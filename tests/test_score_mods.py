@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuattn.expressions import evaluate
+from cuattn.expressions import evaluate, names
 from cuattn.fields import Operand
 from cuattn.masks import Tile
 from cuattn.score_mods import Alibi, Bias, ScoreMod, SoftCap, UserMod
@@ -47,6 +47,12 @@ MODS: dict[str, ScoreMod] = {
     ),
     "user-functions": UserMod("exp(-s * s) + log(Real(1) + s * s)", "-2 * s * exp(-s * s) + 2 * s / (1 + s * s)"),
     "user-lookup": UserMod("s * weight[b * 3 + h] - i / 2", "weight[b * 3 + h]", {"weight": np.linspace(-1, 1, 6)}),
+    "user-parameters": UserMod(
+        "tanh(s * gain[h]) + table[i - j + 6] * shift",
+        "gain[h] * (1 - tanh(s * gain[h]) * tanh(s * gain[h]))",
+        {"gain": np.array([0.5, 1.0, 2.0]), "shift": 3.0, "left": np.ones(4), "table": np.linspace(-1, 1, 12)},
+        {"table": ("i - j + 6", "shift"), "gain": ("h", "s * (1 - tanh(s * gain[h]) * tanh(s * gain[h]))")},
+    ),
 }
 
 
@@ -61,6 +67,57 @@ def test_grad_is_the_derivative_of_apply(name: str) -> None:
     difference = (8 * near - far) / (12 * h)
     grad = np.broadcast_to(mod.grad(s, TILE), SHAPE)
     assert np.abs(grad - difference).max() <= TOLERANCE * max(1, np.abs(difference).max())
+
+
+def totals_of(mod: ScoreMod, dtype: Any = np.float64) -> list[np.ndarray]:
+    return [np.zeros(np.shape(mod.arrays[n]), dtype) for n in mod.differentiable]
+
+
+def accumulated(mod: ScoreMod, s: np.ndarray, ds: np.ndarray, tile: Tile = TILE) -> list[np.ndarray]:
+    totals = totals_of(mod, ds.dtype)
+    mod.accumulate(s, ds, tile, totals)
+    return totals
+
+
+DIFFERENTIABLE = {name: mod for name, mod in MODS.items() if mod.differentiable}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_accumulate_is_the_derivative_of_apply_by_the_arrays(name: str) -> None:
+    """Each element of each array on its own, for a random gradient at the output."""
+    mod, ds = MODS[name], np.random.default_rng(8).standard_normal(SHAPE)
+    arrays = [np.asarray(a, np.float64) for a in mod.arrays]
+    for n, total in zip(mod.differentiable, accumulated(mod, scores(), ds), strict=True):
+        assert total.shape == np.shape(mod.arrays[n])
+        expected = np.zeros(total.shape)
+        for at in np.ndindex(*total.shape):
+            moved = []
+            for step in (STEP, -STEP, 2 * STEP, -2 * STEP):
+                array = arrays[n].copy()
+                array[at] += step
+                moved.append(mod.bind([*arrays[:n], array, *arrays[n + 1 :]]).apply(scores(), TILE))
+            difference = (8 * (moved[0] - moved[1]) - (moved[2] - moved[3])) / (12 * STEP)
+            expected[at] = (ds * difference).sum()
+        assert np.abs(total - expected).max() <= TOLERANCE * max(1, np.abs(ds).sum())
+        assert expected.any()
+
+
+@pytest.mark.parametrize("name", MODS)
+def test_accumulate_adds_one_tile_after_the_other(name: str) -> None:
+    mod, s, ds = MODS[name], scores(), np.random.default_rng(8).standard_normal(SHAPE)
+    before = s.copy(), ds.copy()
+    whole, parts = accumulated(mod, s, ds), totals_of(mod)
+    assert len(whole) == len(mod.differentiable) and list(mod.differentiable) == sorted(mod.differentiable)
+    for h, rows, cols in ((range(0, 1), slice(0, 4), slice(0, 5)), (range(1, 3), slice(0, 1), slice(0, 5)),
+                          (range(1, 3), slice(1, 4), slice(0, 2)), (range(1, 3), slice(1, 4), slice(2, 5))):  # fmt: skip
+        at = (slice(h.start, h.stop), rows, cols)
+        tile = Tile.of(1, h, range(1 + rows.start, 1 + rows.stop), range(2 + cols.start, 2 + cols.stop), SEQLEN_Q, SEQLEN_K)
+        mod.accumulate(s[at], ds[at], tile, parts)
+    for x, y in zip(whole, parts, strict=True):
+        assert np.abs(x - y).max() <= TOLERANCE
+    assert np.array_equal(s, before[0]) and np.array_equal(ds, before[1])
+    for x, y in zip(accumulated(mod, s.astype(np.float32), ds.astype(np.float32)), whole, strict=True):
+        assert x.dtype == np.float32 and np.abs(x - y).max() <= np.finfo(np.float32).eps * np.abs(ds).sum() * 10
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -148,12 +205,95 @@ def test_user_mod_refuses_a_parameter_name(name: str) -> None:
         UserMod("s", params={name: 1.0})
 
 
+def test_user_mod_gradients_of_parameters() -> None:
+    mod = MODS["user-parameters"]
+    assert isinstance(mod, UserMod) and mod.differentiable == (0, 2)
+    assert mod.index_varies("table") and not mod.index_varies("gain")
+    again = mod.bind([a.astype(np.float32) for a in mod.arrays])
+    assert isinstance(again, UserMod) and again.differentiable == (0, 2) and again.param_gradients == mod.param_gradients
+
+
+@pytest.mark.parametrize(
+    ("index", "varies"),
+    [
+        ("h", False),
+        ("b * 3 + h", False),
+        ("bucket[h]", False),
+        ("seqlen_q - seqlen_k", False),
+        ("0", False),
+        ("min(h, 2)", False),
+        ("i", True),
+        ("j / 2", True),
+        ("bucket[j]", True),
+        ("(int)s", True),
+        ("h > 0 ? 0 : i", True),
+        ("int(fabs(s))", True),
+    ],
+)
+def test_index_of_a_parameter_varies_inside_a_tile(index: str, varies: bool) -> None:
+    params = {"t": np.ones(3), "bucket": np.zeros(9, np.int32)}
+    assert UserMod("s", params=params, param_gradients={"t": (index, "1")}).index_varies("t") == varies
+
+
+def test_an_index_outside_the_parameter_is_clipped_as_the_read_is() -> None:
+    mod = UserMod("s + t[j - 3]", "1", {"t": np.array([1.0, 10.0])}, {"t": ("j - 3", "1")})
+    ds = np.ones(SHAPE)
+    assert np.array_equal(mod.apply(np.zeros(SHAPE), TILE)[0, 0], [1, 1, 10, 10, 10])
+    assert accumulated(mod, scores(), ds)[0].tolist() == [2 * 12, 3 * 12]
+    empty = UserMod("s", "1", {"t": np.zeros(0)}, {"t": ("j", "1")})
+    assert accumulated(empty, scores(), ds)[0].shape == (0,)
+
+
+def test_a_derivative_counts_only_where_a_gradient_arrives() -> None:
+    """At an invisible key ds is 0 and the derivative may be anything."""
+    mod = UserMod("s * t[h] / Real(j - 3)", "t[h] / Real(j - 3)", {"t": np.ones(3)}, {"t": ("h", "s / Real(j - 3)")})
+    ds = np.ones(SHAPE)
+    with np.errstate(all="ignore"):
+        assert not np.isfinite(accumulated(mod, scores(), ds)[0]).any()
+        ds[:, :, 1] = 0
+        assert np.isfinite(accumulated(mod, scores(), ds)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("params", "param_gradients", "error", "culprit"),
+    [
+        ({}, {"t": ("h", "1")}, ValueError, "'t'"),
+        ({"t": 1.0}, {"t": ("h", "1")}, TypeError, "a number"),
+        ({"t": np.float32(1)}, {"t": ("h", "1")}, TypeError, "a number"),
+        ({"t": np.ones(3, np.int32)}, {"t": ("h", "1")}, TypeError, "int32"),
+        ({"t": np.ones(3, np.bool_)}, {"t": ("h", "1")}, TypeError, "bool"),
+        ({"t": np.ones(3)}, {"t": "h"}, TypeError, "expected \\(index, derivative\\)"),
+        ({"t": np.ones(3)}, {"t": ("h",)}, TypeError, "expected \\(index, derivative\\)"),
+        ({"t": np.ones(3)}, {"t": ("h", 1)}, TypeError, "expected \\(index, derivative\\)"),
+    ],
+)
+def test_user_mod_refuses_a_gradient(params: Any, param_gradients: Any, error: type[Exception], culprit: str) -> None:
+    with pytest.raises(error, match=f"^score_mod: .*{culprit}"):
+        UserMod("s", params=params, param_gradients=param_gradients)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_user_mod_takes_a_gradient_of_any_float(dtype: str) -> None:
+    array = np.ones(3, np.dtype(dtype) if dtype != "bfloat16" else ml_dtypes.bfloat16)
+    assert UserMod("s", params={"t": array}, param_gradients={"t": ("h", "1")}).differentiable == (0,)
+
+
+def test_an_index_must_be_an_integer() -> None:
+    mod = UserMod("s + t[h]", "1", {"t": np.ones(3)}, {"t": ("Real(h)", "1")})
+    with pytest.raises(ValueError, match="score_mod: index 'Real\\(h\\)' is of type float64"):
+        accumulated(mod, scores(), np.ones(SHAPE))
+
+
 def test_user_mods_differ_by_what_decides_their_code() -> None:
     base = UserMod("s * a", "a", {"a": 2.0})
     assert base.key() == UserMod("s * a", "a", {"a": 2}).key() != UserMod("s * a", None, {"a": 2.0}).key()
     assert (
         base.cuda_type(()) == UserMod("s * a", "a", {"a": 3.0}).cuda_type(()) != UserMod("s + a", "a", {"a": 2.0}).cuda_type(())
     )
+    vector = {"a": np.ones(3)}
+    gradients: tuple[dict[str, tuple[str, str]], ...] = ({}, {"a": ("h", "s")}, {"a": ("h", "1")}, {"a": ("b", "s")})
+    mods = [UserMod("s * a[h]", "a[h]", vector, g) for g in gradients]
+    assert len({mod.key() for mod in mods}) == len({mod.cuda_type(("float64",)) for mod in mods}) == len(mods)
 
 
 # Expressions ---------------------------------------------------------------------------------------------------------------
@@ -262,6 +402,27 @@ def test_real_is_the_type_of_the_scores(dtype: str, real: str) -> None:
     for expression in ("Real(1)", "(Real)1", "gain", "gain * Real(0.5)"):
         assert run(expression, np.dtype(dtype)).dtype == real
     assert run("gain", np.dtype(dtype)) == np.dtype(real).type(0.1)
+
+
+@pytest.mark.parametrize(
+    ("expression", "read"),
+    [
+        ("1", ""),
+        ("s", "s"),
+        ("min(i, j) + table[h]", "h i j table"),
+        ("Real(i) * static_cast<float>(b) + (int)s", "b i s"),
+        ("i > 0 ? -seqlen_q : !seqlen_k", "i seqlen_k seqlen_q"),
+        ("table[bucket[j - i]] // s", "bucket i j table"),
+        ("fmaxf(expf(s), 1.0f)", "s"),
+    ],
+)
+def test_names_that_an_expression_reads(expression: str, read: str) -> None:
+    assert names(expression) == set(read.split())
+
+
+def test_names_of_what_is_no_expression() -> None:
+    with pytest.raises(ValueError, match="score_mod: expression"):
+        names("i +")
 
 
 LIBRARY = (

@@ -6,8 +6,10 @@ rounding floor; non-finite values must sit at the same positions first. Numbers 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -88,3 +90,56 @@ def verify(case: Case, out: Array, lse: Array | None = None) -> None:
     arithmetic = "statistics" if case.numpy_dtype.itemsize == 2 else arithmetic
     # An error e of lse is a relative error e of every probability: its natural scale is 1, however small lse itself is.
     assert_close("lse", lse, exact_lse, limit(exact_lse, case.naive_lse(), dtype, arithmetic, least_scale=1.0))
+
+
+FEW = 64
+"""Elements of an array below which the largest error of a naive result is luck."""
+
+
+def verify_named_gradients(
+    found: Mapping[str, Array],
+    exact: Mapping[str, Array],
+    naive: Mapping[str, Array],
+    lse: Array,
+    arithmetic: str,
+    factor: float,
+) -> None:
+    """Check gradients by name, dq, dk and dv among them. lse: what the backward was given; factor: more for a softcap."""
+    relative = max(largest(naive[n].astype(np.float64) - exact[n]) / max(largest(exact[n]), TINY) for n in ("dq", "dk", "dv"))
+    for name, x in found.items():
+        size, dtype = largest(exact[name]), x.dtype
+        coarsest = max((arithmetic, dtype.name), key=lambda kind: ABSOLUTE.get(kind, 1.0))
+        allowed = limit(exact[name], naive[name], dtype, coarsest)
+        if x.size < FEW:
+            allowed = max(allowed, FACTOR * relative * size)
+        # An ulp of the largest lse is a relative error of P: naive arithmetic makes it too, but not at the same place, and for
+        # float64 the oracle itself does.
+        allowed += largest(lse) * float(np.finfo(lse.dtype).eps) * size
+        if dtype.name != arithmetic:  # the naive result was not rounded to what this one is rounded to in the end
+            allowed += size * float(ml_dtypes.finfo(dtype).eps)
+        assert_close(name, x, exact[name], factor * allowed)
+
+
+TINY = float(np.finfo(np.float64).tiny)
+
+
+def verify_gradients(case: Case, gradients: Any, lse: Array, get: Callable[[Any], Array]) -> None:
+    """Check the public gradients of `case` (with its cotangents) against the oracle; `get` turns one into a NumPy array."""
+    exact, naive = (named_gradients(case, g) for g in (case.exact_gradients(), case.naive_gradients()))
+    parameters = iter([x for each in gradients.dparams for x in each.values()])
+    found = {}
+    for name in exact:
+        x = next(parameters) if name.startswith("dparams") else getattr(gradients, name)
+        found[name] = get(x)
+    assert next(parameters, None) is None
+    factor = 1.5 if "softcap" in case.mods else 1.0
+    verify_named_gradients(found, exact, naive, lse, "tf32" if case.precision == "tf32" else case.dtype, factor)
+
+
+def named_gradients(case: Case, gradients: Any) -> dict[str, Array]:
+    """The oracle's gradients under the names of the public result."""
+    named = {name: getattr(gradients, name) for name in ("dq", "dk", "dv")}
+    for n, of_mod in enumerate(gradients.dmods):
+        for x in of_mod:
+            named["dbias" if case.mods[n].startswith("bias") else f"dparams[{n}]"] = x
+    return named if gradients.dsinks is None else {**named, "dsinks": gradients.dsinks}

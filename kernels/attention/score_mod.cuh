@@ -1,6 +1,9 @@
 // Score modifications: the struct of each class of cuattn/score_mods.py. User code is generated as one more such struct.
 //   apply(s, at, i, j)  the modified score of query i and key j; s is already scaled
 //   grad(s, at, i, j)   d apply / d s at the unmodified s
+//   pull(s, ds, at, i, j, sums)   the gradient of the loss by s, from ds, that by the modified score; what parameters get of it
+//                       goes to `sums` (attention/mod_sums.cuh)
+//   flush(sums, at)     hands over what `sums` has gathered for one head
 // kReadsMemory: i and j must lie inside their sequences, so callers clamp them in ragged tiles.
 #pragma once
 #include <cuda_bf16.h>
@@ -20,6 +23,12 @@ struct alignas(8) NoScoreMod {
     __device__ __forceinline__ Real grad(Real, const Coord&, int, int) const {
         return Real(1);
     }
+    template <class Real, class Sums>
+    __device__ __forceinline__ Real pull(Real, Real ds, const Coord&, int, int, Sums&) const {
+        return ds;
+    }
+    template <class Sums>
+    __device__ __forceinline__ void flush(Sums&, const Coord&) const {}
 };
 
 // cap * tanh(s / cap). tanh through two accurate operations: its single-instruction form has an error of 2^-11.
@@ -42,6 +51,12 @@ struct alignas(8) SoftCap {
         const Real t = tanh_of(s * inverse);
         return Real(1) - t * t;
     }
+    template <class Sums>
+    __device__ __forceinline__ Real pull(Real s, Real ds, const Coord& at, int i, int j, Sums&) const {
+        return ds * grad(s, at, i, j);
+    }
+    template <class Sums>
+    __device__ __forceinline__ void flush(Sums&, const Coord&) const {}
 };
 
 // s - slope * |i + seqlen_k - seqlen_q - j|
@@ -56,10 +71,16 @@ struct alignas(8) Alibi {
         return s - slope * static_cast<Real>(abs(i + at.seqlen_k - at.seqlen_q - j));
     }
     __device__ __forceinline__ Real grad(Real, const Coord&, int, int) const { return Real(1); }
+    template <class Sums>
+    __device__ __forceinline__ Real pull(Real, Real ds, const Coord&, int, int, Sums&) const {
+        return ds;
+    }
+    template <class Sums>
+    __device__ __forceinline__ void flush(Sums&, const Coord&) const {}
 };
 
-// s + array[batch, head, i, j], strides 0 along broadcast axes.
-template <class Real, class Element>
+// s + array[batch, head, i, j], strides 0 along broadcast axes. kWanted: the backward returns its gradient.
+template <class Real, class Element, bool kWanted>
 struct alignas(8) Bias {
     static constexpr bool kIdentity = false, kReadsMemory = true;
     const Element* array;
@@ -69,6 +90,13 @@ struct alignas(8) Bias {
         return s + static_cast<Real>(array[at.batch * stride_batch + at.head * stride_head + i * stride_q + j * stride_k]);
     }
     __device__ __forceinline__ Real grad(Real, const Coord&, int, int) const { return Real(1); }
+    template <class Sums>
+    __device__ __forceinline__ Real pull(Real, Real ds, const Coord&, int i, int j, Sums& sums) const {
+        if constexpr (kWanted) sums.bias(ds, i, j);
+        return ds;
+    }
+    template <class Sums>
+    __device__ __forceinline__ void flush(Sums&, const Coord&) const {}
 };
 
 // second(first(s))
@@ -86,6 +114,14 @@ struct alignas(8) Chain {
     template <class Real>
     __device__ __forceinline__ Real grad(Real s, const Coord& at, int i, int j) const {
         return second.grad(first.apply(s, at, i, j), at, i, j) * first.grad(s, at, i, j);
+    }
+    template <class Real, class Sums>
+    __device__ __forceinline__ Real pull(Real s, Real ds, const Coord& at, int i, int j, Sums& sums) const {
+        return first.pull(s, second.pull(first.apply(s, at, i, j), ds, at, i, j, sums), at, i, j, sums);
+    }
+    template <class Sums>
+    __device__ __forceinline__ void flush(Sums& sums, const Coord& at) const {
+        first.flush(sums, at), second.flush(sums, at);
     }
 };
 

@@ -41,4 +41,46 @@ __device__ __forceinline__ void drop_probabilities(Tile& p, const Coord& at, int
     }
 }
 
+// The elementwise part of the backward, in place: raw products s = q k and dp = dout v become the probabilities that reached
+// out (dropped ones 0, not rescaled) and the gradients of the raw, scaled scores. stats(r) gives the RowStats of the thread's
+// row r. `factor` turns a score into the exponent of 2.
+template <class Config, bool kChecked, class Tile, class Real, class Mask, class ScoreMod, class Stats, class Sums>
+__device__ __forceinline__ void score_gradients(Tile& s, Tile& dp, const Coord& at, int row0, int col0, Real scale, Real factor,
+                                                const Mask& mask, const ScoreMod& score_mod, const Stats& stats, Sums& sums,
+                                                unsigned long long seed, int threshold, Real dropout_scale) {
+    row0 = opaque(row0);
+    constexpr bool kReads = Mask::kTiled || ScoreMod::kReadsMemory;
+#pragma unroll
+    for (int x = 0; x < Tile::kSize; x++) {
+        const int row = row0 + Tile::row(x), i = kReads ? min(row, at.seqlen_q - 1) : row;
+        const int col = col0 + Tile::col(x), j = kChecked && ScoreMod::kReadsMemory ? min(col, at.seqlen_k - 1) : col;
+        const Real raw = Config::kFoldScale ? s[x] : s[x] * scale;
+        Real score = raw;
+        if constexpr (!Config::kFoldScale) score = score_mod.apply(raw, at, i, j);
+        const auto row_stats = stats(Tile::thread_row(x));
+        Real p = row_stats.probability(score, factor), gradient = dp[x];
+        bool kept = true;
+        if constexpr (Config::kDropout) {
+            kept = dropout_keep(seed, threshold, at, row, col);
+            gradient = kept ? gradient * dropout_scale : Real(0);
+        }
+        gradient = p * (gradient - row_stats.delta);
+        if constexpr (kChecked) {
+            const bool visible = col < at.seqlen_k && mask.keep(at, i, col);
+            p = visible ? p : Real(0), gradient = visible ? gradient : Real(0);
+        }
+        if constexpr (ScoreMod::kReadsMemory) {  // what a clamped row read may not be finite
+            p = row < at.seqlen_q ? p : Real(0), gradient = row < at.seqlen_q ? gradient : Real(0);
+        }
+        s[x] = kept ? p : Real(0);
+        if constexpr (!Config::kFoldScale) {
+            sums.x = x;
+            // Where nothing is visible, a derivative may be anything.
+            const Real pulled = score_mod.pull(raw, gradient, at, i, j, sums);
+            gradient = kChecked && gradient == Real(0) ? gradient : pulled;
+        }
+        dp[x] = gradient;
+    }
+}
+
 }  // namespace cuattn

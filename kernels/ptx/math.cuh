@@ -4,6 +4,7 @@
 namespace cuattn {
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.693147180559945309417;
+constexpr double kLog2eLow = 2.0355273740931033e-17;  // log2(e) - kLog2e
 
 // 2^x. float: ex2.approx.ftz (one MUFU, 2 ulp; PTX ISA 9.7.3.21). Without .ftz the compiler adds three instructions.
 __device__ __forceinline__ float exp2_fast(float x) {

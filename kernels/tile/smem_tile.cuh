@@ -1,4 +1,4 @@
-// Tiles in shared memory. Two layouts, each free of bank conflicts for those who read it eight lanes (128 bytes) at a time.
+// Tiles in shared memory. Three layouts, each free of bank conflicts for those who read it eight lanes (128 bytes) at a time.
 //
 // SwizzledTile, for 16-bit elements and ldmatrix: panels of 64 columns, 128 bytes a row, in which unit u (16 bytes) of row r
 // lies at place u ^ (r % 8). A copy of 128 bytes thus stays inside one 128-byte line of shared memory: cp.async into padded
@@ -58,6 +58,27 @@ struct SwizzledTile {
     __device__ __forceinline__ static unsigned moved(unsigned address, int rows, int cols) {
         return (address ^ (cols % kPanel * 2)) + shift(rows, cols);
     }
+};
+
+// For 32-bit elements read by ldmatrix (eight rows at one unit) or as units g, g + 1 of rows t = 0 ... 3: panels of 32 columns,
+// 128 bytes a row, in which unit u of row r lies at place u ^ (2 (r % 4) + r / 4 % 2).
+template <int kRows_, int kCols_>
+struct SwizzledWideTile {
+    using Element = float;
+    static_assert(kRows_ % 8 == 0 && kCols_ % 32 == 0);
+    static constexpr int kRows = kRows_, kCols = kCols_, kCopyCols = kCols_;
+    static constexpr int kPanel = 32, kPanelBytes = kRows * 128, kBytes = kCols / kPanel * kPanelBytes;
+
+    float* data;
+
+    __device__ __forceinline__ static int offset(int row, int col) {
+        const int place = (col / 4 % 8) ^ (row % 4 * 2 + row / 4 % 2);
+        return col / kPanel * kPanelBytes + row * 128 + place * 16 + col % 4 * 4;
+    }
+    __device__ __forceinline__ float* at(int row, int col) const { return data + offset(row, col) / 4; }
+    __device__ __forceinline__ unsigned address(int row, int col) const { return smem_address(data) + offset(row, col); }
+    static constexpr int shift(int rows, int cols) { return rows * 128 + cols / kPanel * kPanelBytes; }
+    static constexpr bool is_uniform(int rows, int cols) { return rows % 8 == 0 && cols % kPanel == 0; }
 };
 
 // Padding units that make the pitch odd, or 4 modulo 8.

@@ -1,0 +1,494 @@
+"""Steps 2 and 3 of the backward: what a call asks for, checked, and how kernels run it. Pure: needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from cuattn.arrays import View
+from cuattn.fields import Operand
+from cuattn.problem import ITEMSIZE, Problem, vector_bytes
+from cuattn.registry import Device, Tiles, register_weight, round_up
+from cuattn.score_mods import Bias, UserMod
+
+POINTERS = (
+    "dout",
+    "lse",
+    "dlse",
+    "dq",
+    "dk",
+    "dv",
+    "dsinks",
+    "dbias",
+    "row_stats",
+    "dq_sum",
+    "partial_dk",
+    "partial_dv",
+    "bias_sum",
+)
+"""The first words of BackwardParams; the gradients of the parameters of user code take the slots after."""
+ZEROED = ("dq_sum", "bias_sum")
+"""Parts of the workspace that kernels add to."""
+WORKSPACE = (*ZEROED, "row_stats", "partial_dk", "partial_dv", "tile_map")
+"""Parts of the workspace, in order."""
+
+
+class BiasKind(NamedTuple):
+    """How the gradient of a bias is gathered (kernels/attention/mod_sums.cuh)."""
+
+    name: str
+    number: int
+
+
+NO_BIAS, COLUMNS, ROWS, CELLS, STORE = (
+    BiasKind(name, number) for number, name in enumerate(("none", "columns", "rows", "cells", "store"))
+)
+
+
+@dataclass(frozen=True)
+class BackwardProblem:
+    """The forward's problem (whose `out` is what the forward returned) and what is differentiated."""
+
+    forward: Problem
+    dout: Operand
+    lse: Operand
+    dlse: Operand | None
+    wanted: tuple[bool, ...]
+    """by score modification: whether the gradients of its differentiable arrays are"""
+    deterministic: bool
+    vector_dout: int
+    """bytes of the widest access that the alignment of dout allows"""
+
+    @property
+    def first_slot(self) -> int:
+        """Of the pointers of the backward, after those of the forward."""
+        return len(self.forward.operands)
+
+    def slot(self, name: str) -> int:
+        return self.first_slot + POINTERS.index(name)
+
+    @property
+    def parameters(self) -> tuple[Operand, ...]:
+        """User parameters whose gradients are wanted; that of number n is pointed at by slot first_slot + len(POINTERS) + n."""
+        pairs = zip(self.forward.mods, self.forward.mod_operands, self.wanted, strict=True)
+        return tuple(ops[n] for mod, ops, wanted in pairs if wanted and isinstance(mod, UserMod) for n in mod.differentiable)
+
+    @property
+    def bias(self) -> Operand | None:
+        """The bias whose gradient is wanted."""
+        pairs = zip(self.forward.mods, self.forward.mod_operands, self.wanted, strict=True)
+        return next((ops[0] for mod, ops, wanted in pairs if wanted and isinstance(mod, Bias)), None)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the gradient of q, k or v in canonical form: (batch, tokens, heads, dim), packed with a batch of 1."""
+        p = self.forward
+        tokens, heads = (p.total_q, p.num_heads) if name == "q" else (p.total_k, p.num_heads_kv)
+        return (1 if p.packed else p.batch, tokens, heads, p.head_dim_v if name == "v" else p.head_dim)
+
+    def __str__(self) -> str:
+        extras = ", deterministic" * self.deterministic + ", dlse" * (self.dlse is not None)
+        return f"Backward({self.forward}{extras})"
+
+
+def make_backward_problem(
+    forward: Problem,
+    dout: View,
+    lse: View,
+    dlse: View | None,
+    out: View | None,
+    wanted: tuple[bool, ...],
+    deterministic: bool,
+) -> BackwardProblem:
+    """Check what the backward takes besides the forward's arguments; views are the caller's, of 3-D or 4-D arrays."""
+    p = forward
+    if out is None:
+        raise TypeError("out: got None, expected what the forward returned")
+    canonical = (1 if p.packed else p.batch, p.total_q, p.num_heads, p.head_dim_v)
+    if dout.dtype != p.dtype:
+        raise TypeError(f"dout: got dtype {dout.dtype}, expected {p.dtype} as q has")
+    if dout.shape != out.shape:
+        raise ValueError(f"dout: got shape {dout.shape}, expected {out.shape} as out has")
+    if dout.shape[-1] > 1 and dout.strides[-1] != 1 and 0 not in dout.shape:
+        raise ValueError(f"dout: got stride {dout.strides[-1]} along the last axis, expected it to be contiguous (1)")
+    rows = (*out.shape[:-3], p.num_heads, p.total_q)
+    stats: dict[str, Operand | None] = {"lse": None, "dlse": None}
+    for name, view in (("lse", lse), ("dlse", dlse)):
+        if view is None:
+            continue
+        if view.dtype != p.real:
+            raise TypeError(f"{name}: got dtype {view.dtype}, expected {p.real}")
+        if view.shape != rows:
+            raise ValueError(f"{name}: got shape {view.shape}, expected {rows}")
+        strides = (0,) * (3 - len(view.shape)) + view.strides
+        stats[name] = Operand(-1, (canonical[0], *rows[-2:]), strides, view.dtype)
+    for mod in p.mods:
+        if isinstance(mod, UserMod) and mod.gradient is None:
+            raise NotImplementedError(f"score_mod {mod.expression!r} was given without a gradient expression")
+    dout_strides = (0,) * (4 - len(dout.shape)) + dout.strides
+    assert stats["lse"] is not None
+    return BackwardProblem(
+        forward=p,
+        dout=Operand(-1, canonical, dout_strides, dout.dtype),
+        lse=stats["lse"],
+        dlse=stats["dlse"],
+        wanted=wanted,
+        deterministic=deterministic,
+        vector_dout=vector_bytes(dout),
+    )
+
+
+# Which kernel, with which tiles ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """How warps multiply (a policy of kernels/tile/): its C++ type, and what tiles and grids of warps cost."""
+
+    cuda: str
+    itemsize: int
+    score_units: tuple[int, int]
+    """least rows and columns of a warp in S = Q K^T, and below in dK = dS^T Q and dQ = dS K"""
+    key_units: tuple[int, int]
+    query_units: tuple[int, int]
+    pads: tuple[int, int] = (0, 0)
+    """elements after a row of a tile, and of a tile of scores"""
+    panel: int = 1
+    """columns of a panel where tiles are swizzled instead"""
+
+    def tile_bytes(self, rows: int, cols: int, scores: bool = False) -> int:
+        pitch = round_up(cols, self.panel) + self.pads[scores]
+        return rows * pitch * self.itemsize
+
+
+SPLIT_LEAST = 512
+"""Queries per key and value, and keys per query, from which tensor cores serve tf32x3; below it is FFMA, as in the forward."""
+
+
+def gemm_of(problem: Problem, device: Device) -> Gemm:
+    """How this dtype and precision is multiplied."""
+    if problem.dtype in ("float16", "bfloat16"):
+        element = {"float16": "__half", "bfloat16": "__nv_bfloat16"}[problem.dtype]
+        return Gemm(f"WarpHalf<{element}>", 2, (16, 16), (16, 16), (16, 16), panel=64)
+    if problem.dtype == "float64":
+        large = "true" if device.number == 90 else "false"
+        return Gemm(f"WarpWide<ProductFp64<{large}>>", 8, (16, 8), (16, 8), (16, 8), (4, 4))
+    queries, keys = min(problem.seqlen_q, problem.total_q), min(problem.seqlen_k, problem.total_k)
+    few = queries * problem.group < SPLIT_LEAST or keys < SPLIT_LEAST
+    if problem.precision == "ieee" or (problem.precision == "tf32x3" and few):
+        return Gemm("WarpSimt", 4, (4, 16), (16, 32), (4, 32), (4, 8))
+    return Gemm(f"WarpTf32<{2 if problem.precision == 'tf32x3' else 1}>", 4, (16, 16), (16, 16), (16, 16), panel=32)
+
+
+def warp_grid(rows: int, cols: int, warps: int, units: tuple[int, int]) -> tuple[int, int]:
+    """(down, across) of kernels/tile/warp_grid.cuh; (0, 0) where nothing fits."""
+    best, least = (0, 0), 0
+    for down in range(1, warps + 1):
+        for across in range(1, warps // down + 1):
+            if rows % (down * units[0]) or cols % (across * units[1]):
+                continue
+            operands, most = rows // down + cols // across, best[0] * best[1]
+            if down * across > most or (down * across == most and operands < least):
+                best, least = (down, across), operands
+    return best
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """Everything that is decided before the launches. `smem_bytes` and `grid` are those of kernels/backward.cu."""
+
+    backward: BackwardProblem
+    device: Device
+    gemm: Gemm
+    tiles: Tiles
+    head_dim: int
+    """compiled, as head_dim_v"""
+    head_dim_v: int
+    m_blocks: int
+    n_blocks: int
+    q_splits: int
+    """CTAs that share the queries of a key tile; their dk and dv are added by backward_combine.cu"""
+    dq_splits: int
+    """deterministic: CTAs that take the key tiles of a head in turn, each with a dq of its own"""
+    bias_kind: BiasKind
+    map_words: int
+    map_batches: int
+    map_heads: int
+    smem_bytes: int
+    num_splits: int = field(default=1, init=False)
+    dv_chunks: int = field(default=1, init=False)
+    split_inputs: bool = field(default=False, init=False)
+
+    @property
+    def problem(self) -> Problem:
+        return self.backward.forward
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.tiles.warps
+
+    @property
+    def batches(self) -> int:
+        return self.problem.batch + self.problem.packed  # one more for the tokens past the last packed sequence
+
+    @property
+    def empty(self) -> bool:
+        """No query: every gradient is 0."""
+        return self.partial_rows == 0
+
+    @property
+    def prepare_lanes(self) -> int:
+        """Lanes that take a row of out and dout in backward_prepare.cu, 16 bytes each at a time."""
+        aligned = self.backward.vector_dout == 16 and self.problem.vectors[3] == 16
+        units = self.head_dim_v // (16 // ITEMSIZE[self.problem.dtype]) if aligned else self.head_dim_v
+        return 32 if units >= 32 else 16 if units >= 16 else 8 if units >= 8 else 4
+
+    @property
+    def shares(self) -> int:
+        return self.dq_splits if self.backward.deterministic else self.n_blocks
+
+    @property
+    def launches(self) -> tuple[tuple[int, int, int, int], ...]:
+        """(first batch, first KV head, batches, KV heads) of each launch of backward.cu, in order.
+
+        One, unless sums over batches or heads into the elements of a bias must have a fixed order.
+        """
+        p, bias = self.problem, self.backward.bias
+        whole = (0, 0, self.batches, p.num_heads_kv)
+        if not self.backward.deterministic or self.bias_kind is not CELLS or bias is None:
+            return (whole,)
+        lead = (1, 1, 1, 1, *bias.shape)[-4:-2]
+        parts_b = [(b, 1) for b in range(self.batches)] if lead[0] == 1 else [(0, self.batches)]
+        parts_h = [(h, 1) for h in range(p.num_heads_kv)] if lead[1] == 1 else [(0, p.num_heads_kv)]
+        return tuple((b, h, nb, nh) for b, nb in parts_b for h, nh in parts_h)
+
+    def grid(self, batches: int, heads_kv: int) -> int:
+        return self.shares * self.q_splits * heads_kv * batches
+
+    @property
+    def partial_rows(self) -> int:
+        p = self.problem
+        return p.num_heads * (p.total_q if p.packed else p.batch * p.seqlen_q)
+
+    @property
+    def rows_kv(self) -> int:
+        p = self.problem
+        return p.num_heads_kv * (p.total_k if p.packed else p.batch * p.seqlen_k)
+
+    @property
+    def slabs(self) -> int:
+        """Slabs of dq_sum per head (packed: of all sequences)."""
+        p = self.problem
+        return p.total_q // self.tiles.block_m + p.batch + 1 if p.packed else self.m_blocks
+
+    @property
+    def dq_elements(self) -> int:
+        """Elements of one dq_sum."""
+        heads = self.problem.num_heads * (1 if self.problem.packed else self.problem.batch)
+        return heads * self.slabs * self.tiles.block_m * self.head_dim
+
+    @property
+    def sum_shape(self) -> tuple[int, int, int, int, int]:
+        """(splits, batches, heads, queries, keys) of bias_sum."""
+        p, bias = self.problem, self.backward.bias
+        if bias is None or self.bias_kind in (NO_BIAS, STORE):
+            return (0, 0, 0, 0, 0)
+        if self.bias_kind is COLUMNS:
+            return (self.q_splits, p.batch, p.num_heads, 1, p.seqlen_k)
+        if self.bias_kind is ROWS:
+            return (self.dq_splits, p.batch, p.num_heads, p.seqlen_q, 1)
+        batches, heads, rows, cols = (1, 1, 1, 1, *bias.shape)[-4:]
+        return (1, batches, heads, rows, round_up(cols, 2))
+
+    @property
+    def workspace(self) -> tuple[int, ...]:
+        """Bytes of each part of `WORKSPACE`, rounded up to 256."""
+        p, size = self.problem, ITEMSIZE[self.problem.real]
+        partial = self.q_splits * self.rows_kv if self.q_splits > 1 else 0
+        splits, *rest = self.sum_shape
+        sums = splits * rest[0] * rest[1] * rest[2] * rest[3]
+        sizes = (
+            size * self.dq_splits * self.dq_elements,
+            size * sums,
+            stats_bytes(p) * self.partial_rows,
+            size * partial * p.head_dim,
+            size * partial * p.head_dim_v,
+            4 * self.map_batches * self.map_heads * self.m_blocks * 2 * self.map_words,
+        )
+        return tuple(round_up(n, 256) for n in sizes)
+
+    def __str__(self) -> str:
+        t = self.tiles
+        extras = f", {self.q_splits} splits of the queries" * (self.q_splits > 1)
+        extras += f", {self.dq_splits} sums of dq" * (self.dq_splits > 1) + ", tile map" * bool(self.map_words)
+        extras += f", bias by {self.bias_kind.name}" * (self.bias_kind is not NO_BIAS)
+        return (
+            f"Plan(backward for {self.device.arch}: {self.gemm.cuda}, {t.block_m}x{t.block_n} x{t.stages}, "
+            f"d{self.head_dim}/{self.head_dim_v}, {self.threads} threads, {self.smem_bytes} B shared, "
+            f"{self.shares * self.q_splits} CTAs a head{extras}, workspace {sum(self.workspace)} B)"
+        )
+
+
+def padded_dims(problem: Problem) -> tuple[int, int]:
+    """Head dimensions that warps can share: multiples of 32, beyond 128 of 64."""
+    return tuple(round_up(d, 32 if d <= 128 else 64) for d in (problem.head_dim, problem.head_dim_v))  # type: ignore[return-value]
+
+
+def stats_bytes(problem: Problem) -> int:
+    """Of a query row: kernels/attention/row_stats.cuh."""
+    return ITEMSIZE[problem.real] * (4 if ITEMSIZE[problem.dtype] >= 4 else 2)
+
+
+def smem_bytes(problem: Problem, tiles: Tiles, gemm: Gemm) -> int:
+    """kernels/mainloop/backward.cuh, which asserts that it suffices."""
+    dim, dim_v = padded_dims(problem)
+    m, n = tiles.block_m, tiles.block_n
+    real = ITEMSIZE[problem.real]
+    stage = gemm.tile_bytes(m, dim) + gemm.tile_bytes(m, dim_v) + stats_bytes(problem) * m
+    keys = gemm.tile_bytes(n, dim) + gemm.tile_bytes(n, dim_v)
+    sums = tiles.warps * max(m, n) * real if any(isinstance(mod, Bias) for mod in problem.mods) else 0
+    staged = n * (max(dim, dim_v) * gemm.itemsize + 16)
+    return max(keys + tiles.stages * stage + 2 * gemm.tile_bytes(m, n, scores=True) + sums, staged)
+
+
+def _registers(problem: Problem, tiles: Tiles, gemm: Gemm) -> int:
+    """Registers of a thread for the sums that live through the main loop, and the larger of what comes and goes."""
+    dim, dim_v = padded_dims(problem)
+    words = 2 if problem.real == "float64" else 1
+
+    def per_thread(rows: int, cols: int, units: tuple[int, int]) -> int:
+        down, across = warp_grid(rows, cols, tiles.warps, units)
+        return 10**6 if down == 0 else words * rows * cols // (32 * down * across)
+
+    m, n = tiles.block_m, tiles.block_n
+    keys = per_thread(n, dim, gemm.key_units) + per_thread(n, dim_v, gemm.key_units)
+    return keys + max(2 * per_thread(m, n, gemm.score_units), per_thread(m, dim, gemm.query_units))
+
+
+_16BIT = {  # by the wider head dimension
+    64: (
+        Tiles(128, 128, 2, 8, 1, reason="the fewest reads of shared memory and of dq for each product"),
+        Tiles(64, 64, 1, 4, 2),
+    ),
+    128: (Tiles(64, 128, 2, 8, 1), Tiles(64, 64, 1, 4, 1), Tiles(32, 64, 1, 4, 1)),
+    256: (Tiles(64, 64, 2, 8, 1), Tiles(64, 64, 1, 8, 1), Tiles(32, 32, 1, 4, 1)),
+    512: (Tiles(64, 32, 1, 8, 1), Tiles(32, 32, 1, 8, 1), Tiles(16, 32, 1, 8, 1), Tiles(16, 16, 1, 4, 1)),
+}
+_FP32 = {
+    64: (Tiles(64, 128, 1, 8, 1), Tiles(64, 64, 1, 4, 2), Tiles(32, 32, 1, 4, 1)),
+    128: (Tiles(64, 64, 1, 8, 1), Tiles(32, 64, 1, 8, 1), Tiles(32, 32, 1, 4, 1)),
+    256: (Tiles(32, 32, 1, 8, 1), Tiles(16, 32, 1, 8, 1), Tiles(16, 16, 1, 4, 1)),
+    512: (Tiles(16, 32, 1, 8, 1), Tiles(16, 16, 1, 8, 1)),
+}
+_TF32 = {
+    64: (Tiles(64, 64, 1, 4, 2, reason="two CTAs hide each other's barriers"), Tiles(32, 32, 1, 4, 1)),
+    128: (Tiles(64, 32, 1, 4, 2), Tiles(64, 64, 1, 8, 1), Tiles(32, 32, 1, 4, 1)),
+    256: (Tiles(32, 32, 1, 8, 1), Tiles(16, 32, 1, 8, 1)),
+    512: (Tiles(16, 32, 1, 8, 1),),
+}
+_FP64 = {
+    64: (Tiles(16, 64, 1, 4, 2), Tiles(16, 32, 1, 4, 1)),
+    128: (Tiles(16, 32, 1, 4, 2), Tiles(16, 32, 1, 8, 1), Tiles(16, 16, 1, 4, 1)),
+    256: (Tiles(32, 16, 1, 4, 1), Tiles(16, 16, 1, 8, 1)),
+    512: (Tiles(16, 16, 1, 8, 1),),
+}
+MAX_REGISTERS = 232
+"""of `_registers`: the rest goes to fragments and addresses"""
+
+
+def candidates(problem: Problem, device: Device) -> Sequence[Tiles]:
+    """Tiles that fit shared memory and registers, best first."""
+    gemm = gemm_of(problem, device)
+    tables = {"WarpHalf": _16BIT, "WarpSimt": _FP32}
+    table = _FP64 if problem.dtype == "float64" else tables.get(gemm.cuda.partition("<")[0], _TF32)
+    widest, weight = max(padded_dims(problem)), register_weight(problem)
+    tiles = next((tiles for limit, tiles in table.items() if widest <= limit), ())
+    return [
+        t
+        for t in tiles
+        if weight <= t.max_weight
+        and (not t.archs or device.number in t.archs)
+        and smem_bytes(problem, t, gemm) <= device.smem_per_block
+        and _registers(problem, t, gemm) <= MAX_REGISTERS
+    ]
+
+
+def declines(problem: Problem, device: Device) -> list[str]:
+    """Reasons why there is no backward for a problem, none if there is."""
+    reasons = []
+    if device.number < 80:
+        reasons.append(f"needs sm_80 or newer, got {device.arch}")
+    if max(problem.head_dim, problem.head_dim_v) > 512:
+        reasons.append(f"serves head dimensions to 512, got {problem.head_dim} and {problem.head_dim_v}")
+    elif not reasons and not candidates(problem, device):
+        reasons.append(
+            f"no tile of head dimensions {problem.head_dim} and {problem.head_dim_v} in {problem.dtype} fits the "
+            f"{device.smem_per_block} bytes of shared memory of a block"
+        )
+    return reasons
+
+
+def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPlan:
+    """How a backward runs. Raises NotImplementedError with the reasons when no kernel serves it."""
+    p = backward.forward
+    reasons = declines(p, device)
+    biases = sum(wanted and isinstance(mod, Bias) for mod, wanted in zip(p.mods, backward.wanted, strict=True))
+    if biases > 1:
+        reasons.append(f"differentiates one bias a call, got {biases}; add them up first")
+    if backward.deterministic and backward.parameters:
+        reasons.append("adds up gradients of user parameters by atomics, which deterministic=True forbids")
+    if reasons:
+        raise NotImplementedError(f"no kernel serves {backward} on {device.arch}:\n  backward: " + "; ".join(reasons))
+    gemm = gemm_of(p, device)
+    tiles = candidates(p, device)[0]
+    longest_q, longest_k = min(p.seqlen_q, p.total_q), min(p.seqlen_k, p.total_k)
+    m_blocks, n_blocks = -(-longest_q // tiles.block_m), max(1, -(-longest_k // tiles.block_n))
+    if p.packed:
+        m_blocks = max(m_blocks, 1)
+    dims, smem = padded_dims(p), smem_bytes(p, tiles, gemm)
+    resident = max(1, min(tiles.min_blocks, device.smem_per_sm // (smem + 1024)))
+    slots, heads = resident * device.num_sms, max(1, p.num_heads_kv * p.batch)
+    dq_splits = 1
+    if backward.deterministic:
+        dq_splits = min(n_blocks, max(1, slots // heads))
+    ctas = heads * (dq_splits if backward.deterministic else n_blocks)
+    per_batch, per_head = p.mask.varies(p.mask_operands)
+    own_lengths = p.packed or p.operand("q_lens") is not None or p.operand("kv_lens") is not None
+    return BackwardPlan(
+        backward=backward,
+        device=device,
+        gemm=gemm,
+        tiles=tiles,
+        head_dim=dims[0],
+        head_dim_v=dims[1],
+        m_blocks=m_blocks,
+        n_blocks=n_blocks,
+        q_splits=_q_splits(ctas, m_blocks * p.group, slots),
+        dq_splits=dq_splits,
+        bias_kind=_bias_kind(backward),
+        map_words=-(-n_blocks // 32) if p.mask.tiled else 0,
+        map_batches=p.batch if own_lengths or per_batch else 1,
+        map_heads=p.num_heads if per_head else 1,
+        smem_bytes=smem,
+    )
+
+
+MIN_TILES_PER_SPLIT = 4
+"""Query tiles that a split must have to be worth a CTA."""
+
+
+def _q_splits(ctas: int, tiles: int, slots: int) -> int:
+    """Parts of the queries of a key tile, so that few keys and heads still fill most of the GPU."""
+    return max(1, min(slots // max(1, ctas), tiles // MIN_TILES_PER_SPLIT))
+
+
+def _bias_kind(backward: BackwardProblem) -> BiasKind:
+    bias, p = backward.bias, backward.forward
+    if bias is None:
+        return NO_BIAS
+    batches, heads, rows, cols = (1, 1, 1, 1, *bias.shape)[-4:]
+    if rows == 1:
+        return COLUMNS
+    if cols == 1:
+        return ROWS
+    return STORE if (batches, heads) == (p.batch, p.num_heads) else CELLS

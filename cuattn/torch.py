@@ -1,0 +1,447 @@
+"""PyTorch: gradients, autocast and torch.compile of the public verbs.
+
+`attention` and `attention_varlen` are differentiable on tensors as they stand, whether or not this module was imported. An
+eager call goes through one `torch.autograd.Function`. A call that torch.compile or torch.export traces becomes an operator,
+`cuattn::attention`, that knows the shapes of its outputs and its gradient, the operator `cuattn::attention_backward`. Both ways
+lead to `call.forward` and `call.backward`.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.autograd import forward_ad
+
+from cuattn import call
+from cuattn.api import attention, attention_varlen
+from cuattn.masks import Mask
+from cuattn.score_mods import Alibi, ScoreMod
+
+__all__ = ["attention", "attention_varlen"]
+
+
+# Eager calls ----------------------------------------------------------------------------------------------------------
+
+
+def record(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], options: call.Options, seed: int) -> Any:
+    """`call.forward`, which leads here for tensors, under autocast and autograd.
+
+    Returns out, or (out, lse); both are differentiable with respect to q, k, v, sinks and the differentiable arrays of `mods`.
+    Autocast casts q, k and v as it does for PyTorch's own attention. Raises ValueError for `out` in a call to be
+    differentiated, NotImplementedError for an array that requires grad but has none and inside a transform of torch.func.
+    """
+    casts = _casts(named)
+    if casts:
+        named = {**named, **casts}
+    if not _needs_gradient(named, mods):
+        _check_forward_mode(named, mods)
+        return call.forward(named, mask, mods, options, seed)
+    _check_differentiable(named.get("out"), mods)
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError("cuattn: transforms of torch.func (grad, vmap, ...) are not supported, use torch.autograd")
+    _check_forward_mode(named, mods)
+    inputs = [named["q"], named["k"], named["v"], named.get("sinks")]
+    if mods:
+        inputs += [mod.arrays[n] for mod in mods for n in mod.differentiable]
+    out, lse = _Attention.apply((named, mask, mods, options, seed), *inputs)
+    return (out, lse) if options.return_lse else out
+
+
+CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
+"""Dtypes that autocast changes."""
+
+
+def _casts(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of q, k and v that autocast wants in another dtype, cast to it."""
+    kind = named["q"].device.type
+    if not torch.is_autocast_enabled(kind):
+        return {}
+    dtype = torch.get_autocast_dtype(kind)
+    tensors = {name: named[name] for name in ("q", "k", "v") if isinstance(named[name], torch.Tensor)}
+    return {name: x.to(dtype) for name, x in tensors.items() if x.dtype in CASTABLE and x.dtype != dtype}
+
+
+def _needs_gradient(named: Mapping[str, Any], mods: tuple[ScoreMod, ...]) -> bool:
+    return torch.is_grad_enabled() and any([getattr(x, "requires_grad", False) for x in _inputs(named, mods)])
+
+
+def _inputs(named: Mapping[str, Any], mods: tuple[ScoreMod, ...]) -> list[Any]:
+    """What a derivative could be asked for."""
+    inputs = [named["q"], named["k"], named["v"], named.get("sinks")]
+    if mods:
+        inputs += [x for mod in mods for x in mod.arrays]
+    return inputs
+
+
+def _check_differentiable(out: Any, mods: tuple[ScoreMod, ...]) -> None:
+    """Refuse what autograd cannot record, and tensors that would silently get no gradient."""
+    if out is not None:
+        raise ValueError("out: got a tensor in a call with inputs that require grad, expected None (or a call under no_grad())")
+    for mod in mods:
+        for n, x in enumerate(mod.arrays):
+            if getattr(x, "requires_grad", False) and n not in mod.differentiable:
+                name = "alibi_slopes" if isinstance(mod, Alibi) else f"array {n} of the score_mod"
+                raise NotImplementedError(f"{name}: got a tensor that requires grad, but has no gradient here. Detach it")
+
+
+def _check_forward_mode(named: Mapping[str, Any], mods: tuple[ScoreMod, ...]) -> None:
+    if forward_ad._current_level < 0:
+        return
+    for x in _inputs(named, mods):
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError("cuattn: forward-mode differentiation (jvp) is not supported")
+
+
+class _Described(NamedTuple):
+    """What a mask or modification may ask of an array that it is not bound to yet, and which array it is."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    position: int
+
+    @staticmethod
+    def of(own: Sequence[Any]) -> list[_Described]:
+        return [_Described(tuple(x.shape), x.dtype, n) for n, x in enumerate(own)]
+
+
+def _bind(mask: Mask, mods: tuple[ScoreMod, ...], own: Sequence[Any]) -> tuple[Mask, tuple[ScoreMod, ...]]:
+    """Mask and modifications over other arrays, given one after the other."""
+    if not own:
+        return mask, mods
+    position = len(mask.arrays)
+    mask, bound = mask.bind(own[:position]), []
+    for mod in mods:
+        bound.append(mod.bind(own[position : position + len(mod.arrays)]))
+        position += len(mod.arrays)
+    return mask, tuple(bound)
+
+
+class _Attention(torch.autograd.Function):  # type: ignore[misc]
+    """(out, lse) as autograd sees them: functions of q, k, v, sinks and the differentiable arrays of the modifications."""
+
+    @staticmethod
+    def forward(ctx: Any, arguments: tuple[Any, ...], *_: Any) -> tuple[Any, Any]:
+        """arguments: those of `call.forward`; the tensors that follow are among them. Grad mode is off in here."""
+        named, mask, mods, options, seed = arguments
+        out, lse = call.forward(named, mask, mods, options if options.return_lse else options._replace(return_lse=True), seed)
+        present = {name: x for name, x in named.items() if x is not None}
+        own = mask.arrays
+        if mods:
+            own = (*own, *(x for mod in mods for x in mod.arrays))
+        # Every array is saved, so that autograd notices when one changes in place; nothing else keeps them alive.
+        ctx.save_for_backward(*present.values(), out, lse, *own)
+        ctx.names = (*present, "out", "lse")
+        ctx.rest = (*_bind(mask, mods, _Described.of(own)), options, seed)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
+        if dout is None and dlse is None:
+            return (None,) * len(ctx.needs_input_grad)
+        saved, (mask, mods, options, seed) = ctx.saved_tensors, ctx.rest
+        named = dict(zip(ctx.names, saved, strict=False))
+        mask, mods = _bind(mask, mods, saved[len(named) :])
+        needed = ctx.needs_input_grad[1:]
+        if not torch.is_grad_enabled():
+            return (None, *_gradients(dout, dlse, named, mask, mods, options, seed, needed))
+        with torch.no_grad():  # create_graph=True: all that is recorded of the gradients is that they are final
+            gradients = _gradients(dout, dlse, named, mask, mods, options, seed, needed)
+        return (None, *_Final.apply(gradients, dout, dlse, *saved))
+
+
+class _Final(torch.autograd.Function):  # type: ignore[misc]
+    """Gradients that depend on `inputs` in a way that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Any], *inputs: Any) -> tuple[Any, ...]:
+        return tuple(gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        return _no_second_derivative(ctx, *cotangents)
+
+
+def _no_second_derivative(ctx: Any, *cotangents: Any) -> Any:
+    raise NotImplementedError("cuattn: a gradient of attention cannot be differentiated again (double backward)")
+
+
+def _gradients(
+    dout: Any,
+    dlse: Any,
+    named: dict[str, Any],
+    mask: Mask,
+    mods: tuple[ScoreMod, ...],
+    options: call.Options,
+    seed: int,
+    needed: Sequence[bool],
+) -> list[Any]:
+    """Gradients of q, k, v, sinks and the differentiable arrays of `mods`, in this order; None where not needed.
+
+    named: the call's arrays with its out and lse. dout and dlse, of their shapes: not both None, which stands for zeros.
+    """
+    out = named["out"]
+    if dout is None:
+        dout = out.new_zeros(out.shape[-1:]).expand(out.shape)
+    named = {**named, "dout": _readable(dout), "dlse": dlse}
+    if not options.deterministic and torch.are_deterministic_algorithms_enabled():
+        options = options._replace(deterministic=True)
+    parts, start = [], 4
+    for mod in mods:
+        parts.append(needed[start : start + len(mod.differentiable)])
+        start += len(mod.differentiable)
+    raw = call.backward(named, mask, mods, options, seed, tuple([any(part) for part in parts]))
+    gradients = [raw.dq, raw.dk, raw.dv, raw.dsinks]
+    for own, part in zip(raw.dmods, parts, strict=True):
+        gradients += own or (None,) * len(part)
+    return [x if need else None for x, need in zip(gradients, needed, strict=True)]
+
+
+def _readable(x: Any) -> Any:
+    """A cotangent with a contiguous last axis; other axes along which it is broadcast, as a sum's is, stay so."""
+    if x.shape[-1] <= 1 or x.stride(-1) == 1:
+        return x
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride()[:-1])
+    return x[once].resolve_conj().resolve_neg().contiguous().expand(x.shape)
+
+
+# Operators ------------------------------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """The arguments of `cuattn::attention`, in order; the last ones of `cuattn::attention_backward` too."""
+
+    q: Any
+    k: Any
+    v: Any
+    sinks: Any
+    q_lens: Any
+    kv_lens: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    own: list[Any]
+    """the arrays of the mask and of the modifications"""
+    formula: str
+    """mask and modifications without their arrays, written by `encode`"""
+    scale: float | None
+    dropout: float
+    precision: str
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    deterministic: bool
+    seed: int
+    """as a signed integer of 64 bits"""
+
+    def parts(self) -> tuple[dict[str, Any], Mask, tuple[ScoreMod, ...], call.Options, int]:
+        """The arguments of `call.forward`."""
+        named = {name: x for name, x in zip(_NAMES, self[: len(_NAMES)], strict=True) if x is not None}
+        mask, *mods = decode(self.formula, self.own)
+        lengths = (self.max_seqlen_q, self.max_seqlen_k)
+        options = call.Options(self.scale, self.dropout, self.precision, True, *lengths, self.deterministic)
+        return named, mask, tuple(mods), options, self.seed % 2**64
+
+    def differentiable(self) -> list[int]:
+        """Positions in `own` of the arrays that have a gradient."""
+        _, *mods = decode(self.formula, _Described.of(self.own))
+        return [mod.arrays[n].position for mod in mods for n in mod.differentiable]
+
+
+_NAMES = _Call._fields[:8]
+_SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? q_lens, Tensor? kv_lens, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor[] own, str formula, float? scale, float dropout, str precision, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    "bool deterministic, SymInt seed"
+)
+
+
+def _attention(*arguments: Any) -> tuple[Any, Any]:
+    out, lse = call.forward(*_Call(*arguments).parts())
+    return out, lse
+
+
+def _attention_fake(*arguments: Any) -> tuple[Any, Any]:
+    """Outputs without contents, while a call is traced."""
+    q, v = arguments[0], arguments[2]
+    *batch, tokens, heads, _ = q.shape
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty((*batch, heads, tokens), dtype=statistics)
+
+
+def _attention_backward(dout: Any, dlse: Any, out: Any, lse: Any, needed: list[bool], *arguments: Any) -> list[Any]:
+    """Those gradients, in the order of `_gradients`, that are needed."""
+    named, mask, mods, options, seed = _Call(*arguments).parts()
+    gradients = _gradients(dout, dlse, {**named, "out": out, "lse": lse}, mask, mods, options, seed, needed)
+    return [x.contiguous() for x in gradients if x is not None]
+
+
+def _attention_backward_fake(dout: Any, dlse: Any, out: Any, lse: Any, needed: list[bool], *arguments: Any) -> list[Any]:
+    call_ = _Call(*arguments)
+    inputs = [*call_[:4], *(call_.own[n] for n in call_.differentiable())]
+    return [x.new_empty(x.shape) for x, need in zip(inputs, needed, strict=True) if need]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
+    call_ = _Call(*inputs)
+    ctx.save_for_backward(*call_[: len(_NAMES)], *call_.own, *output)
+    ctx.scalars = call_[len(_NAMES) + 1 :]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
+    """One gradient or None for each argument of `cuattn::attention`."""
+    *inputs, out, lse = ctx.saved_tensors
+    call_ = _Call._make([*inputs[: len(_NAMES)], inputs[len(_NAMES) :], *ctx.scalars])
+    positions, needs = call_.differentiable(), ctx.needs_input_grad
+    needed = [*needs[:4], *(needs[len(_NAMES)][n] for n in positions)]
+    if dout is None and dlse is None:
+        needed = [False] * len(needed)
+    found = iter(_BACKWARD(dout, dlse, out, lse, needed, *call_) if any(needed) else ())
+    gradients = [next(found) if need else None for need in needed]
+    own: list[Any] = [None] * len(call_.own)
+    for n, x in zip(positions, gradients[4:], strict=True):
+        own[n] = x
+    return (*gradients[:4], *(None,) * (len(_NAMES) - 4), own, *(None,) * len(ctx.scalars))
+
+
+_library = torch.library.Library("cuattn", "DEF")
+_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+_COTANGENTS = "Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, bool[] needed"
+_library.define(f"attention({_SCHEMA}) -> (Tensor out, Tensor lse)", tags=_TAGS)
+_library.define(f"attention_backward({_COTANGENTS}, {_SCHEMA}) -> Tensor[]", tags=_TAGS)
+for _name, _real, _fake, _gradient, _setup in (
+    ("attention", _attention, _attention_fake, _differentiate, _setup_context),
+    ("attention_backward", _attention_backward, _attention_backward_fake, _no_second_derivative, None),
+):
+    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cuattn::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"cuattn::{_name}", _gradient, setup_context=_setup, lib=_library)
+_FORWARD, _BACKWARD = torch.ops.cuattn.attention.default, torch.ops.cuattn.attention_backward.default
+
+
+# Traced calls: Python that torch.compile reads, from the public verb down to `encode` ---------------------------------
+
+
+def trace(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], options: call.Options, seed: int) -> Any:
+    """`call.forward` while torch.compile or torch.export traces it: one operator, with autocast's casts before it."""
+    if seed < 0 or seed >= 2**64:
+        raise ValueError("seed: expected 0 <= seed < 2^64")
+    out = named.get("out")
+    if _needs_gradient(named, mods):
+        _check_differentiable(out, mods)
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError("cuattn: forward-mode differentiation (jvp) is not supported")
+    result, lse = _FORWARD(*_arguments({**named, **_casts(named)}, mask, mods, options, seed))
+    if out is not None:
+        if out.shape != result.shape or out.dtype != result.dtype:
+            raise ValueError("out: got another shape or dtype than the result's")
+        result = out.copy_(result)
+    return (result, lse) if options.return_lse else result
+
+
+def trace_backward(
+    named: dict[str, Any],
+    mask: Mask,
+    mods: tuple[ScoreMod, ...],
+    options: call.Options,
+    seed: int,
+    wanted: tuple[bool, ...] | None = None,
+) -> call.Raw:
+    """`call.backward` while torch.compile or torch.export traces it."""
+    sinks = named.get("sinks")
+    wanted = tuple([True for _ in mods]) if wanted is None else wanted
+    counts = [len(mod.differentiable) for mod in mods]
+    needed = [True, True, True, sinks is not None]
+    for count, want in zip(counts, wanted, strict=True):
+        needed += [want] * count
+    cotangents = (named["dout"], named.get("dlse"), named["out"], named["lse"])
+    found = _BACKWARD(*cotangents, needed, *_arguments(named, mask, mods, options, seed))
+    start, dmods = 4 if sinks is not None else 3, []
+    for count, want in zip(counts, wanted, strict=True):
+        dmods.append(tuple(found[start : start + count * want]))
+        start += count * want
+    return call.Raw(found[0], found[1], found[2], tuple(dmods), found[3] if sinks is not None else None)
+
+
+def _arguments(
+    named: Mapping[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], options: call.Options, seed: int
+) -> tuple[Any, ...]:
+    """The arguments of `cuattn::attention`, as `_Call` lists them."""
+    own: list[Any] = []
+    formula = encode((mask, *mods), own)
+    device = named["q"].device
+    return (
+        *[named.get(name) for name in _NAMES],
+        [torch.from_numpy(x).to(device) if isinstance(x, np.ndarray) else x for x in own],
+        formula,
+        options.scale,
+        options.dropout,
+        options.precision,
+        options.max_seqlen_q,
+        options.max_seqlen_k,
+        options.deterministic,
+        seed if seed < 2**63 else seed - 2**64,
+    )
+
+
+def encode(x: Any, own: list[Any]) -> str:
+    """A mask, a modification or a tuple of them as a Python literal, valid in any process; arrays are appended to `own`.
+
+    Scalars stand for themselves, everything else is a tuple of a tag and its contents.
+    """
+    if x is None or isinstance(x, (bool, str)):
+        return repr(x)
+    if isinstance(x, int):
+        return repr(operator.index(x))  # a length that torch.compile holds for variable becomes a constant
+    if isinstance(x, float):
+        return "('float', '" + x.hex() + "')"
+    if isinstance(x, (Mask, ScoreMod)):
+        kind = type(x)
+        text = "('object', " + repr(kind.__module__) + ", " + repr(kind.__qualname__)
+        for name in kind.__match_args__:  # type: ignore[union-attr]
+            text += ", " + encode(getattr(x, name), own)
+        return text + ")"
+    if isinstance(x, tuple):
+        text = "('tuple'"
+        for item in x:
+            text += ", " + encode(item, own)
+        return text + ",)"
+    if isinstance(x, Mapping):
+        text = "('mapping'"
+        for name in x:
+            text += ", " + repr(name) + ", " + encode(x[name], own)
+        return text + ",)"
+    own.append(x)
+    return "('array', " + repr(len(own) - 1) + ")"
+
+
+def decode(formula: str, own: Sequence[Any]) -> Any:
+    """What `encode` was given, over the arrays `own`."""
+    return _build(_parse(formula), own)
+
+
+_parse = functools.lru_cache(1024)(ast.literal_eval)
+
+
+def _build(x: Any, own: Sequence[Any]) -> Any:
+    if not isinstance(x, tuple):
+        return x
+    tag, *items = x
+    if tag == "float":
+        return float.fromhex(items[0])
+    if tag == "array":
+        return own[items[0]]
+    if tag == "object":
+        module, name, *items = items
+        kind: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        if not issubclass(kind, (Mask, ScoreMod)):
+            raise TypeError(f"formula: got {module}.{name}, expected a mask or a score modification")
+        return kind(*[_build(item, own) for item in items])
+    values = tuple(_build(item, own) for item in items)
+    return values if tag == "tuple" else dict(zip(values[::2], values[1::2], strict=True))

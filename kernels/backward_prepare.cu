@@ -1,0 +1,109 @@
+// What the backward needs of each query row besides its scores: lse to base 2, and delta = rowsum(dout o out) - dlse, the part
+// of the softmax's Jacobian that a row shares. A row that saw nothing gets lse +inf, which makes its probabilities 0.
+// kPrepareLanes lanes take a row, 16 bytes each at a time.
+#include "attention/mask.cuh"
+#include "attention/row_stats.cuh"
+#include "attention/score_mod.cuh"
+#include "attention/seqlen.cuh"
+#include "ptx/convert.cuh"
+#include "ptx/math.cuh"
+
+namespace cuattn {
+
+template <class Element>
+struct AccurateSumOf {
+    using Type = float;
+};
+template <>
+struct AccurateSumOf<float> {
+    using Type = double;
+};
+template <>
+struct AccurateSumOf<double> {
+    using Type = double;
+};
+template <class Element>
+using AccurateSum = typename AccurateSumOf<Element>::Type;
+
+template <class Config>
+struct Prepare {
+    using Element = typename Config::Element;
+    using Real = typename Config::Real;
+    static constexpr int kSize = static_cast<int>(sizeof(Element));
+    // Of fp32 products delta is the difference of larger sums: it is worth exact ones.
+    using Sum = AccurateSum<Element>;
+    static constexpr bool kVectors = Config::kVecOut == 16 && Config::kVecDout == 16;
+    static constexpr int kVec = kVectors ? 16 / kSize : 1;
+    static constexpr int kLanes = Config::kPrepareLanes;
+
+    // dout as the product dout v sees it, so that rounding cancels between the two.
+    __device__ __forceinline__ static Sum operand(Element x) {
+        if constexpr (Config::kTf32) {
+            return static_cast<Sum>(__uint_as_float(__float_as_uint(centre_tf32(x)) & 0xffffe000u));
+        } else {
+            return static_cast<Sum>(x);
+        }
+    }
+
+    // Sum over this lane's columns of one row.
+    __device__ __forceinline__ static Sum products(const Element* dout, const Element* out, int lane, int cols) {
+        Sum sum = 0;
+        for (int col = lane * kVec; col < cols; col += kLanes * kVec) {
+            if (kVectors && col + kVec <= cols) {
+                const uint4 a = *reinterpret_cast<const uint4*>(dout + col), b = *reinterpret_cast<const uint4*>(out + col);
+#pragma unroll
+                for (int e = 0; e < kVec; e++) {
+                    sum += operand(reinterpret_cast<const Element*>(&a)[e]) *
+                           static_cast<Sum>(reinterpret_cast<const Element*>(&b)[e]);
+                }
+            } else {
+#pragma unroll
+                for (int e = 0; e < kVec; e++) {
+                    if (col + e < cols) sum += operand(dout[col + e]) * static_cast<Sum>(out[col + e]);
+                }
+            }
+        }
+#pragma unroll
+        for (int other = 1; other < kLanes; other *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+        return sum;
+    }
+};
+
+template <class Config>
+__device__ __forceinline__ void backward_prepare(const BackwardArguments<Config>& arguments) {
+    using Kernel = Prepare<Config>;
+    using Element = typename Config::Element;
+    using Real = typename Config::Real;
+    using Sum = typename Kernel::Sum;
+    const ForwardParams& p = arguments.base;
+    const BackwardParams& g = arguments.grad;
+    constexpr int kRowsAtOnce = Config::kThreads / Kernel::kLanes;
+    const long long row = static_cast<long long>(blockIdx.x) * kRowsAtOnce + threadIdx.x / Kernel::kLanes;
+    const int lane = threadIdx.x % Kernel::kLanes;
+    const int rows_per_head = Config::kPacked ? p.total_q : p.seqlen_q;
+    const int i = static_cast<int>(row % rows_per_head);
+    const int head = static_cast<int>(row / rows_per_head % p.num_heads);
+    const int batch = static_cast<int>(row / rows_per_head / p.num_heads);
+    bool exists = row < p.partial_rows;
+    if constexpr (Config::kPacked) {
+        exists = exists && token_exists(p.cu_seqlens_q, Config::kLens ? p.q_lens : nullptr, p.batch, i);
+    } else if (Config::kLens && exists && p.q_lens != nullptr) {
+        exists = i < p.q_lens[batch];
+    }
+    const long long at_row = i;
+    const Element* dout = static_cast<const Element*>(g.dout) + batch * g.dout_batch + head * g.dout_head + at_row * g.dout_row;
+    const Element* out = static_cast<const Element*>(p.out) + batch * p.out_batch + head * p.out_head + at_row * p.out_row;
+    Sum delta = Kernel::products(dout, out, lane, exists ? p.head_dim_v : 0);
+    if (lane != 0 || row >= p.partial_rows) return;
+    RowStats<Config> stats = RowStats<Config>::nothing();
+    if (exists) {
+        const Real lse = static_cast<const Real*>(g.lse)[batch * g.lse_batch + head * g.lse_head + at_row * g.lse_row];
+        if (g.dlse != nullptr) {
+            delta -= static_cast<const Real*>(g.dlse)[batch * g.dlse_batch + head * g.dlse_head + at_row * g.dlse_row];
+        }
+        if (lse != negative_infinity<Real>()) stats = RowStats<Config>::of(lse, delta);
+    }
+    static_cast<RowStats<Config>*>(g.row_stats)[row] = stats;
+}
+
+}  // namespace cuattn

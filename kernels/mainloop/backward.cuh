@@ -1,0 +1,410 @@
+// Backward of attention: dk and dv of a key tile, and its share of dq. One algorithm for every element type; how warps multiply
+// tiles is the policy Config::Gemm (tile/warp_half.cuh, warp_wide.cuh, warp_simt.cuh). sm_80 and up.
+//
+//   P = exp(S - lse)   dP = dO V^T   dS = P o (dP - delta)   dV = P^T dO   dK = scale dS^T Q   dQ = scale dS K
+//   (FlashAttention-2, algorithm 2; delta = rowsum(dO o O) - dlse, from backward_prepare.cu)
+//
+// A CTA takes kBlockN keys of one KV head and loops over the query tiles of all query heads that share it, so dk and dv stay in
+// registers. Its dq tiles are added to dq_sum in memory, in the order of its own accumulators ("slabs"), which makes every
+// transaction whole; backward_convert.cu brings them into place.
+//
+// Deterministic: dq_splits CTAs of a head take key tiles in turn, each adding to a dq_sum of its own, so that the order of
+// every sum is fixed. Little parallelism: q_splits CTAs share a key tile's queries, and backward_combine.cu adds their dk and
+// dv.
+//
+// Shared memory   sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x { sQ (kBlockM x D), sdO (kBlockM x Dv), stats } | sP | sdS |
+//                 sSums (where a bias is differentiated); dk and dv are staged over the front at the end
+// Loop            wait Q, dO; load the next ones; S = Q K^T, dP = dO V^T; P and dS to shared memory; barrier;
+//                 dQ = dS K, added to dq_sum; dV += P^T dO; dK += dS^T Q
+#pragma once
+#include "attention/mod_sums.cuh"
+#include "attention/row_stats.cuh"
+#include "attention/scores.cuh"
+#include "attention/seqlen.cuh"
+#include "attention/tile_map.cuh"
+#include "mainloop/slab.cuh"
+#include "ptx/special_registers.cuh"
+#include "tile/copy.cuh"
+
+namespace cuattn {
+
+// A query head of the group, counted from its first, and a query tile.
+struct Place {
+    int head, m;
+};
+
+// The query tiles that a key tile's CTA visits, over all query heads of its KV head.
+template <class Mask, int kBlockM, int kBlockN>
+struct QueryTiles {
+    int first, count, heads, step;  // first query tile, tiles per head, heads, tiles from one visit to the next
+    int n;
+    const unsigned* map;  // of the sequence
+    int map_row, map_head, head0, map_words;
+
+    __device__ __forceinline__ static QueryTiles of(const ForwardParams& p, const BackwardParams& g, const Mask& mask,
+                                                    const Coord& at, int n) {
+        QueryTiles tiles;
+        tiles.n = n, tiles.step = g.q_splits, tiles.first = 0, tiles.count = 0;
+        const Range keys{n * kBlockN, min((n + 1) * kBlockN, at.seqlen_k)};
+        if (keys.start < keys.stop && at.seqlen_q > 0) {
+            const Range rows = mask.q_range(at, keys);
+            if (rows.start < rows.stop) {
+                tiles.first = rows.start / kBlockM;
+                tiles.count = (rows.stop + kBlockM - 1) / kBlockM - tiles.first;
+            }
+        }
+        tiles.heads = tiles.count > 0 ? p.group : 0;
+        if constexpr (Mask::kTiled) {
+            tiles.map = p.tile_map + at.batch * p.map_batch + at.head * p.map_head;
+            tiles.map_row = 2 * p.map_words, tiles.map_head = static_cast<int>(p.map_head), tiles.map_words = p.map_words;
+        }
+        return tiles;
+    }
+    __device__ __forceinline__ bool bit(Place place, int kind) const {
+        const unsigned* words = map + static_cast<long long>(place.head) * map_head + static_cast<long long>(place.m) * map_row;
+        return words[kind * map_words + n / 32] >> (n % 32) & 1;
+    }
+    __device__ __forceinline__ bool is_end(Place place) const { return place.head >= heads; }
+    // The first place to visit that is `ahead` tiles after one, or after that.
+    __device__ __forceinline__ Place after(Place place, int ahead) const {
+        for (;;) {
+            place.m += ahead;
+            while (place.m >= first + count && place.head < heads) place.m -= count, place.head++;
+            if (!Mask::kTiled || is_end(place) || bit(place, 0)) return place;
+            ahead = step;
+        }
+    }
+    // Every pair of the tile is visible and exists.
+    __device__ __forceinline__ bool full(const Mask& mask, const Coord& at, Place place) const {
+        if ((n + 1) * kBlockN > at.seqlen_k) return false;
+        if constexpr (Mask::kTiled) return bit(place, 1);
+        const int m = place.m;
+        return mask.covers(at, {m * kBlockM, min((m + 1) * kBlockM, at.seqlen_q)}, {n * kBlockN, (n + 1) * kBlockN});
+    }
+};
+
+template <class Config>
+struct Backward {
+    using Gemm = typename Config::Gemm;
+    using Element = typename Gemm::Element;
+    using Real = typename Gemm::Accum;
+    using Mask = typename Config::Mask;
+    using ScoreMod = typename Config::ScoreMod;
+    static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kThreads = Config::kThreads;
+    static constexpr int kHeadDim = Config::kHeadDim, kHeadDimV = Config::kHeadDimV, kStages = Config::kStages;
+    static constexpr int kWarps = kThreads / 32;
+
+    using ScoreGrid = typename Gemm::template Grid<false, false, kBlockM, kBlockN, kWarps>;
+    using KeyGrid = typename Gemm::template Grid<true, true, kBlockN, kHeadDim, kWarps>;
+    using ValueGrid = typename Gemm::template Grid<true, true, kBlockN, kHeadDimV, kWarps>;
+    using Scores = typename Gemm::template Sums<false, false, ScoreGrid::kRows, ScoreGrid::kCols>;
+    using KeySums = typename Gemm::template Sums<true, true, KeyGrid::kRows, KeyGrid::kCols>;
+    using ValueSums = typename Gemm::template Sums<true, true, ValueGrid::kRows, ValueGrid::kCols>;
+    using Slab = QuerySlab<Config>;
+
+    using QTile = typename Gemm::template Tile<kBlockM, kHeadDim>;
+    using DoTile = typename Gemm::template Tile<kBlockM, kHeadDimV>;
+    using KTile = typename Gemm::template Tile<kBlockN, kHeadDim>;
+    using VTile = typename Gemm::template Tile<kBlockN, kHeadDimV>;
+    using PTile = typename Gemm::template ScoreTile<kBlockM, kBlockN>;
+    using Sums = ModSums<Config, Scores>;
+    using Stats = RowStats<Config>;
+    static constexpr int kStatsCopy = sizeof(Stats) < 16 ? sizeof(Stats) : 16, kStatsParts = sizeof(Stats) / kStatsCopy;
+    static constexpr int kStatsBytes = kBlockM * static_cast<int>(sizeof(Stats));
+    static constexpr int kStageBytes = QTile::kBytes + DoTile::kBytes + kStatsBytes;
+    static constexpr int kSumsBytes = Sums::kKind == kBiasColumns ? ScoreGrid::kDown * kBlockN * static_cast<int>(sizeof(Real))
+                                      : Sums::kKind == kBiasRows ? ScoreGrid::kAcross * kBlockM * static_cast<int>(sizeof(Real))
+                                                                 : 0;
+    static constexpr int kOffsetV = KTile::kBytes, kOffsetStages = kOffsetV + VTile::kBytes;
+    static constexpr int kOffsetP = kOffsetStages + kStages * kStageBytes, kOffsetDs = kOffsetP + PTile::kBytes;
+    static constexpr int kOffsetSums = kOffsetDs + PTile::kBytes;
+    template <int kCols>
+    using OutTile = SmemTile<Element, kBlockN, kCols, 1>;
+    static_assert(kOffsetSums + kSumsBytes <= Config::kSmemBytes && OutTile<kHeadDim>::kBytes <= Config::kSmemBytes &&
+                      OutTile<kHeadDimV>::kBytes <= Config::kSmemBytes,
+                  "the plan's shared memory is too small");
+    static_assert(kStages == 1 || kStages == 2);
+
+    const ForwardParams& p;
+    const BackwardParams& g;
+    const Mask& mask;
+    const ScoreMod& score_mod;
+    char* smem;
+    KeySums dk;
+    ValueSums dv;
+    Sums sums;
+
+    struct Work {
+        Coord at;  // head: the first of the group
+        Sequence seq;
+        int head_kv, share, q_split;
+
+        __device__ __forceinline__ static Work of(const ForwardParams& p, const BackwardParams& g) {
+            unsigned index = cta_index();
+            Work w;
+            const unsigned shares = Config::kDeterministic ? g.dq_splits : g.n_blocks;
+            w.share = static_cast<int>(index % shares);
+            index /= shares;
+            w.q_split = static_cast<int>(index % g.q_splits);
+            index /= g.q_splits;
+            w.head_kv = g.first_head_kv + static_cast<int>(index % g.heads_kv);
+            w.at.batch = g.first_batch + static_cast<int>(index / g.heads_kv);
+            w.at.head = w.head_kv * p.group;
+            w.seq = Sequence::of<Config::kPacked, Config::kLens>(p, w.at.batch);
+            w.at.seqlen_q = w.seq.seqlen_q, w.at.seqlen_k = w.seq.seqlen_k;
+            return w;
+        }
+    };
+
+    __device__ __forceinline__ KTile sK() const { return {reinterpret_cast<Element*>(smem)}; }
+    __device__ __forceinline__ VTile sV() const { return {reinterpret_cast<Element*>(smem + kOffsetV)}; }
+    __device__ __forceinline__ char* stage_start(int stage) const { return smem + kOffsetStages + stage * kStageBytes; }
+    __device__ __forceinline__ QTile sQ(int stage) const { return {reinterpret_cast<Element*>(stage_start(stage))}; }
+    __device__ __forceinline__ DoTile sdO(int stage) const {
+        return {reinterpret_cast<Element*>(stage_start(stage) + QTile::kBytes)};
+    }
+    __device__ __forceinline__ Stats* sStats(int stage) const {
+        return reinterpret_cast<Stats*>(stage_start(stage) + QTile::kBytes + DoTile::kBytes);
+    }
+    __device__ __forceinline__ PTile sP() const { return {reinterpret_cast<Element*>(smem + kOffsetP)}; }
+    __device__ __forceinline__ PTile sdS() const { return {reinterpret_cast<Element*>(smem + kOffsetDs)}; }
+    __device__ __forceinline__ Real* sSums() const { return reinterpret_cast<Real*>(smem + kOffsetSums); }
+
+    __device__ __forceinline__ void load_keys(const Work& w, int n) const {
+        const int start = n * kBlockN, rows = w.at.seqlen_k - start;
+        const Element* k = static_cast<const Element*>(p.k) + w.seq.k + w.head_kv * p.k_head + start * p.k_row;
+        const Element* v = static_cast<const Element*>(p.v) + w.seq.v + w.head_kv * p.v_head + start * p.v_row;
+        load_tile<kThreads, Config::kVecK>(sK(), k, p.k_row, rows, p.head_dim);
+        load_tile<kThreads, Config::kVecV>(sV(), v, p.v_row, rows, p.head_dim_v);
+    }
+
+    __device__ __forceinline__ void load_queries(const Work& w, int head, int m, int stage) const {
+        const int start = m * kBlockM, rows = w.at.seqlen_q - start;
+        const long long row = w.seq.token_q + start;
+        const Element* q = static_cast<const Element*>(p.q) + w.at.batch * p.q_batch + head * p.q_head + row * p.q_row;
+        const Element* dout =
+            static_cast<const Element*>(g.dout) + w.at.batch * g.dout_batch + head * g.dout_head + row * g.dout_row;
+        load_tile<kThreads, Config::kVecQ>(sQ(stage), q, p.q_row, rows, p.head_dim);
+        load_tile<kThreads, Config::kVecDout>(sdO(stage), dout, g.dout_row, rows, p.head_dim_v);
+        const Stats* stats = static_cast<const Stats*>(g.row_stats) + w.seq.row + head * w.seq.head_rows + start;
+        for (int i = threadIdx.x; i < kBlockM; i += kThreads) {
+            if (i < rows) {
+#pragma unroll
+                for (int part = 0; part < kStatsParts; part++) {
+                    cp_async<kStatsCopy>(smem_address(sStats(stage) + i) + part * kStatsCopy,
+                                         reinterpret_cast<const char*>(stats + i) + part * kStatsCopy);
+                }
+            } else {
+                sStats(stage)[i] = Stats::nothing();
+            }
+        }
+    }
+
+    // The elementwise part of one tile; P and dS go to shared memory.
+    __device__ __forceinline__ void scores(const Coord& at, const QueryTiles<Mask, kBlockM, kBlockN>& tiles, Place place,
+                                           int stage) {
+        Scores s, dp;
+#pragma unroll
+        for (int x = 0; x < Scores::kSize; x++) s[x] = 0, dp[x] = 0;
+        Gemm::template multiply<false, false, kHeadDim>(s, sQ(stage), ScoreGrid::row(), sK(), ScoreGrid::col());
+        Gemm::template multiply<false, false, kHeadDimV>(dp, sdO(stage), ScoreGrid::row(), sV(), ScoreGrid::col());
+        const int row0 = place.m * kBlockM + ScoreGrid::row(), col0 = tiles.n * kBlockN + ScoreGrid::col();
+        const Stats* own = sStats(stage) + ScoreGrid::row();
+        const auto stats = [&](int r) { return own[Scores::row_at(r)]; };
+        const Real scale = static_cast<Real>(p.scale),
+                   factor = static_cast<Real>(Config::kFoldScale ? p.scale * kLog2e : kLog2e);
+        const Real dropout_scale = static_cast<Real>(p.dropout_scale);
+        sums.clear_tile();
+        if (tiles.full(mask, at, place)) {
+            score_gradients<Config, false>(s, dp, at, row0, col0, scale, factor, mask, score_mod, stats, sums, p.seed,
+                                           p.dropout_threshold, dropout_scale);
+        } else {
+            score_gradients<Config, true>(s, dp, at, row0, col0, scale, factor, mask, score_mod, stats, sums, p.seed,
+                                          p.dropout_threshold, dropout_scale);
+        }
+        Gemm::store(s, sP(), ScoreGrid::row(), ScoreGrid::col());
+        Gemm::store(dp, sdS(), ScoreGrid::row(), ScoreGrid::col());
+        sums.write_cells(g, at, row0, col0);
+        if constexpr (Sums::kKind == kBiasRows) {
+#pragma unroll
+            for (int r = 0; r < Scores::kThreadRows; r++) {
+                const Real sum = Scores::sum_row(sums.rows[r]);
+                if (Scores::leads_row())
+                    sSums()[ScoreGrid::warp_across() * kBlockM + ScoreGrid::row() + Scores::row_at(r)] = sum;
+            }
+        }
+    }
+
+    // kBiasRows: what the warps found for the rows of this tile. After a barrier.
+    __device__ __forceinline__ void add_row_sums(const Coord& at, int share, int m) const {
+        if constexpr (Sums::kKind == kBiasRows) {
+            for (int i = threadIdx.x; i < kBlockM; i += kThreads) {
+                if (m * kBlockM + i >= at.seqlen_q) break;
+                Real sum = 0;
+#pragma unroll
+                for (int warp = 0; warp < ScoreGrid::kAcross; warp++) sum += sSums()[warp * kBlockM + i];
+                red_add(static_cast<Real*>(g.bias_sum) + (Config::kDeterministic ? share : 0) * g.sum_split +
+                            at.batch * g.sum_batch + at.head * g.sum_head + (m * kBlockM + i) * g.sum_q,
+                        sum);
+            }
+        }
+    }
+
+    // What a head's parameters receive from this key tile.
+    __device__ __forceinline__ void finish_head(const Work& w, const Coord& at, int n) {
+        if (ScoreGrid::active()) score_mod.flush(sums, at);
+        if constexpr (Sums::kKind == kBiasColumns) {
+#pragma unroll
+            for (int c = 0; c < Scores::kThreadCols; c++) {
+                const Real sum = Scores::sum_col(sums.columns[c]);
+                if (Scores::leads_col() && ScoreGrid::active())
+                    sSums()[ScoreGrid::warp_down() * kBlockN + ScoreGrid::col() + Scores::col_at(c)] = sum;
+            }
+            __syncthreads();
+            for (int j = threadIdx.x; j < kBlockN && n * kBlockN + j < at.seqlen_k; j += kThreads) {
+                Real sum = 0;
+#pragma unroll
+                for (int warp = 0; warp < ScoreGrid::kDown; warp++) sum += sSums()[warp * kBlockN + j];
+                static_cast<Real*>(g.bias_sum)[w.q_split * g.sum_split + at.batch * g.sum_batch + at.head * g.sum_head +
+                                               (n * kBlockN + j) * g.sum_k] = sum;
+            }
+            __syncthreads();
+        }
+        sums.clear_head();
+    }
+
+    __device__ __forceinline__ void visit_queries(const Work& w, int n) {
+        const auto tiles = QueryTiles<Mask, kBlockM, kBlockN>::of(p, g, mask, w.at, n);
+        Place place = tiles.after({0, tiles.first}, w.q_split);
+        if (tiles.is_end(place)) return;
+        load_keys(w, n);
+        load_queries(w, w.at.head + place.head, place.m, 0);
+        cp_async_commit_group();
+        Coord at = w.at;
+        at.head += place.head;
+        for (int stage = 0; !tiles.is_end(place); stage ^= kStages - 1) {
+            const Place following = tiles.after(place, tiles.step);
+            const int head = w.at.head + place.head;
+            if (head != at.head) {
+                finish_head(w, at, n);
+                at.head = head;
+            }
+            cp_async_wait_group<0>();
+            __syncthreads();  // Q and dO are there; nobody reads P, dS or the other stage
+            if (kStages == 2 && !tiles.is_end(following)) {
+                load_queries(w, w.at.head + following.head, following.m, stage ^ 1);
+                cp_async_commit_group();
+            }
+            if (ScoreGrid::active()) scores(at, tiles, place, stage);
+            __syncthreads();  // P and dS are there
+            add_row_sums(at, w.share, place.m);
+            // dq first: its additions to memory then run under the other products.
+            Slab::add(p, g, w.seq, at, place.m, Config::kDeterministic ? w.share : 0, sdS(), sK());
+            if (ValueGrid::active()) {
+                Gemm::template multiply<true, true, kBlockM>(dv, sP(), ValueGrid::row(), sdO(stage), ValueGrid::col());
+            }
+            if (KeyGrid::active()) {
+                Gemm::template multiply<true, true, kBlockM>(dk, sdS(), KeyGrid::row(), sQ(stage), KeyGrid::col());
+            }
+            if (kStages == 1 && !tiles.is_end(following)) {
+                __syncthreads();  // nobody reads Q or dO
+                load_queries(w, w.at.head + following.head, following.m, 0);
+                cp_async_commit_group();
+            }
+            place = following;
+        }
+        finish_head(w, at, n);
+    }
+
+    // The rows of one gradient, scaled, through shared memory into place.
+    template <int kCols, int kVecBytes, class Grid, class Gradient>
+    __device__ __forceinline__ void store_gradient(Gradient& gradient, Real scale, Element* target, long long pitch, int rows,
+                                                   int cols) const {
+        const OutTile<kCols> staged{reinterpret_cast<Element*>(smem)};
+        __syncthreads();  // nobody reads what lies there
+#pragma unroll
+        for (int x = 0; x < Gradient::kSize; x++) {
+            if (!Grid::active()) break;
+            *staged.at(Grid::row() + Gradient::row(x), Grid::col() + Gradient::col(x)) =
+                static_cast<Element>(gradient[x] * scale);
+        }
+        __syncthreads();
+        store_tile<kThreads, kVecBytes>(staged, target, pitch, rows, cols);
+    }
+
+    // In the dtype of the scores, for backward_combine.cu.
+    template <class Grid, class Gradient>
+    __device__ __forceinline__ static void store_partial(const Gradient& gradient, Real scale, Real* target, int rows,
+                                                         int cols) {
+        if (!Grid::active()) return;
+        Gradient copy = gradient;
+#pragma unroll
+        for (int x = 0; x < Gradient::kSize; x++) {
+            const int j = Grid::row() + Gradient::row(x), col = Grid::col() + Gradient::col(x);
+            if (j < rows && col < cols) target[static_cast<long long>(j) * cols + col] = copy[x] * scale;
+        }
+    }
+
+    __device__ __forceinline__ void store(const Work& w, int n) {
+        const int start = n * kBlockN, rows = w.at.seqlen_k - start;
+        const Real scale = static_cast<Real>(p.scale), scale_v = static_cast<Real>(Config::kDropout ? p.dropout_scale : 1.0);
+        if constexpr (Config::kQuerySplit) {
+            const long long head_rows = Config::kPacked ? p.total_k : p.seqlen_k, heads_kv = p.num_heads / p.group;
+            const long long row = w.q_split * g.rows_kv +
+                                  ((Config::kPacked ? 0 : w.at.batch) * heads_kv + w.head_kv) * head_rows + w.seq.token_k +
+                                  start;
+            store_partial<KeyGrid>(dk, scale, static_cast<Real*>(g.partial_dk) + row * p.head_dim, rows, p.head_dim);
+            store_partial<ValueGrid>(dv, scale_v, static_cast<Real*>(g.partial_dv) + row * p.head_dim_v, rows, p.head_dim_v);
+        } else {
+            const long long row = w.seq.token_k + start;
+            Element* dk_to = static_cast<Element*>(g.dk) + w.at.batch * g.dk_batch + w.head_kv * g.dk_head + row * g.dk_row;
+            Element* dv_to = static_cast<Element*>(g.dv) + w.at.batch * g.dv_batch + w.head_kv * g.dv_head + row * g.dv_row;
+            store_gradient<kHeadDim, Config::kVecDk, KeyGrid>(dk, scale, dk_to, g.dk_row, rows, p.head_dim);
+            store_gradient<kHeadDimV, Config::kVecDv, ValueGrid>(dv, scale_v, dv_to, g.dv_row, rows, p.head_dim_v);
+        }
+    }
+
+    // Rows of dk and dv that belong to no key. A packed call's tail has more of them than key tiles.
+    __device__ __forceinline__ void store_padding(const Work& w) const {
+        const int shares = Config::kDeterministic ? g.dq_splits : g.n_blocks;
+        for (int block = w.share; block * kBlockN < w.seq.rows_k; block += shares) {
+            const int start = max(block * kBlockN, w.at.seqlen_k), stop = min((block + 1) * kBlockN, w.seq.rows_k);
+            const long long row = w.seq.token_k + start;
+            Element* dk_to = static_cast<Element*>(g.dk) + w.at.batch * g.dk_batch + w.head_kv * g.dk_head + row * g.dk_row;
+            Element* dv_to = static_cast<Element*>(g.dv) + w.at.batch * g.dv_batch + w.head_kv * g.dv_head + row * g.dv_row;
+            for (int x = threadIdx.x; x < (stop - start) * p.head_dim; x += kThreads) {
+                dk_to[x / p.head_dim * g.dk_row + x % p.head_dim] = Element(0.0f);
+            }
+            for (int x = threadIdx.x; x < (stop - start) * p.head_dim_v; x += kThreads) {
+                dv_to[x / p.head_dim_v * g.dv_row + x % p.head_dim_v] = Element(0.0f);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void key_tile(int n) {
+#pragma unroll
+        for (int x = 0; x < KeySums::kSize; x++) dk[x] = 0;
+#pragma unroll
+        for (int x = 0; x < ValueSums::kSize; x++) dv[x] = 0;
+        sums.clear_head();
+        visit_queries(Work::of(p, g), n);
+        store(Work::of(p, g), n);
+    }
+
+    __device__ __forceinline__ void run() {
+        const Work w = Work::of(p, g);
+        if constexpr (Config::kDeterministic) {
+            for (int turn = 0, n; turn * g.dq_splits < g.n_blocks; turn++) {  // back and forth, which balances causal masks
+                n = turn * g.dq_splits + (turn % 2 == 0 ? w.share : g.dq_splits - 1 - w.share);
+                if (n * kBlockN >= Work::of(p, g).at.seqlen_k) continue;
+                if (turn > 0) __syncthreads();  // the last tile has left shared memory
+                key_tile(n);
+            }
+        } else if (w.share * kBlockN < w.at.seqlen_k) {
+            key_tile(w.share);
+        }
+        if constexpr (!Config::kQuerySplit) store_padding(Work::of(p, g));
+    }
+};
+
+}  // namespace cuattn

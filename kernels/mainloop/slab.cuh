@@ -1,0 +1,55 @@
+// The sum over key tiles of one query tile's dq, in memory: kBlockM x kHeadDim elements in the order in which the threads of a
+// CTA hold them, so that a warp's addition covers whole lines. backward.cu adds to it, backward_convert.cu reads it, both with
+// the same tiles and threads.
+#pragma once
+#include "attention/coord.cuh"
+#include "attention/seqlen.cuh"
+#include "ptx/red.cuh"
+
+namespace cuattn {
+
+template <class Config>
+struct QuerySlab {
+    using Gemm = typename Config::Gemm;
+    using Real = typename Gemm::Accum;
+    static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kThreads = Config::kSlabThreads;
+    static constexpr int kHeadDim = Config::kHeadDim, kElements = kBlockM * kHeadDim;
+    using Grid = typename Gemm::template Grid<false, true, kBlockM, kHeadDim, kThreads / 32>;
+    using Sums = typename Gemm::template Sums<false, true, Grid::kRows, Grid::kCols>;
+    // Elements that one instruction adds: four neighbours on sm_90 and up.
+    static constexpr int kVec = Config::kVectorRed && sizeof(Real) == 4 ? 4 : 1;
+    static_assert(Sums::kSize % 4 == 0);
+
+    __device__ __forceinline__ static int place(int x) {
+        return (x / kVec * kThreads + static_cast<int>(threadIdx.x)) * kVec + x % kVec;
+    }
+    // Of query tile m; `split`: of dq_sum.
+    __device__ __forceinline__ static Real* at(const ForwardParams& p, const BackwardParams& g, const Sequence& seq,
+                                               const Coord& at, int m, int split) {
+        const long long slab = Config::kPacked ? at.head * g.q_slabs + seq.token_q / kBlockM + at.batch + m
+                                               : (static_cast<long long>(at.batch) * p.num_heads + at.head) * g.q_slabs + m;
+        return static_cast<Real*>(g.dq_sum) + split * g.dq_split + slab * kElements;
+    }
+
+    // Adds dS K.
+    template <class STile, class KTile>
+    __device__ __forceinline__ static void add(const ForwardParams& p, const BackwardParams& g, const Sequence& seq,
+                                               const Coord& coord, int m, int split, const STile& sdS, const KTile& sK) {
+        if (!Grid::active()) return;
+        Sums dq;
+#pragma unroll
+        for (int x = 0; x < Sums::kSize; x++) dq[x] = 0;
+        Gemm::template multiply<false, true, kBlockN>(dq, sdS, Grid::row(), sK, Grid::col());
+        Real* to = at(p, g, seq, coord, m, split);
+#pragma unroll
+        for (int x = 0; x < Sums::kSize; x += kVec) {
+            if constexpr (kVec == 4) {
+                red_add_v4(to + place(x), dq[x], dq[x + 1], dq[x + 2], dq[x + 3]);
+            } else {
+                red_add(to + place(x), dq[x]);
+            }
+        }
+    }
+};
+
+}  // namespace cuattn

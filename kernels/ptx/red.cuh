@@ -1,0 +1,22 @@
+// red: additions to global memory that return nothing (PTX ISA 9.7.13.8; the vector form needs sm_90).
+#pragma once
+
+namespace cuattn {
+
+__device__ __forceinline__ void red_add(float* to, float x) {
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(x) : "memory");
+}
+
+__device__ __forceinline__ void red_add(double* to, double x) {
+    asm volatile("red.global.add.f64 [%0], %1;" ::"l"(to), "d"(x) : "memory");
+}
+
+__device__ __forceinline__ void red_add_v2(float* to, float x, float y) {
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+}
+
+__device__ __forceinline__ void red_add_v4(float* to, float x, float y, float z, float w) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
+
+}  // namespace cuattn

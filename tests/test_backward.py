@@ -1,0 +1,205 @@
+"""`attention_backward`, `attention_varlen_backward` and `vjp` against the oracle, on the kernels and through the public calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cuattn
+from tests.cases import CORNERS, FEATURES, KINDS, REGULAR, SMALL, Case
+from tests.tolerance import verify_gradients
+
+LARGEST = 1 << 21
+"""Scores of a head beyond which the oracle takes longer than all kernels together."""
+CASES = tuple(c for c in (*REGULAR, *FEATURES, *CORNERS) if c.seqlen_q * c.seqlen_k <= LARGEST)
+RERUNS = (
+    Case("bfloat16", "ieee", 2, 300, 1333, 4, 2, 64, mask="causal"),
+    Case("bfloat16", "ieee", 1, 600, 700, 6, 1, 128, mods=("bias_pairs",)),
+    Case("float16", "ieee", 4, 130, 650, 6, 2, 128, mask="boolean", sequences="lens", dropout=0.2),
+    Case("float16", "ieee", 3, 300, 500, 4, 2, 64, mods=("bias_keys",), sinks=True),
+    Case("float32", "ieee", 2, 260, 303, 2, 1, 64, mask="causal", mods=("softcap", "alibi"), sinks=True, dropout=0.2),
+    Case("float32", "tf32x3", 3, 260, 303, 4, 2, 64, mods=("bias_pairs",)),
+    Case("float64", "ieee", 2, 170, 190, 2, 1, 64, mask="window", mods=("bias_queries",)),
+    Case("bfloat16", "ieee", 5, 400, 500, 4, 2, 96, mask="causal", sequences="packed", mods=("bias_queries",)),
+)
+"""Several key tiles, shared heads, and every way in which a bias is summed."""
+
+
+def run(backend: Any, case: Case, **extra: Any) -> tuple[cuattn.Gradients, np.ndarray]:
+    """Gradients, and the lse they were computed from."""
+    with backend.poisoned():
+        out, lse = case.run(backend.put, return_lse=True)
+        return case.run_backward(backend.put, out, lse, **extra), backend.get(lse)
+
+
+def check(backend: Any, case: Case, **extra: Any) -> cuattn.Gradients:
+    gradients, lse = run(backend, case, **extra)
+    verify_gradients(case, gradients, lse, backend.get)
+    return gradients
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_match_the_oracle(cupy_backend: Any, case: Case) -> None:
+    check(cupy_backend, case)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_public_call(backend: Any, case: Case) -> None:
+    """Results are of the caller's kind, shape and dtype."""
+    gradients = check(backend, case)
+    arguments = case.arguments()
+    for name in "qkv":
+        gradient = getattr(gradients, f"d{name}")
+        assert type(gradient) is type(backend.put(np.empty(1)))
+        assert gradient.shape == arguments[name].shape and gradient.dtype == case.numpy_dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", RERUNS, ids=str)
+def test_deterministic(cupy_backend: Any, case: Case) -> None:
+    first, *others = (
+        [cupy_backend.get(x).tobytes() for x in run(cupy_backend, case, deterministic=True)[0] if x is not None]
+        for _ in range(20)
+    )
+    assert all(other == first for other in others)
+    check(cupy_backend, case, deterministic=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_rows_without_keys_get_zero(backend: Any, dtype: str) -> None:
+    case = Case(dtype, seqlen_q=203, seqlen_k=40, mask="causal")
+    gradients, _ = run(backend, case)
+    assert not backend.get(gradients.dq)[:, : case.seqlen_q - case.seqlen_k].astype(np.float64).any()
+
+
+@pytest.mark.parametrize("which", ["dout", "dlse"])
+@pytest.mark.parametrize(("dtype", "precision"), KINDS)
+def test_one_cotangent(backend: Any, dtype: str, precision: str, which: str) -> None:
+    """Gradients are linear in (dout, dlse): each alone, and both."""
+    case = Case(dtype, precision, mask="causal", sinks=True)
+    out, lse = case.run(backend.put, return_lse=True)
+    dout, dlse = case.cotangents()
+    alone = {"dout": backend.put(dout), "dlse": backend.put(dlse), "none": backend.put(np.zeros_like(dout))}
+    both = case.run_backward(backend.put, out, lse)
+    arguments = {**case.arguments(backend.put), "out": out, "lse": lse}
+    without_lse = cuattn.attention_backward(alone["dout"], **arguments)
+    without_out = cuattn.attention_backward(alone["none"], **arguments, dlse=alone["dlse"])
+    for name in ("dq", "dk", "dsinks"):
+        parts = [backend.get(getattr(g, name)) for g in (without_lse, without_out, both)]
+        coarse = {"bfloat16": 2.0**-5, "float16": 2.0**-8, "float32": 1e-4, "float64": 1e-12}[parts[0].dtype.name]
+        coarse = max(coarse, 2.0**-8 if precision == "tf32" or dtype in ("float16", "bfloat16") else 0.0)
+        parts = [x.astype(np.float64) for x in parts]
+        assert np.abs(parts[0] + parts[1] - parts[2]).max() <= coarse * max(np.abs(x).max() for x in parts), name
+    assert not backend.get(without_out.dv).astype(np.float64).any()
+
+
+def test_vjp(backend: Any) -> None:
+    for case in (Case("float32", mask="causal"), Case("float32", batch=4, sequences="packed", mods=("alibi",))):
+        arguments = case.arguments(backend.put)
+        (out, lse), pullback = cuattn.vjp(**arguments, return_lse=True)
+        dout, dlse = (backend.put(x) for x in case.cotangents())
+        verify_gradients(case, pullback(dout, dlse), backend.get(lse), backend.get)
+        assert out.shape == case.out_shape and lse.shape == dlse.shape
+        only_out, _ = cuattn.vjp(**arguments)
+        assert backend.get(only_out).tobytes() == backend.get(out).tobytes()
+    with pytest.raises(TypeError, match="out: got an array"):
+        cuattn.vjp(**arguments, out=out)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"dout": np.zeros((2, 113, 4, 63), np.float32)}, ValueError, r"dout: got shape .* as out has"),
+        ({"dout": np.zeros((2, 113, 4, 64), np.float64)}, TypeError, "dout: got dtype float64, expected float32"),
+        ({"dout": np.zeros((2, 113, 4, 128), np.float32)[..., ::2]}, ValueError, "dout: got stride 2"),
+        ({"dout": None}, TypeError, "dout: got None"),
+        ({"out": None}, TypeError, "out: got None"),
+        ({"lse": None}, TypeError, "lse: got None"),
+        ({"lse": np.zeros((2, 4, 112), np.float32)}, ValueError, "lse: got shape"),
+        ({"lse": np.zeros((2, 4, 113), np.float64)}, TypeError, "lse: got dtype float64, expected float32"),
+        ({"dlse": np.zeros((2, 4), np.float32)}, ValueError, "dlse: got shape"),
+        ({"score_mod": "s * 2"}, NotImplementedError, "without a gradient expression"),
+    ],
+)
+def test_errors(numpy_backend: Any, change: dict[str, Any], error: type[Exception], message: str) -> None:
+    case = Case("float32")
+    out, lse = case.run(numpy_backend.put, return_lse=True)
+    arguments = {**case.arguments(), "dout": np.zeros_like(out), "out": out, "lse": lse, **change}
+    with pytest.raises(error, match=message):
+        cuattn.attention_backward(**arguments)
+
+
+@pytest.mark.gpu
+def test_strided_and_broadcast_cotangents(cupy_backend: Any) -> None:
+    """dout of stride 0 (the gradient of a sum), lse and dlse of any strides."""
+    import cupy
+
+    case = Case("bfloat16", mask="causal")
+    arguments = case.arguments(cupy_backend.put)
+    out, lse = case.run(cupy_backend.put, return_lse=True)
+    ones = cupy.broadcast_to(cupy.ones((1, 1, 1, out.shape[-1]), out.dtype), out.shape)
+    plain = cuattn.attention_backward(cupy.ones_like(out), **arguments, out=out, lse=lse, dlse=cupy.ones_like(lse))
+    turned = cupy.ascontiguousarray(lse.transpose(2, 0, 1)).transpose(1, 2, 0)
+    dlse = cupy.broadcast_to(cupy.ones((1, 1, 1), lse.dtype), lse.shape)
+    strided = cuattn.attention_backward(ones, **arguments, out=out, lse=turned, dlse=dlse, deterministic=True)
+    again = cuattn.attention_backward(cupy.ones_like(out), **arguments, out=out, lse=lse, dlse=dlse, deterministic=True)
+    for name in ("dq", "dk", "dv"):
+        x, y, z = (cupy_backend.get(getattr(g, name)) for g in (strided, again, plain))
+        assert x.tobytes() == y.tobytes()
+        assert np.abs(x.astype(np.float32) - z.astype(np.float32)).max() <= 2.0**-6 * np.abs(x.astype(np.float32)).max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "mods", [(), ("softcap",), ("alibi",), ("bias",), ("user",), ("softcap", "alibi", "bias"), ("user_params",)]
+)
+@pytest.mark.parametrize("mask", ["full", "causal", "window", "boolean", "block_sparse", "composed"])
+def test_finite_differences(cupy_backend: Any, mask: str, mods: tuple[str, ...]) -> None:
+    """Of a random loss along random directions, float64, on the kernels alone."""
+    case = Case("float64", batch=1, seqlen_q=37, seqlen_k=50, num_heads=2, num_heads_kv=1, head_dim=24, mask=mask, mods=mods)
+    arguments, rng = case.arguments(), np.random.default_rng(0)
+    dout, dlse = case.cotangents()
+
+    def loss(moved: dict[str, Any]) -> float:
+        call = {n: cupy_backend.put(x) if isinstance(x, np.ndarray) else x for n, x in {**arguments, **moved}.items()}
+        if "score_mod" in call and isinstance(call["score_mod"], cuattn.UserMod):
+            call["score_mod"] = call["score_mod"].bind([cupy_backend.put(a) for a in call["score_mod"].arrays])
+        if "mask" in call and isinstance(call["mask"], cuattn.Mask):
+            call["mask"] = call["mask"].bind([cupy_backend.put(a) for a in call["mask"].arrays])
+        out, lse = (cupy_backend.get(x) for x in cuattn.attention(**call, return_lse=True))
+        return float((out * dout).sum() + (np.where(np.isfinite(lse), lse, 0) * dlse).sum())
+
+    out, lse = case.run(cupy_backend.put, return_lse=True)
+    gradients = case.run_backward(cupy_backend.put, out, lse)
+    for name in ("q", "k", "v", *(["bias"] if gradients.dbias is not None else [])):
+        direction = rng.standard_normal(arguments[name].shape)
+        step = 1e-5
+        ends = [loss({name: arguments[name] + sign * step * direction}) for sign in (1, -1)]
+        slope = float((cupy_backend.get(getattr(gradients, f"d{name}")) * direction).sum())
+        # Central differences: truncation step^2, rounding 1e-16 / step.
+        assert abs((ends[0] - ends[1]) / (2 * step) - slope) <= 1e-7 * max(1.0, abs(slope)), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 32, 4, 64), (2, 128, 8, 64), (4, 512, 12, 80)], ids=str)
+@pytest.mark.parametrize(("dtype", "precision"), KINDS)
+def test_shapes(cupy_backend: Any, dtype: str, precision: str, shape: tuple[int, int, int, int]) -> None:
+    batch, seqlen, heads, dim = shape
+    case = Case(dtype, precision, batch, seqlen, seqlen, heads, heads, dim, mask="causal")
+    check(cupy_backend, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_few_keys_share_their_queries(cupy_backend: Any, dtype: str) -> None:
+    """Little parallelism over keys: several CTAs share the queries of a tile."""
+    case = Case(dtype, "ieee", 1, 3000, 60, 4, 1, 64, mask="top_left", mods=("bias_keys",))
+    plan = cuattn.explain(**case.arguments(cupy_backend.put), backward=True)
+    assert plan.q_splits > 1
+    check(cupy_backend, case)
+    padded = replace(case, batch=4, sequences="lens")
+    check(cupy_backend, padded)
