@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cuattn.arrays import View
-from cuattn.fields import Operand
-from cuattn.problem import ITEMSIZE, Problem, vector_bytes
+from cuattn.fields import ITEMSIZE, Operand
+from cuattn.problem import Problem, vector_bytes
 from cuattn.registry import Device, Tiles, register_weight, round_up
 from cuattn.score_mods import Bias, UserMod
 
@@ -367,29 +367,50 @@ def _registers(problem: Problem, tiles: Tiles, gemm: Gemm) -> int:
 
 _16BIT = {  # by the wider head dimension
     64: (
-        Tiles(128, 128, 2, 8, 1, reason="the fewest reads of shared memory and of dq for each product"),
-        Tiles(64, 64, 1, 4, 2),
+        Tiles(128, 128, 2, 8, 1, 2, "the fewest reads of shared memory and additions to dq for each product", (90,)),
+        Tiles(64, 128, 2, 8, 1, 5),
+        Tiles(64, 64, 1, 4, 2, 15),
+        Tiles(64, 64, 1, 8, 1),
     ),
-    128: (Tiles(64, 128, 2, 8, 1), Tiles(64, 64, 1, 4, 1), Tiles(32, 64, 1, 4, 1)),
-    256: (Tiles(64, 64, 2, 8, 1), Tiles(64, 64, 1, 8, 1), Tiles(32, 32, 1, 4, 1)),
-    512: (Tiles(64, 32, 1, 8, 1), Tiles(32, 32, 1, 8, 1), Tiles(16, 32, 1, 8, 1), Tiles(16, 16, 1, 4, 1)),
+    128: (
+        Tiles(64, 128, 2, 8, 1, 5, "the fewest additions to dq for each product"),
+        Tiles(32, 128, 2, 8, 1, 15, "half the scores in registers"),
+        Tiles(32, 64, 2, 8, 1),
+        Tiles(32, 64, 1, 8, 1),
+    ),
+    256: (
+        Tiles(64, 64, 2, 8, 1, 5),
+        Tiles(32, 64, 2, 8, 1, 15),
+        Tiles(64, 32, 1, 8, 1),
+        Tiles(32, 32, 1, 8, 1),
+    ),
+    512: (Tiles(64, 32, 1, 8, 1), Tiles(32, 32, 1, 8, 1, 15), Tiles(16, 16, 1, 8, 1)),
 }
 _FP32 = {
-    64: (Tiles(64, 128, 1, 8, 1), Tiles(64, 64, 1, 4, 2), Tiles(32, 32, 1, 4, 1)),
-    128: (Tiles(64, 64, 1, 8, 1), Tiles(32, 64, 1, 8, 1), Tiles(32, 32, 1, 4, 1)),
-    256: (Tiles(32, 32, 1, 8, 1), Tiles(16, 32, 1, 8, 1), Tiles(16, 16, 1, 4, 1)),
+    64: (Tiles(64, 128, 1, 8, 1, 5), Tiles(64, 64, 1, 8, 1), Tiles(32, 64, 1, 8, 1)),
+    128: (Tiles(64, 64, 1, 8, 1), Tiles(32, 64, 1, 8, 1), Tiles(32, 32, 1, 8, 1)),
+    256: (Tiles(32, 32, 1, 8, 1), Tiles(16, 32, 1, 8, 1), Tiles(16, 16, 1, 8, 1)),
     512: (Tiles(16, 32, 1, 8, 1), Tiles(16, 16, 1, 8, 1)),
 }
 _TF32 = {
-    64: (Tiles(64, 64, 1, 4, 2, reason="two CTAs hide each other's barriers"), Tiles(32, 32, 1, 4, 1)),
-    128: (Tiles(64, 32, 1, 4, 2), Tiles(64, 64, 1, 8, 1), Tiles(32, 32, 1, 4, 1)),
+    64: (
+        Tiles(64, 64, 1, 4, 2, 5, "two CTAs hide each other's barriers"),
+        Tiles(64, 64, 1, 8, 1, 15),
+        Tiles(32, 64, 1, 8, 1),
+    ),
+    128: (
+        Tiles(64, 32, 1, 4, 2, 5),
+        Tiles(64, 64, 1, 8, 1, 15),
+        Tiles(32, 64, 1, 8, 1),
+        Tiles(32, 32, 1, 8, 1),
+    ),
     256: (Tiles(32, 32, 1, 8, 1), Tiles(16, 32, 1, 8, 1)),
-    512: (Tiles(16, 32, 1, 8, 1),),
+    512: (Tiles(16, 32, 1, 8, 1, 15), Tiles(16, 16, 1, 8, 1)),
 }
 _FP64 = {
-    64: (Tiles(16, 64, 1, 4, 2), Tiles(16, 32, 1, 4, 1)),
-    128: (Tiles(16, 32, 1, 4, 2), Tiles(16, 32, 1, 8, 1), Tiles(16, 16, 1, 4, 1)),
-    256: (Tiles(32, 16, 1, 4, 1), Tiles(16, 16, 1, 8, 1)),
+    64: (Tiles(16, 64, 1, 4, 2, 5), Tiles(16, 64, 1, 8, 1), Tiles(16, 32, 1, 8, 1)),
+    128: (Tiles(16, 32, 1, 4, 2, 5), Tiles(16, 32, 1, 8, 1), Tiles(16, 16, 1, 8, 1)),
+    256: (Tiles(16, 16, 1, 8, 1),),
     512: (Tiles(16, 16, 1, 8, 1),),
 }
 MAX_REGISTERS = 232
@@ -401,7 +422,9 @@ def candidates(problem: Problem, device: Device) -> Sequence[Tiles]:
     gemm = gemm_of(problem, device)
     tables = {"WarpHalf": _16BIT, "WarpSimt": _FP32}
     table = _FP64 if problem.dtype == "float64" else tables.get(gemm.cuda.partition("<")[0], _TF32)
-    widest, weight = max(padded_dims(problem)), register_weight(problem)
+    # The gradient of a bias is gathered in registers of its own.
+    weight = register_weight(problem) + 4 * any(isinstance(mod, Bias) for mod in problem.mods)
+    widest = max(padded_dims(problem))
     tiles = next((tiles for limit, tiles in table.items() if widest <= limit), ())
     return [
         t

@@ -27,10 +27,11 @@ from cuattn.backward import (
     make_backward_problem,
 )
 from cuattn.codegen import BIAS_THREADS, COMBINE_THREADS, PREPARE_THREADS, Unit, backward_units, bias_is_wide, units
+from cuattn.fields import ITEMSIZE
 from cuattn.launch import BackwardParameters, Parameters
 from cuattn.masks import Mask
 from cuattn.plan import WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan, make_plan
-from cuattn.problem import ITEMSIZE, POINTERS, SLOT, Problem, make_problem
+from cuattn.problem import POINTERS, SLOT, Problem, make_problem
 from cuattn.registry import Device
 from cuattn.score_mods import ScoreMod, UserMod
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cuattn.arrays import View
+from cuattn.backward import BackwardPlan, BackwardProblem, declines, make_backward_plan, make_backward_problem
 from cuattn.masks import BlockSparse, BooleanMask, Full, Mask, SlidingWindow
 from cuattn.plan import Plan, make_plan
 from cuattn.problem import Problem, contiguous_strides, make_problem
@@ -82,7 +83,8 @@ def _features(dtype: str) -> list[dict[str, Any]]:
     blocks = BlockSparse(view((64, 64), "int32"), 64, 64, view((3, 64, 64), "bool"))
     bias = Bias(view((1, 16, 4096, 4096), dtype))
     alibi = Alibi(view((16,), "float32"))
-    user = UserMod("s + w * slope[h] * Real(j - i)", "1", {"w": 0.5, "slope": view((16,), "float32")})
+    slope = view((16,), "float32")
+    user = UserMod("s + w * slope[h] * Real(j - i)", "1", {"w": 0.5, "slope": slope}, {"slope": ("h", "w * Real(j - i)")})
     causal = SlidingWindow(None, 0)
     return [
         {"mask": causal, "packed": True, "extras": ("kv_lens",)},
@@ -115,6 +117,36 @@ def problems(everything: bool) -> Iterator[Problem]:
             yield problem_of(dtype, precision, dims, **options)
         for dims in ((64, 64), (256, 256), (512, 512)):  # the heaviest combination, with every tile
             yield problem_of(dtype, precision, dims, **features[6])
+
+
+def backward_problem_of(problem: Problem, deterministic: bool = False) -> BackwardProblem:
+    """The gradients of a problem by everything, from dout and dlse that need not exist."""
+    lead = (problem.total_q,) if problem.packed else (problem.batch, problem.seqlen_q)
+    out = view((*lead, problem.num_heads, problem.head_dim_v), problem.dtype)
+    lse = view((*lead[:-1], problem.num_heads, lead[-1]), problem.real)
+    wanted = tuple(bool(mod.differentiable) for mod in problem.mods)
+    return make_backward_problem(problem, out, lse, lse, out, wanted, deterministic)
+
+
+def backward_plans(arch: str, everything: bool = False) -> list[BackwardPlan]:
+    """As `plans`, of the gradients: the common calls, or also the options that need the most of a kernel."""
+    device = DEVICES[arch]
+    wanted = []
+    for dtype, precision in PRECISIONS:
+        wanted += [(problem_of(dtype, precision, dims, mask=SlidingWindow(None, 0)), False) for dims in COMMON_DIMS]
+        if everything:
+            features = _features(dtype)
+            wanted += [(problem_of(dtype, precision, dims), False) for dims in ((40, 72), (192, 128), (512, 512))]
+            wanted += [(problem_of(dtype, precision, (128, 128), **features[n]), n == 4) for n in (0, 4, 6)]
+            wanted += [(problem_of(dtype, precision, dims, **features[6]), False) for dims in ((64, 64), (256, 256))]
+            keys = Bias(view((16, 1, 4096), dtype))
+            wanted.append((problem_of(dtype, precision, (64, 64), mods=(keys,), extras=("sinks",)), True))
+            wanted.append((problem_of(dtype, precision, (100, 100), misaligned=True, dropout=0.1), False))
+    return [
+        make_backward_plan(backward_problem_of(problem, deterministic), device)
+        for problem, deterministic in wanted
+        if not declines(problem, device)
+    ]
 
 
 def plans(arch: str, everything: bool = False) -> list[Plan]:

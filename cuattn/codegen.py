@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from cuattn.backward import CELLS, COLUMNS, STORE, BackwardPlan
-from cuattn.fields import CTYPES
+from cuattn.fields import CTYPES, ITEMSIZE, Operand
 from cuattn.launch import backward_words, fixed_fields, parameter_words
 from cuattn.plan import SPLIT_THREADS, WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan
-from cuattn.problem import ITEMSIZE, POINTERS
+from cuattn.problem import POINTERS
 from cuattn.score_mods import ScoreMod
 
 
@@ -49,19 +49,19 @@ def _flag(value: bool) -> str:
 
 def mod_type(plan: Plan | BackwardPlan) -> str:
     """C++ type of a plan's score modifications, applied in order."""
-    types = [mod.cuda_type(dtypes, uniform) for mod, dtypes, uniform in _mods(plan)]
+    types = [mod.cuda_type(operands, uniform) for mod, operands, uniform in _mods(plan)]
     if not types:
         return "NoScoreMod"
     return functools.reduce(lambda rest, first: f"Chain<{first}, {rest}>", reversed(types))
 
 
-def _mods(plan: Plan | BackwardPlan) -> Iterator[tuple[ScoreMod, list[str], int | None]]:
-    """Each modification, the dtypes of its arrays, and what `ScoreMod.cuda_type` wants to know of the backward."""
+def _mods(plan: Plan | BackwardPlan) -> Iterator[tuple[ScoreMod, Sequence[Operand], int | None]]:
+    """Each modification, its operands, and what `ScoreMod.cuda_type` wants to know of the backward."""
     p = plan.problem
     wanted = plan.backward.wanted if isinstance(plan, BackwardPlan) else (False,) * len(p.mods)
     uniforms = 0
     for mod, operands, gradient in zip(p.mods, p.mod_operands, wanted, strict=True):
-        yield mod, [op.dtype for op in operands], uniforms if gradient else None
+        yield mod, operands, uniforms if gradient else None
         uniforms += mod.uniforms if gradient else 0
 
 
@@ -77,7 +77,7 @@ def _translation_unit(
 ) -> Unit:
     """The text around `struct Config`. `arguments`: name of the parameter struct in kernels/params.cuh, of so many words."""
     p = plan.problem
-    definitions = [mod.cuda_source(dtypes, uniform) for mod, dtypes, uniform in _mods(plan)] if with_mods else []
+    definitions = [mod.cuda_source(operands, uniform) for mod, operands, uniform in _mods(plan)] if with_mods else []
     sinks = p.operand("sinks")
     lens = p.operand("q_lens") is not None or p.operand("kv_lens") is not None
     types = {
@@ -148,7 +148,7 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
 # Backward -------------------------------------------------------------------------------------------------------------
 
 PREPARE_THREADS = 256
-SINKS_THREADS = 1024
+SINKS_THREADS = 512
 BIAS_THREADS = 256
 COMBINE_THREADS = 128
 

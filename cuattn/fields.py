@@ -20,6 +20,7 @@ CTYPES = {
     "float64": "double",
 }
 """C++ element type of each dtype name that an operand may have."""
+ITEMSIZE = {"bool": 1, "uint8": 1, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Operand(NamedTuple):
@@ -29,6 +30,15 @@ class Operand(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: str
+    alignment: int = 1
+    """bytes, at most 16, to which its start is known to be aligned"""
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether elements 2 n and 2 n + 1 of every row may be loaded at once."""
+        rows = [s for n, s in zip(self.shape[:-1], self.strides[:-1], strict=True) if n > 1]
+        whole = len(self.shape) > 0 and self.shape[-1] % 2 == 0 and self.strides[-1] == 1
+        return whole and self.alignment % (2 * ITEMSIZE[self.dtype]) == 0 and all(s % 2 == 0 for s in rows)
 
     def broadcast_strides(self, ndim: int) -> tuple[int, ...]:
         """Strides over `ndim` leading-padded axes, 0 along every axis of length 1."""

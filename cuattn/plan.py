@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cuattn.problem import ITEMSIZE, Problem
+from cuattn.fields import ITEMSIZE
+from cuattn.problem import Problem
 from cuattn.registry import FORWARD, Device, KernelSpec, Tiles
 
 MIN_BLOCKS_PER_SPLIT = 4

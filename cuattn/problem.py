@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cuattn.arrays import View
-from cuattn.fields import Operand
+from cuattn.fields import ITEMSIZE, Operand
 from cuattn.masks import And, BlockSparse, BooleanMask, Full, Mask, SlidingWindow
 from cuattn.score_mods import Alibi, Bias, ScoreMod, SoftCap, UserMod
 
@@ -409,11 +409,8 @@ def _operands(views: dict[str, View], mask_views: Sequence[View], mod_views: Seq
         for slot, name in enumerate(POINTERS)
     ]
     for view in (*mask_views, *mod_views):
-        operands.append(Operand(len(operands), view.shape, view.strides, view.dtype))
+        operands.append(Operand(len(operands), view.shape, view.strides, view.dtype, math.gcd(16, view.ptr)))
     return tuple(operands)
-
-
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 def vector_bytes(view: View) -> int:

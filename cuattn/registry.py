@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from cuattn.fields import ITEMSIZE
 from cuattn.masks import And, Full, SlidingWindow
-from cuattn.problem import ITEMSIZE, Problem
+from cuattn.problem import Problem
 
 
 class Device(NamedTuple):

@@ -61,14 +61,14 @@ class ScoreMod:
         """Differentiable arrays of which one element serves all scores of a head: the kernel sums those in registers."""
         return 0
 
-    def cuda_type(self, dtypes: Sequence[str], uniform: int | None = None) -> str:
-        """C++ type; `dtypes` are those of `arrays`. `Real` names the type of scores: float or double.
+    def cuda_type(self, operands: Sequence[Operand], uniform: int | None = None) -> str:
+        """C++ type; `operands` describe `arrays`. `Real` names the type of scores: float or double.
 
         uniform: None, or, where the gradients of arrays are wanted, how many `uniforms` the modifications before have.
         """
         raise NotImplementedError
 
-    def cuda_source(self, dtypes: Sequence[str], uniform: int | None = None) -> str:
+    def cuda_source(self, operands: Sequence[Operand], uniform: int | None = None) -> str:
         """Definitions that the type needs beyond kernels/attention/score_mod.cuh."""
         return ""
 
@@ -94,7 +94,7 @@ class SoftCap(ScoreMod):
     def grad(self, s: Array, tile: Tile) -> Array:
         return np.asarray(1 - np.tanh(s / s.dtype.type(self.cap)) ** 2)
 
-    def cuda_type(self, dtypes: Sequence[str], uniform: int | None = None) -> str:
+    def cuda_type(self, operands: Sequence[Operand], uniform: int | None = None) -> str:
         return "SoftCap<Real>"
 
     def fields(self, operands: Sequence[Operand], gradients: Sequence[int] = ()) -> tuple[Field, ...]:
@@ -129,8 +129,8 @@ class Alibi(ScoreMod):
     def grad(self, s: Array, tile: Tile) -> Array:
         return np.ones_like(s)
 
-    def cuda_type(self, dtypes: Sequence[str], uniform: int | None = None) -> str:
-        return f"Alibi<Real, {CTYPES[dtypes[0]]}>"
+    def cuda_type(self, operands: Sequence[Operand], uniform: int | None = None) -> str:
+        return f"Alibi<Real, {CTYPES[operands[0].dtype]}>"
 
     def fields(self, operands: Sequence[Operand], gradients: Sequence[int] = ()) -> tuple[Field, ...]:
         return (Field.ptr(operands[0]), *Field.ints(operands[0].broadcast_strides(2)))
@@ -170,8 +170,9 @@ class Bias(ScoreMod):
         head, row, col = (x if n > 1 else np.zeros_like(x[:1, :1, :1]) for x, n in zip(coordinates, shape[1:], strict=True))
         total[tile.batch if shape[0] > 1 else 0, head, row, col] += part
 
-    def cuda_type(self, dtypes: Sequence[str], uniform: int | None = None) -> str:
-        return f"Bias<Real, {CTYPES[dtypes[0]]}, {'false' if uniform is None else 'true'}>"
+    def cuda_type(self, operands: Sequence[Operand], uniform: int | None = None) -> str:
+        wanted, pairs = (str(flag).lower() for flag in (uniform is not None, operands[0].in_pairs))
+        return f"Bias<Real, {CTYPES[operands[0].dtype]}, {wanted}, {pairs}>"
 
     def fields(self, operands: Sequence[Operand], gradients: Sequence[int] = ()) -> tuple[Field, ...]:
         return (Field.ptr(operands[0]), *Field.ints(operands[0].broadcast_strides(4)))
@@ -311,12 +312,13 @@ class UserMod(ScoreMod):
     def uniforms(self) -> int:
         return sum(not self.index_varies(name) for name, _, _ in self._param_gradients)
 
-    def cuda_type(self, dtypes: Sequence[str], uniform: int | None = None) -> str:
-        return self._type_name(dtypes) + ("" if uniform is None else f"_{uniform}")
+    def cuda_type(self, operands: Sequence[Operand], uniform: int | None = None) -> str:
+        return self._type_name([op.dtype for op in operands]) + ("" if uniform is None else f"_{uniform}")
 
-    def cuda_source(self, dtypes: Sequence[str], uniform: int | None = None) -> str:
+    def cuda_source(self, operands: Sequence[Operand], uniform: int | None = None) -> str:
         """The struct: apply, grad, and where gradients are wanted pull and flush (kernels/attention/score_mod.cuh)."""
         gradients = () if uniform is None else self._param_gradients
+        dtypes = [op.dtype for op in operands]
         members = [f"    const {CTYPES[t]}* {n};" for n, t in zip(self._array_names, dtypes, strict=True)]
         members += [f"    alignas(8) Real {n};" for n in self._scalar_names]
         members += [f"    Real* gradient_of_{n};" for n, _, _ in gradients]
@@ -339,7 +341,7 @@ class UserMod(ScoreMod):
             methods.append(self._method(signature, "\n        ".join(pull), sums))
             methods.append(self._method("void flush(Sums& sums, const Coord& at)", "\n        ".join(flush), sums))
         return (
-            f"struct alignas(8) {self.cuda_type(dtypes, uniform)} {{\n"
+            f"struct alignas(8) {self.cuda_type(operands, uniform)} {{\n"
             + "\n".join(members or ["    long long unused;"])
             + "\n    static constexpr bool kIdentity = false, kReadsMemory = true;\n"
             + "\n".join(methods)

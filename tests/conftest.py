@@ -127,9 +127,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compile the kernels of all selected GPU cases at once, and ask the oracle about them: one after the other would take most of
-    the time of a run.
-    """
+    """Compile the kernels of all selected GPU cases at once, and ask the oracle: one by one would take most of a run's time."""
     items = [item for item in session.items if "gpu" in item.keywords]
     cases = dict.fromkeys(c for item in items for c in _cases(item))
     if not cases or session.config.option.collectonly or not arrays.gpu_available()[0]:
@@ -143,9 +141,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     with contextlib.suppress(jit.CompileError):  # the test that needs the kernel will say so
         jit.compile_many(jobs)
     compiled = time.perf_counter()
-    asked = [q for c in cases if c not in backward for q in questions(c, False)] + [
-        q for c in backward for q in questions(c, True)
-    ]
+    forward = dict.fromkeys(c for item in items if "backward" not in item.nodeid for c in _cases(item))
+    asked = [q for c in forward for q in questions(c, False)] + [q for c in backward for q in questions(c, True)]
     _ask_ahead(asked)
     if reporter is not None:
         took = f"{compiled - start:.1f} s, {len(asked)} answers of the oracle in {time.perf_counter() - compiled:.1f} s"

@@ -1,4 +1,4 @@
-"""`attention_backward`, `attention_varlen_backward` and `vjp` against the oracle, on the kernels and through the public calls."""
+"""`attention_backward`, `attention_varlen_backward` and `vjp`, against the oracle and against finite differences."""
 
 from __future__ import annotations
 

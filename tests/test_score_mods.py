@@ -152,11 +152,10 @@ def test_bind_keeps_the_meaning_and_the_key(name: str) -> None:
 def test_device_struct_names_every_array(name: str) -> None:
     mod = MODS[name]
     operands = [Operand(n, np.shape(a), (0,) * np.ndim(a), str(a.dtype)) for n, a in enumerate(mod.arrays)]
-    dtypes = [op.dtype for op in operands]
     fields = mod.fields(operands)
     assert [f.value for f in fields if f.kind == "ptr"] == list(range(len(operands)))
-    assert fields and mod.cuda_type(dtypes)
-    assert isinstance(mod, UserMod) == bool(mod.cuda_source(dtypes))
+    assert fields and mod.cuda_type(operands)
+    assert isinstance(mod, UserMod) == bool(mod.cuda_source(operands))
 
 
 def coordinates() -> list[tuple[tuple[int, int, int], int, int, int]]:
@@ -293,7 +292,11 @@ def test_user_mods_differ_by_what_decides_their_code() -> None:
     vector = {"a": np.ones(3)}
     gradients: tuple[dict[str, tuple[str, str]], ...] = ({}, {"a": ("h", "s")}, {"a": ("h", "1")}, {"a": ("b", "s")})
     mods = [UserMod("s * a[h]", "a[h]", vector, g) for g in gradients]
-    assert len({mod.key() for mod in mods}) == len({mod.cuda_type(("float64",)) for mod in mods}) == len(mods)
+    assert (
+        len({mod.key() for mod in mods})
+        == len({mod.cuda_type((Operand(0, (4,), (1,), "float64"),)) for mod in mods})
+        == len(mods)
+    )
 
 
 # Expressions ---------------------------------------------------------------------------------------------------------------

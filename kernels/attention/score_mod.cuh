@@ -79,15 +79,25 @@ struct alignas(8) Alibi {
     __device__ __forceinline__ void flush(Sums&, const Coord&) const {}
 };
 
-// s + array[batch, head, i, j], strides 0 along broadcast axes. kWanted: the backward returns its gradient.
-template <class Real, class Element, bool kWanted>
+// s + array[batch, head, i, j], strides 0 along broadcast axes. kWanted: the backward returns its gradient. kPairs: elements 2
+// n and 2 n + 1 of a row lie in one aligned word, so a thread that holds neighbouring scores loads it once.
+template <class Real, class Element, bool kWanted, bool kPairs>
 struct alignas(8) Bias {
     static constexpr bool kIdentity = false, kReadsMemory = true;
     const Element* array;
     long long stride_batch, stride_head, stride_q, stride_k;
 
+    struct alignas(2 * sizeof(Element)) Pair {
+        Element even, odd;
+    };
     __device__ __forceinline__ Real apply(Real s, const Coord& at, int i, int j) const {
-        return s + static_cast<Real>(array[at.batch * stride_batch + at.head * stride_head + i * stride_q + j * stride_k]);
+        const Element* row = array + at.batch * stride_batch + at.head * stride_head + i * stride_q;
+        if constexpr (kPairs) {
+            const Pair pair = *reinterpret_cast<const Pair*>(row + (j & ~1));
+            return s + static_cast<Real>(j & 1 ? pair.odd : pair.even);
+        } else {
+            return s + static_cast<Real>(row[j * stride_k]);
+        }
     }
     __device__ __forceinline__ Real grad(Real, const Coord&, int, int) const { return Real(1); }
     template <class Sums>
