@@ -9,7 +9,7 @@ import functools
 from typing import NamedTuple
 
 from cuattn.fields import CTYPES
-from cuattn.launch import parameter_words
+from cuattn.launch import parameter_bytes
 from cuattn.plan import SPLIT_THREADS, WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan
 
 
@@ -77,6 +77,9 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
         "kDropout": p.dropout > 0,
         "kSinks": sinks is not None,
     }
+    tma = attends and plan.uses_tma
+    if tma:
+        flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong}
     mods = mod_type(plan) if attends else "NoScoreMod"
     lines = [
         f'#include "{kernel}.cu"',
@@ -94,8 +97,8 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
         *(f"    static constexpr bool {name} = {_flag(value)};" for name, value in flags.items()),
         "};",
         "}  // namespace cuattn",
-        "using Arguments = cuattn::ForwardArguments<cuattn::Config>;",
-        f"static_assert(sizeof(Arguments) == {8 * parameter_words(plan, attends)},",
+        f"using Arguments = cuattn::{'TmaArguments' if tma else 'ForwardArguments'}<cuattn::Config>;",
+        f"static_assert(sizeof(Arguments) == {parameter_bytes(plan, attends)},",
         '              "launch.py lays the parameters out differently");',
         'extern "C" __global__ void __launch_bounds__(cuattn::Config::kThreads, cuattn::Config::kMinBlocks)',
         f"cuattn_{kernel}(const __grid_constant__ Arguments arguments) {{ cuattn::{kernel}<cuattn::Config>(arguments); }}",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cuattn.fields import Field
 from cuattn.problem import POINTERS, SLOT
+from cuattn.tma import MAP_ALIGNMENT, MAP_BYTES, TensorMap
 
 if TYPE_CHECKING:
     from cuattn.plan import Plan
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 HEAD = struct.Struct(f"<{len(POINTERS)}Q")
 """The words that every call rewrites."""
 _Q, _SPLIT_Q = SLOT["q"], SLOT["split_q"]
+TMA_ARRAYS = ("q", "k", "v")
+"""What the copy engine loads, in the order of the maps and of the first pointers."""
 
 
 def _strides(plan: Plan, of_pairs: bool) -> list[int]:
@@ -75,9 +78,22 @@ def _variant_fields(plan: Plan, with_mods: bool) -> list[Field]:
     return fields
 
 
-def parameter_words(plan: Plan, with_mods: bool) -> int:
-    """8-byte words of the kernel's parameter struct."""
-    return len(POINTERS) + len(fixed_fields(plan)) + len(_variant_fields(plan, with_mods))
+def parameter_bytes(plan: Plan, with_mods: bool) -> int:
+    """Size of the kernel's parameter struct."""
+    size = 8 * (len(POINTERS) + len(fixed_fields(plan)) + len(_variant_fields(plan, with_mods)))
+    if not (with_mods and plan.uses_tma):
+        return size
+    return len(TMA_ARRAYS) * MAP_BYTES + -(-size // MAP_ALIGNMENT) * MAP_ALIGNMENT
+
+
+def _tensor_maps(plan: Plan) -> list[TensorMap]:
+    """Of q, k and v as (head_dim, row, head, batch), in boxes of 64 columns by the rows of a tile."""
+    p, maps = plan.problem, []
+    for name, rows in zip(TMA_ARRAYS, (plan.tiles.block_m, plan.tiles.block_n, plan.tiles.block_n), strict=True):
+        operand = p.operand(name)
+        assert operand is not None
+        maps.append(TensorMap(operand, (64, rows, 1, 1)))
+    return maps
 
 
 class Parameters:
@@ -94,6 +110,9 @@ class Parameters:
         values = [value for _, value in fixed] + [0 if f.kind == "ptr" else f.value for f in variant]
         self.tail = struct.pack(layout, *values)
         start = 8 * len(fixed)
+        self.maps = _tensor_maps(plan) if with_mods and plan.uses_tma else []
+        if self.maps:
+            self.tail += bytes(-(8 * len(POINTERS) + len(self.tail)) % MAP_ALIGNMENT)
         self.patches = [(start + 8 * n, int(f.value)) for n, f in enumerate(variant) if f.kind == "ptr"]
         """(offset in the tail, slot) of the pointers in masks and score modifications"""
 
@@ -103,6 +122,8 @@ class Parameters:
         if self.of_pairs:
             own[_Q : _Q + 3] = own[_SPLIT_Q : _SPLIT_Q + 3]
         head = HEAD.pack(*own)
+        if self.maps:
+            head = b"".join([m.at(pointers[_Q + n]) for n, m in enumerate(self.maps)]) + head
         if not self.patches:
             return head + self.tail
         tail = bytearray(self.tail)

@@ -56,7 +56,13 @@ class Plan:
     @property
     def grid(self) -> int:
         batches = self.problem.batch + self.problem.packed  # one more for the tokens past the last packed sequence
-        return self.m_blocks * self.dv_chunks * self.problem.num_heads * batches * self.num_splits
+        work = self.m_blocks * self.dv_chunks * self.problem.num_heads * batches * self.num_splits
+        return min(work, self.device.num_sms * self.tiles.min_blocks) if self.tiles.persistent else work
+
+    @property
+    def uses_tma(self) -> bool:
+        """Whether the attention kernel's parameters begin with tensor maps of q, k and v."""
+        return self.kernel == "forward_sm90"
 
     @property
     def partial_rows(self) -> int:
@@ -144,7 +150,9 @@ def _plan(problem: Problem, device: Device, spec: KernelSpec, tiles: Tiles) -> P
         head_dim_v=head_dim_v,
         dv_chunks=dv_chunks,
         m_blocks=m_blocks,
-        num_splits=max(
+        num_splits=1
+        if spec.name == "forward_sm90"
+        else max(
             _num_splits(ctas, _visited(problem, tiles), resident * device.num_sms),
             1 if spec.mma(problem, device) == "MmaSplit" else _accurate_splits(problem),
         ),
