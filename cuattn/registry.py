@@ -127,14 +127,24 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
 _TILES_SM90 = {  # by the wider of head_dim and head_dim_v; warps include the producer's four
     64: (
         Tiles(192, 128, 2, 16, persistent=True, max_weight=1),
-        Tiles(128, 128, 2, 12, persistent=True),
-    ),
-    128: (
-        Tiles(128, 128, 2, 12, persistent=True),
+        Tiles(128, 96, 2, 12, persistent=True, max_weight=8),
         Tiles(128, 64, 2, 12, persistent=True),
     ),
-    192: (Tiles(128, 96, 2, 12, persistent=True), Tiles(128, 64, 2, 12, persistent=True)),
-    256: (Tiles(128, 80, 2, 12, persistent=True), Tiles(128, 64, 2, 12, persistent=True, overlap=False)),
+    128: (
+        Tiles(128, 128, 2, 12, persistent=True, max_weight=1),
+        Tiles(128, 96, 2, 12, persistent=True, max_weight=8),
+        Tiles(128, 64, 2, 12, persistent=True),
+    ),
+    192: (
+        Tiles(128, 96, 2, 12, persistent=True, max_weight=1),
+        Tiles(128, 64, 2, 12, persistent=True, max_weight=8),
+        Tiles(128, 48, 2, 12, persistent=True),
+    ),
+    256: (
+        Tiles(128, 80, 2, 12, persistent=True, max_weight=1),
+        Tiles(128, 48, 2, 12, persistent=True, max_weight=8),
+        Tiles(128, 32, 2, 12, persistent=True),
+    ),
 }
 
 # Tensor cores through mma.sync ----------------------------------------------------------------------------------------
