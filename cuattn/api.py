@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import secrets
 import sys
 import threading
 import weakref
@@ -443,6 +445,7 @@ def _launch(
             pointers[_OUT] = view(out)[0]
         pointers[_LSE] = 0 if lse is None else view(lse)[0]
         pointers[_SEED] = seed
+        pointers[_CALL] = next(_calls)
         if own:
             pointers += [v[0] for v in own_views]
         workspace = _allocate(library, device, prepared, pointers) if prepared.workspace else None
@@ -455,7 +458,9 @@ def _launch(
 
 
 _NO_POINTERS = [0] * len(POINTERS)
-_OUT, _LSE, _SEED, _WORKSPACE = SLOT["out"], SLOT["lse"], SLOT["seed"], SLOT["partial_out"]
+_OUT, _LSE, _SEED, _CALL, _WORKSPACE = (SLOT[name] for name in ("out", "lse", "seed", "call", "partial_out"))
+_calls = itertools.count(secrets.randbits(62))
+"""Numbers of calls (kernels/params.cuh)."""
 
 
 def _allocate(library: Library, device: ArrayDevice, prepared: _Prepared, pointers: list[int]) -> Any:

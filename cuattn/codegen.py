@@ -79,7 +79,8 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
     }
     tma = attends and plan.uses_tma
     if tma:
-        flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong}
+        constants["kTest"] = t.test
+        flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong, "kPersistent": t.persistent}
     mods = mod_type(plan) if attends else "NoScoreMod"
     lines = [
         f'#include "{kernel}.cu"',

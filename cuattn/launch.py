@@ -62,6 +62,7 @@ def fixed_fields(plan: Plan, of_pairs: bool = False) -> list[tuple[str, int | fl
         plan.num_splits,
         plan.dv_chunks,
         plan.map_words,
+        plan.section,
         round(p.dropout * 65536),
     ]
     reals = [p.scale, 1.0 / (1.0 - p.dropout)]

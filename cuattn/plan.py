@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from cuattn.problem import ITEMSIZE, Problem
 from cuattn.registry import FORWARD, Device, KernelSpec, Tiles
 
+SECTION_BYTES = 32 << 20
+"""Of keys and values that stay in L2 (50 MB on sm_90) beside what passes through it."""
 MIN_BLOCKS_PER_SPLIT = 4
 """Key tiles that a split must have to be worth a CTA."""
 MAX_SPLITS = 128
@@ -60,6 +62,13 @@ class Plan:
         return min(work, self.device.num_sms * self.tiles.min_blocks) if self.tiles.persistent else work
 
     @property
+    def section(self) -> int:
+        """Pairs of sequence and head whose keys and values L2 holds together."""
+        p = self.problem
+        bytes_kv = ITEMSIZE[p.dtype] * min(p.seqlen_k, p.total_k) * (p.head_dim + p.head_dim_v)
+        return max(1, min(SECTION_BYTES // max(1, bytes_kv) * p.group, p.num_heads * (p.batch + p.packed)))
+
+    @property
     def uses_tma(self) -> bool:
         """Whether the attention kernel's parameters begin with tensor maps of q, k and v."""
         return self.kernel == "forward_sm90"
@@ -90,11 +99,17 @@ class Plan:
 
     @property
     def workspace(self) -> tuple[int, ...]:
-        """Bytes of partial_out, partial_lse, tile_map, split_q, split_k, split_v, magnitudes, each rounded up to 256."""
+        """Bytes of partial_out to tile_counter, in the order of `POINTERS`, each rounded up to 256."""
         size = ITEMSIZE[self.problem.real]
         rows = self.num_splits * self.partial_rows if self.num_splits > 1 else 0
         maps = self.map_batches * self.map_heads * self.m_blocks * 2 * self.map_words
-        sizes = (rows * self.problem.head_dim_v * size, rows * size, 4 * maps, *self._split_workspace())
+        sizes = (
+            rows * self.problem.head_dim_v * size,
+            rows * size,
+            4 * maps,
+            *self._split_workspace(),
+            16 * self.tiles.persistent,
+        )
         return tuple(-(-n // 256) * 256 for n in sizes)
 
     def __str__(self) -> str:

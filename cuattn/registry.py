@@ -57,6 +57,7 @@ class Tiles:
     ping_pong: bool = False
     """forward_sm90: warpgroups take turns at the tensor cores"""
     persistent: bool = False
+    test: int = 0
     """forward_sm90: one CTA per slot of the GPU works through the query tiles"""
 
 
@@ -116,7 +117,7 @@ def _smem_sm90(problem: Problem, tiles: Tiles, device: Device) -> int:
     """kernels/mainloop/forward_sm90.cuh: q, the rings of k and v, barriers, and what aligning it all may cost."""
     width, width_v = (2 * round_up(dim, 64) for dim in (problem.head_dim, problem.head_dim_v))
     rings = tiles.stages * tiles.block_n * (width + width_v)
-    return tiles.block_m * width + rings + 8 * (2 + 4 * tiles.stages) + 1024
+    return tiles.block_m * width + rings + 8 * (5 + 4 * tiles.stages) + 1024
 
 
 def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:

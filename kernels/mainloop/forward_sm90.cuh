@@ -9,6 +9,8 @@
 // Barriers    name            arrives                         count            waits
 //             full (q, k, v)  the producer, and the bytes     1                consumers
 //             empty (q, k, v) one lane of each consumer warp  4 * kConsumers   the producer
+//             tile_full       the producer                    1                consumers: the number of the next tile is there
+//             tile_empty      one lane of each consumer warp  4 * kConsumers   the producer
 // Loop        S of this tile and O of the last one are issued together, and the softmax of this tile runs under both that O
 // (overlap)   and the other warpgroups' products:
 //                 wait K; issue S = Q K^T; issue O += P V; wait S; release K; modify, mask, maxima; wait O; release V;
@@ -67,10 +69,10 @@ struct ForwardSm90 {
     using Slot = RingSlot<kStages>;
     static constexpr int kOffsetK = QTile::kBytes, kOffsetV = kOffsetK + kStages * KTile::kBytes;
     static constexpr int kOffsetBarriers = kOffsetV + kStages * VTile::kBytes;
-    static constexpr int kBarriers = 2 + 4 * kStages;
+    static constexpr int kBarriers = 4 + 4 * kStages;
+    static constexpr int kOffsetTile = kOffsetBarriers + 8 * kBarriers;  // the number of the tile after this one
     // The dynamic shared memory of a CTA is aligned by hand.
-    static_assert(kOffsetBarriers + 8 * kBarriers + QTile::kAlignment <= Config::kSmemBytes,
-                  "the plan's shared memory is too small");
+    static_assert(kOffsetTile + 8 + QTile::kAlignment <= Config::kSmemBytes, "the plan's shared memory is too small");
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
@@ -85,10 +87,13 @@ struct ForwardSm90 {
     __device__ __forceinline__ unsigned barrier(int number) const { return base + kOffsetBarriers + 8 * number; }
     __device__ __forceinline__ unsigned q_full() const { return barrier(0); }
     __device__ __forceinline__ unsigned q_empty() const { return barrier(1); }
-    __device__ __forceinline__ unsigned k_full(int stage) const { return barrier(2 + stage); }
-    __device__ __forceinline__ unsigned k_empty(int stage) const { return barrier(2 + kStages + stage); }
-    __device__ __forceinline__ unsigned v_full(int stage) const { return barrier(2 + 2 * kStages + stage); }
-    __device__ __forceinline__ unsigned v_empty(int stage) const { return barrier(2 + 3 * kStages + stage); }
+    __device__ __forceinline__ unsigned tile_full() const { return barrier(2); }
+    __device__ __forceinline__ unsigned tile_empty() const { return barrier(3); }
+    __device__ __forceinline__ unsigned k_full(int stage) const { return barrier(4 + stage); }
+    __device__ __forceinline__ unsigned k_empty(int stage) const { return barrier(4 + kStages + stage); }
+    __device__ __forceinline__ unsigned v_full(int stage) const { return barrier(4 + 2 * kStages + stage); }
+    __device__ __forceinline__ unsigned v_empty(int stage) const { return barrier(4 + 3 * kStages + stage); }
+    __device__ __forceinline__ volatile int& next_tile() const { return *reinterpret_cast<int*>(smem + kOffsetTile); }
 
     // ---------------------------------------------------------------------------------------------------------- producer
 
@@ -96,39 +101,51 @@ struct ForwardSm90 {
         const ForwardParams& p = params();
         const Schedule schedule = Schedule::of(p);
         Slot k, v;
-        unsigned q_parity = 0;
-        for (int round = 0, tile; (tile = Schedule::tile(round)) < schedule.count; round++) {
+        unsigned q_parity = 0, tile_parity = 0;
+        if constexpr (Config::kPersistent) schedule.open(p);
+        for (int tile = static_cast<int>(blockIdx.x); tile < schedule.count;) {
             const Work w = schedule.work(p, tile);
-            const Tiles tiles = Tiles::of(p, arguments.variant.mask, w);
-            int n = tiles.next(tiles.blocks.start);
-            if (n >= tiles.blocks.stop) continue;
-            // Packed sequences share one axis of tokens.
-            const int batch = Config::kPacked ? 0 : w.at.batch;
-            const int row_q = (Config::kPacked ? p.cu_seqlens_q[w.at.batch] : 0) + w.m_block * kBlockM;
-            const int row_k = Config::kPacked ? p.cu_seqlens_k[w.at.batch] : 0;
-            auto load_k = [&](int block) {
-                mbarrier_wait(k_empty(k.stage), k.parity ^ 1);
-                KTile::load(base + kOffsetK + k.stage * KTile::kBytes, arguments.k, k_full(k.stage), row_k + block * kBlockN,
-                            w.head_kv, batch);
-                k.advance();
-            };
-            auto load_v = [&](int block) {
-                mbarrier_wait(v_empty(v.stage), v.parity ^ 1);
-                VTile::load(base + kOffsetV + v.stage * VTile::kBytes, arguments.v, v_full(v.stage), row_k + block * kBlockN,
-                            w.head_kv, batch);
-                v.advance();
-            };
-            load_k(n);
-            mbarrier_wait(q_empty(), q_parity ^ 1);
-            QTile::load(base, arguments.q, q_full(), row_q, w.at.head, batch);
-            q_parity ^= 1;
-            for (int following = tiles.next(n + 1); following < tiles.blocks.stop; following = tiles.next(n + 1)) {
-                load_k(following);
-                load_v(n);
-                n = following;
-            }
-            load_v(n);
+            if constexpr (Config::kPersistent) tile = schedule.draw(p);
+            load(w, k, v, q_parity);
+            if constexpr (!Config::kPersistent) break;
+            mbarrier_wait(tile_empty(), tile_parity ^ 1);
+            next_tile() = tile;
+            mbarrier_arrive(tile_full());
+            tile_parity ^= 1;
         }
+    }
+    // Loads what a query tile needs.
+    __device__ __forceinline__ void load(const Work& w, Slot& k, Slot& v, unsigned& q_parity) const {
+        const ForwardParams& p = params();
+        const Tiles tiles = Tiles::of(p, arguments.variant.mask, w);
+        int n = tiles.next(tiles.blocks.start);
+        if (n >= tiles.blocks.stop) return;
+        // Packed sequences share one axis of tokens.
+        const int batch = Config::kPacked ? 0 : w.at.batch;
+        const int row_q = (Config::kPacked ? p.cu_seqlens_q[w.at.batch] : 0) + w.m_block * kBlockM;
+        const int row_k = Config::kPacked ? p.cu_seqlens_k[w.at.batch] : 0;
+        auto load_k = [&](int block) {
+            mbarrier_wait(k_empty(k.stage), k.parity ^ 1);
+            KTile::load(base + kOffsetK + k.stage * KTile::kBytes, arguments.k, k_full(k.stage), row_k + block * kBlockN,
+                        w.head_kv, batch);
+            k.advance();
+        };
+        auto load_v = [&](int block) {
+            mbarrier_wait(v_empty(v.stage), v.parity ^ 1);
+            VTile::load(base + kOffsetV + v.stage * VTile::kBytes, arguments.v, v_full(v.stage), row_k + block * kBlockN,
+                        w.head_kv, batch);
+            v.advance();
+        };
+        load_k(n);
+        mbarrier_wait(q_empty(), q_parity ^ 1);
+        QTile::load(base, arguments.q, q_full(), row_q, w.at.head, batch);
+        q_parity ^= 1;
+        for (int following = tiles.next(n + 1); following < tiles.blocks.stop; following = tiles.next(n + 1)) {
+            load_k(following);
+            load_v(n);
+            n = following;
+        }
+        load_v(n);
     }
 
     // --------------------------------------------------------------------------------------------------------- consumers
@@ -138,13 +155,13 @@ struct ForwardSm90 {
         int wg;
         Slot k, v;
         unsigned q_parity = 0;
+        float factor;  // turns a score into the exponent of 2
         unsigned long long desc_q, desc_k, desc_v;
         WgmmaTile<kHeadDimV> o;
         RowState<float> rows[2];  // max: of the row; sum: over this thread's keys
 
         __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
         __device__ __forceinline__ const ForwardParams& params() const { return kernel.params(); }
-        __device__ __forceinline__ float factor() const { return exponent_factor<Config, float>(params()); }
         __device__ __forceinline__ int first_row(const Work& w) const { return w.m_block * kBlockM + 64 * wg; }
 
         __device__ __forceinline__ void release_k() {
@@ -155,14 +172,19 @@ struct ForwardSm90 {
             if (leads()) mbarrier_arrive(kernel.v_empty(v.stage));
             v.advance();
         }
+        __device__ __forceinline__ Slot next_v() const {
+            Slot next = v;
+            next.advance();
+            return next;
+        }
         __device__ __forceinline__ void wait_k() const { mbarrier_wait(kernel.k_full(k.stage), k.parity); }
-        // `n`: the tile that V belongs to.
-        __device__ __forceinline__ void wait_v(const Work& w, int n) const {
-            mbarrier_wait(kernel.v_full(v.stage), v.parity);
+        // `n`: the tile that V belongs to; `never` is false.
+        __device__ __forceinline__ void wait_v(const Slot& slot, const Work& w, int n, bool never) const {
+            mbarrier_wait(kernel.v_full(slot.stage), slot.parity ^ (never ? 1 : 0));
             if constexpr (kForeignRows) {
                 // P is 0 there, but 0 * NaN is not. All consumers write the same zeros, so they need not agree on who does.
                 if ((n + 1) * kBlockN > w.at.seqlen_k) {
-                    VTile::template clear_rows<128>(kernel.smem + kOffsetV + v.stage * VTile::kBytes,
+                    VTile::template clear_rows<128>(kernel.smem + kOffsetV + slot.stage * VTile::kBytes,
                                                     w.at.seqlen_k - n * kBlockN, static_cast<int>(threadIdx.x % 128));
                     fence_proxy_async();
                     bar_sync(kClearBarrier + wg, 128);
@@ -189,7 +211,6 @@ struct ForwardSm90 {
         }
         // Takes the maxima of a tile into the rows; `shrink`: what O and the sums before it are to be multiplied with.
         __device__ __forceinline__ void take_maxima(WgmmaTile<kBlockN>& s, float (&shrink)[2]) {
-            const float f = factor();
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 float top[2] = {s[2 * half], s[2 * half + 1]};  // two chains, or each maximum waits for the last
@@ -201,7 +222,7 @@ struct ForwardSm90 {
                 float both = maximum(top[0], top[1]);
                 both = maximum(both, __shfl_xor_sync(0xffffffffu, both, 1));
                 both = maximum(both, __shfl_xor_sync(0xffffffffu, both, 2));
-                shrink[half] = rows[half].advance(both, f);
+                shrink[half] = rows[half].advance(both, factor);
             }
         }
         // Scores to probabilities as operands; the sums; and, 16 columns at a time in between, O times `shrink`: the
@@ -209,18 +230,17 @@ struct ForwardSm90 {
         template <bool kShrink>
         __device__ __forceinline__ void exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
                                                      const float (&shrink)[2], const Work& w, int n) {
-            const float f = factor();
-            const float offset[2] = {rows[0].offset(f), rows[1].offset(f)};
+            const float offset[2] = {rows[0].offset(factor), rows[1].offset(factor)};
             float sum[4] = {rows[0].sum, 0.0f, rows[1].sum, 0.0f};
             constexpr int kSteps = kBlockN / 8, kSizeO = kHeadDimV / 2, kEach = (kSizeO + kSteps - 1) / kSteps;
 #pragma unroll
             for (int u = 0; u < kSteps; u++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    s[4 * u + e] = exp2_fast(s[4 * u + e] * f - offset[e / 2]);
+                    s[4 * u + e] = exp2_fast(s[4 * u + e] * factor - offset[e / 2]);
                     sum[e] += s[4 * u + e];
                 }
-                if constexpr (!Config::kDropout) pack(s, probabilities, u);
+                if constexpr (!Config::kDropout && ((Config::kTest & 3) != 2 || kShrink)) pack(s, probabilities, u);
                 if constexpr (kShrink) {
 #pragma unroll
                     for (int x = u * kEach; x < (u + 1) * kEach && x < kSizeO; x++) o[x] *= shrink[x % 4 / 2];
@@ -261,7 +281,11 @@ struct ForwardSm90 {
             modify(s, w, tiles, n);
             take_maxima(s, shrink);
             exponentiate<false>(s, probabilities, shrink, w, n);
-            wait_v(w, n);
+            if constexpr ((Config::kTest & 3) == 2) {
+#pragma unroll
+                for (int u = 0; u < kBlockN / 8; u++) pack(s, probabilities, u);
+            }
+            wait_v(v, w, n, false);
             for (int following = tiles.next(n + 1); following < tiles.blocks.stop; following = tiles.next(n + 1)) {
                 n = following;
                 wait_k();
@@ -278,15 +302,31 @@ struct ForwardSm90 {
                 release_k();
                 modify(s, w, tiles, n);
                 take_maxima(s, shrink);
-                // NOTE: by now O is all but done. A later wait does not help: the compiler moves exponentials over it, and
-                // here it can hide the conversions and the scaling of O among them.
-                wgmma_wait_group<0>();
-                wgmma_pin(o.data);
-                wgmma_pin(probabilities);
-                release_v();
-                exponentiate<true>(s, probabilities, shrink, w, n);
+                if constexpr ((Config::kTest & 3) == 0) {
+                    // By now O is all but done, and below the compiler can hide the conversions and the scaling of O among the
+                    // exponentials. NOTE: it would also move the wait up, over the maxima, were it not for the dependency.
+                    wait_v(next_v(), w, n, shrink[0] < 0.0f || shrink[1] < 0.0f);
+                }
+                if constexpr ((Config::kTest & 3) != 2) {
+                    wgmma_wait_group<0>();
+                    wgmma_pin(o.data);
+                    wgmma_pin(probabilities);
+                    release_v();
+                    exponentiate<true>(s, probabilities, shrink, w, n);
+                } else {
+                    exponentiate<false>(s, probabilities, shrink, w, n);
+                    wait_v(next_v(), w, n, rows[0].sum < 0.0f || rows[1].sum < 0.0f);
+                    wgmma_wait_group<0>();
+                    wgmma_pin(o.data);
+                    wgmma_pin(probabilities);
+                    release_v();
+#pragma unroll
+                    for (int x = 0; x < kHeadDimV / 2; x++) o[x] *= shrink[x % 4 / 2];
+#pragma unroll
+                    for (int u = 0; u < kBlockN / 8; u++) pack(s, probabilities, u);
+                }
                 // Before the products that need V, not between them: a wait there makes the compiler serialise them.
-                wait_v(w, n);
+                if constexpr ((Config::kTest & 3) == 1) wait_v(v, w, n, false);
             }
             if (leads()) mbarrier_arrive(kernel.q_empty());
             wgmma_pin(o.data);
@@ -315,7 +355,7 @@ struct ForwardSm90 {
                 modify(s, w, tiles, n);
                 take_maxima(s, shrink);
                 exponentiate<true>(s, probabilities, shrink, w, n);
-                wait_v(w, n);
+                wait_v(v, w, n, false);
                 wgmma_pin(o.data);
                 wgmma_pin(probabilities);
                 wgmma_fence();
@@ -353,7 +393,7 @@ struct ForwardSm90 {
                 RowState<float>& row = rows[half];
                 row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 1);
                 row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 2);
-                const float top = row.max == negative_infinity<float>() ? row.max : row.max * factor();
+                const float top = row.max == negative_infinity<float>() ? row.max : row.max * factor;
                 const int i = first_row(w) + o.row(2 * half);
                 const float scale = finish_output_row<Config>(p, w, i, top, row.sum, threadIdx.x % 4 == 0);
                 store_row<Element, Config::kVecOut>(o, half, scale, out + i * p.out_row, p.head_dim_v, i < w.at.seqlen_q);
@@ -365,16 +405,26 @@ struct ForwardSm90 {
         const ForwardParams& p = params();
         const Schedule schedule = Schedule::of(p);
         Consumer consumer{*this, wg};
+        consumer.factor = exponent_factor<Config, float>(p);
         consumer.desc_q = QTile::k_major(base + wg * 64 * 128);
         consumer.desc_k = KTile::k_major(base + kOffsetK);
         consumer.desc_v = VTile::mn_major(base + kOffsetV);
         if (Config::kPingPong && wg == kConsumers - 1) bar_arrive(kTurnBarrier, 256);  // the first turn is free
-        for (int round = 0, tile; (tile = Schedule::tile(round)) < schedule.count; round++) {
+        unsigned tile_parity = 0;
+        for (int tile = static_cast<int>(blockIdx.x); tile < schedule.count;) {
             consumer.visit_keys(schedule.work(p, tile));
             // Worked out again rather than kept in registers that the loop over the keys needs.
             const Work w = schedule.work(p, opaque(tile));
+            if constexpr (Config::kPersistent) {
+                mbarrier_wait(tile_full(), tile_parity);
+                tile = uniform(next_tile());
+                __syncwarp();
+                if (consumer.leads()) mbarrier_arrive(tile_empty());
+                tile_parity ^= 1;
+            }
             if (w.m_block * kBlockM < w.at.seqlen_q) consumer.store(w);
             if constexpr (kForeignRows) store_padding<Element, float, kBlockM, 128 * kConsumers>(p, w, p.head_dim_v);
+            if constexpr (!Config::kPersistent) break;
         }
     }
 
@@ -385,6 +435,8 @@ struct ForwardSm90 {
         if (threadIdx.x == 0) {
             mbarrier_init(q_full(), 1);
             mbarrier_init(q_empty(), 4 * kConsumers);
+            mbarrier_init(tile_full(), 1);
+            mbarrier_init(tile_empty(), 4 * kConsumers);
             for (int stage = 0; stage < kStages; stage++) {
                 mbarrier_init(k_full(stage), 1);
                 mbarrier_init(v_full(stage), 1);

@@ -1,36 +1,32 @@
-// The order in which the CTAs of forward_sm90 take query tiles. A grid smaller than the number of tiles is persistent: its CTAs
-// take turns, back and forth (0 ... n - 1, n - 1 ... 0, ...), so that each gets long and short ones.
+// The order in which the CTAs of forward_sm90 take query tiles. A persistent grid has fewer CTAs than there are tiles: each
+// starts with the tile of its own number and then draws the next one from a counter in global memory.
 #pragma once
 #include "mainloop/work.cuh"
+#include "ptx/global_memory.cuh"
 
 namespace cuattn {
 
+// Lies in workspace that holds anything at all when the kernel starts. `call` equals that of the parameters, which no other
+// call has, while `drawn` is valid.
+struct TileCounter {
+    unsigned long long call;
+    int drawn;
+};
+
 template <class Config>
 struct TileSchedule {
-    // Sequence-head pairs form sections whose keys and values fit into L2 together. A section is finished before the next one
-    // begins. Within it, tiles that run side by side read different heads, and the last query tiles, which under a causal mask
-    // are the longest, go first.
-    static constexpr int kSectionBytes = 32 << 20;
-
-    int pairs, section, count;
+    int pairs, count;  // of sequences and heads; of tiles
 
     __device__ __forceinline__ static TileSchedule of(const ForwardParams& p) {
-        TileSchedule s;
-        s.pairs = p.num_heads * (p.batch + (Config::kPacked ? 1 : 0));
-        const long long bytes = static_cast<long long>(p.seqlen_k) * (2 * (Config::kHeadDim + Config::kHeadDimV));
-        const long long fitting = kSectionBytes / (bytes > 0 ? bytes : 1) * p.group;
-        s.section = static_cast<int>(min(max(fitting, 1ll), static_cast<long long>(s.pairs)));
-        s.count = s.pairs * p.m_blocks;
-        return s;
+        const int pairs = p.num_heads * (p.batch + (Config::kPacked ? 1 : 0));
+        return {pairs, pairs * p.m_blocks};
     }
-    // The tile of this CTA in round `round`, or at least `count` when there is none.
-    __device__ __forceinline__ static int tile(int round) {
-        const int ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
-        return round * ctas + (round % 2 == 0 ? cta : ctas - 1 - cta);
-    }
+    // Pairs form sections whose keys and values fit into L2 together. A section is finished before the next one begins. Within
+    // it, tiles that run side by side read different heads, and the last query tiles, which under a causal mask are the
+    // longest, go first.
     __device__ __forceinline__ Work work(const ForwardParams& p, int tile) const {
-        const int first = tile / (section * p.m_blocks) * section;
-        const int size = min(section, pairs - first), rest = tile - first * p.m_blocks;
+        const int first = tile / (p.section * p.m_blocks) * p.section;
+        const int size = min(p.section, pairs - first), rest = tile - first * p.m_blocks;
         const int pair = first + rest % size;
         Work w;
         w.m_block = p.m_blocks - 1 - rest / size;
@@ -43,6 +39,24 @@ struct TileSchedule {
         w.at.seqlen_q = w.seq.seqlen_q;
         w.at.seqlen_k = w.seq.seqlen_k;
         return w;
+    }
+
+    // The first CTA, which no other can precede, makes the counter valid.
+    __device__ __forceinline__ void open(const ForwardParams& p) const {
+        TileCounter* counter = static_cast<TileCounter*>(p.tile_counter);
+        if (blockIdx.x != 0) return;
+        counter->drawn = 0;
+        st_release(&counter->call, p.call);
+    }
+    // The next tile, or at least `count`. NOTE: called once for every tile; the last of these calls in a launch closes the
+    // counter, so that the same launch can be repeated (by a graph).
+    __device__ __forceinline__ int draw(const ForwardParams& p) const {
+        TileCounter* counter = static_cast<TileCounter*>(p.tile_counter);
+        while (ld_acquire(&counter->call) != p.call) {
+        }
+        const int drawn = atomicAdd(&counter->drawn, 1);
+        if (drawn == count - 1) st_release(&counter->call, 0);
+        return drawn + static_cast<int>(gridDim.x);
     }
 };
 

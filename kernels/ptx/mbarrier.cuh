@@ -21,16 +21,16 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(unsigned barrier, int 
 
 // Waits for the end of the phase of the given parity. A fresh barrier is in phase 0: waiting for parity 1 passes at once.
 __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity) {
-    unsigned done;
-    do {
-        asm volatile(
-            "{\n.reg .pred p;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, p;\n}"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-    } while (done == 0);
+    // The loop is part of the assembly: the compiler takes one of its own for a place where lanes part, and keeps what follows
+    // out of uniform registers.
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "wait: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@p bra done;\n"
+        "bra wait;\n"
+        "done:\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
 }
 
 }  // namespace cuattn
