@@ -57,6 +57,8 @@ class Tiles:
     ping_pong: bool = False
     """forward_sm90: warpgroups take turns at the tensor cores"""
     persistent: bool = False
+    ffma_exponentials: int = 0
+    """forward_sm90: of eight exponentials, those that do not go through the special function unit"""
     test: int = 0
     """forward_sm90: one CTA per slot of the GPU works through the query tiles"""
 

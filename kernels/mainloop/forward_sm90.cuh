@@ -105,9 +105,10 @@ struct ForwardSm90 {
         if constexpr (Config::kPersistent) schedule.open(p);
         for (int tile = static_cast<int>(blockIdx.x); tile < schedule.count;) {
             const Work w = schedule.work(p, tile);
-            if constexpr (Config::kPersistent) tile = schedule.draw(p);
             load(w, k, v, q_parity);
             if constexpr (!Config::kPersistent) break;
+            // NOTE: not before, or the CTA with the longest tile holds back the longest of those left.
+            tile = schedule.draw(p);
             mbarrier_wait(tile_empty(), tile_parity ^ 1);
             next_tile() = tile;
             mbarrier_arrive(tile_full());
@@ -209,21 +210,21 @@ struct ForwardSm90 {
                                                         variant.score_mod);
             }
         }
-        // Takes the maxima of a tile into the rows; `shrink`: what O and the sums before it are to be multiplied with.
-        __device__ __forceinline__ void take_maxima(WgmmaTile<kBlockN>& s, float (&shrink)[2]) {
+        // Takes the maximum of a tile into a row; returns what O and the sums before it are to be multiplied with.
+        __device__ __forceinline__ float take_maximum(WgmmaTile<kBlockN>& s, int half) {
+            float top[2] = {s[2 * half], s[2 * half + 1]};  // two chains, or each maximum waits for the last
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float top[2] = {s[2 * half], s[2 * half + 1]};  // two chains, or each maximum waits for the last
-#pragma unroll
-                for (int u = 1; u < kBlockN / 8; u++) {
-                    top[0] = maximum(top[0], s[4 * u + 2 * half]);
-                    top[1] = maximum(top[1], s[4 * u + 2 * half + 1]);
-                }
-                float both = maximum(top[0], top[1]);
-                both = maximum(both, __shfl_xor_sync(0xffffffffu, both, 1));
-                both = maximum(both, __shfl_xor_sync(0xffffffffu, both, 2));
-                shrink[half] = rows[half].advance(both, factor);
+            for (int u = 1; u < kBlockN / 8; u++) {
+                top[0] = maximum(top[0], s[4 * u + 2 * half]);
+                top[1] = maximum(top[1], s[4 * u + 2 * half + 1]);
             }
+            float both = maximum(top[0], top[1]);
+            both = maximum(both, __shfl_xor_sync(0xffffffffu, both, 1));
+            both = maximum(both, __shfl_xor_sync(0xffffffffu, both, 2));
+            return rows[half].advance(both, factor);
+        }
+        __device__ __forceinline__ void take_maxima(WgmmaTile<kBlockN>& s, float (&shrink)[2]) {
+            shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
         }
         // Scores to probabilities as operands; the sums; and, 16 columns at a time in between, O times `shrink`: the
         // multiplications fit into the issue slots that the exponentials leave.
@@ -237,7 +238,8 @@ struct ForwardSm90 {
             for (int u = 0; u < kSteps; u++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    s[4 * u + e] = exp2_fast(s[4 * u + e] * factor - offset[e / 2]);
+                    const float x = s[4 * u + e] * factor - offset[e / 2];
+                    s[4 * u + e] = u % 8 < Config::kFfmaExponentials ? exp2_ffma(x) : exp2_fast(x);
                     sum[e] += s[4 * u + e];
                 }
                 if constexpr (!Config::kDropout && ((Config::kTest & 3) != 2 || kShrink)) pack(s, probabilities, u);
@@ -301,7 +303,9 @@ struct ForwardSm90 {
                 wgmma_pin(s.data);
                 release_k();
                 modify(s, w, tiles, n);
-                take_maxima(s, shrink);
+                shrink[0] = take_maximum(s, 0);
+                if constexpr ((Config::kTest & 3) == 3) wait_v(next_v(), w, n, shrink[0] < 0.0f);
+                shrink[1] = take_maximum(s, 1);
                 if constexpr ((Config::kTest & 3) == 0) {
                     // By now O is all but done, and below the compiler can hide the conversions and the scaling of O among the
                     // exponentials. NOTE: it would also move the wait up, over the maxima, were it not for the dependency.
