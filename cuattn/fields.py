@@ -29,6 +29,8 @@ class Operand(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: str
+    alignment: int = 1
+    """bytes, at most 16, to which its start is known to be aligned"""
 
     def broadcast_strides(self, ndim: int) -> tuple[int, ...]:
         """Strides over `ndim` leading-padded axes, 0 along every axis of length 1."""

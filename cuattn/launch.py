@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cuattn.fields import Field
 from cuattn.problem import POINTERS, SLOT
+from cuattn.registry import staged_bias
 from cuattn.tma import MAP_ALIGNMENT, MAP_BYTES, TensorMap
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 HEAD = struct.Struct(f"<{len(POINTERS)}Q")
 """The words that every call rewrites."""
 _Q, _SPLIT_Q = SLOT["q"], SLOT["split_q"]
-TMA_ARRAYS = ("q", "k", "v")
-"""What the copy engine loads, in the order of the maps and of the first pointers."""
 
 
 def _strides(plan: Plan, of_pairs: bool) -> list[int]:
@@ -84,17 +83,15 @@ def parameter_bytes(plan: Plan, with_mods: bool) -> int:
     size = 8 * (len(POINTERS) + len(fixed_fields(plan)) + len(_variant_fields(plan, with_mods)))
     if not (with_mods and plan.uses_tma):
         return size
-    return len(TMA_ARRAYS) * MAP_BYTES + -(-size // MAP_ALIGNMENT) * MAP_ALIGNMENT
+    return (4 if plan.bias_stages else 3) * MAP_BYTES + -(-size // MAP_ALIGNMENT) * MAP_ALIGNMENT
 
 
 def _tensor_maps(plan: Plan) -> list[TensorMap]:
-    """Of q, k and v as (head_dim, row, head, batch), in boxes of 64 columns by the rows of a tile."""
-    p, maps = plan.problem, []
-    for name, rows in zip(TMA_ARRAYS, (plan.tiles.block_m, plan.tiles.block_n, plan.tiles.block_n), strict=True):
-        operand = p.operand(name)
-        assert operand is not None
-        maps.append(TensorMap(operand, (64, rows, 1, 1)))
-    return maps
+    """Of q, k and v as (head_dim, row, head, batch), in boxes of 64 columns by the rows of a tile, and of a staged bias."""
+    p, tiles = plan.problem, plan.tiles
+    arrays = [(p.operand(name), rows) for name, rows in (("q", tiles.block_m), ("k", tiles.block_n), ("v", tiles.block_n))]
+    arrays += [(staged_bias(p), tiles.block_m)] if plan.bias_stages else []
+    return [TensorMap(operand, (64, rows, 1, 1)) for operand, rows in arrays if operand is not None]
 
 
 class Parameters:
@@ -124,7 +121,7 @@ class Parameters:
             own[_Q : _Q + 3] = own[_SPLIT_Q : _SPLIT_Q + 3]
         head = HEAD.pack(*own)
         if self.maps:
-            head = b"".join([m.at(pointers[_Q + n]) for n, m in enumerate(self.maps)]) + head
+            head = b"".join([m.at(pointers[m.operand.slot]) for m in self.maps]) + head
         if not self.patches:
             return head + self.tail
         tail = bytearray(self.tail)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cuattn.problem import ITEMSIZE, Problem
-from cuattn.registry import FORWARD, Device, KernelSpec, Tiles
+from cuattn.registry import BIAS_STAGES, FORWARD, Device, KernelSpec, Tiles, staged_bias
 
 SECTION_BYTES = 32 << 20
 """Of keys and values that stay in L2 (50 MB on sm_90) beside what passes through it."""
@@ -67,6 +67,11 @@ class Plan:
         p = self.problem
         bytes_kv = ITEMSIZE[p.dtype] * min(p.seqlen_k, p.total_k) * (p.head_dim + p.head_dim_v)
         return max(1, min(SECTION_BYTES // max(1, bytes_kv) * p.group, p.num_heads * (p.batch + p.packed)))
+
+    @property
+    def bias_stages(self) -> int:
+        """Buffers for tiles of a bias that the copy engine loads."""
+        return BIAS_STAGES if self.uses_tma and staged_bias(self.problem) else 0
 
     @property
     def uses_tma(self) -> bool:

@@ -411,7 +411,7 @@ def _operands(views: dict[str, View], mask_views: Sequence[View], mod_views: Seq
         for slot, name in enumerate(POINTERS)
     ]
     for view in (*mask_views, *mod_views):
-        operands.append(Operand(len(operands), view.shape, view.strides, view.dtype))
+        operands.append(Operand(len(operands), view.shape, view.strides, view.dtype, math.gcd(16, view.ptr)))
     return tuple(operands)
 
 

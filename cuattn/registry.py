@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from cuattn.fields import Operand
 from cuattn.masks import And, Full, SlidingWindow
 from cuattn.problem import ITEMSIZE, Problem
-from cuattn.tma import tma_obstacles
+from cuattn.score_mods import Bias
+from cuattn.tma import tma_bias, tma_obstacles
 
 
 class Device(NamedTuple):
@@ -115,11 +117,23 @@ def _dims_sm90(problem: Problem) -> tuple[int, int]:
     return round_up(problem.head_dim, 16), round_up(problem.head_dim_v, 16)
 
 
+BIAS_STAGES = 2
+"""Tiles of a staged bias in shared memory."""
+
+
+def staged_bias(problem: Problem) -> Operand | None:
+    """The bias whose tiles forward_sm90 loads through TMA, as (batch, query, head, key); None where it has none such."""
+    found = [ops[0] for mod, ops in zip(problem.mods, problem.mod_operands, strict=True) if isinstance(mod, Bias)]
+    return tma_bias(found[0]) if len(found) == 1 else None
+
+
 def _smem_sm90(problem: Problem, tiles: Tiles, device: Device) -> int:
-    """kernels/mainloop/forward_sm90.cuh: q, the rings of k and v, barriers, and what aligning it all may cost."""
+    """kernels/mainloop/forward_sm90.cuh: q, the rings of k, v and bias, barriers, and what aligning it all may cost."""
     width, width_v = (2 * round_up(dim, 64) for dim in (problem.head_dim, problem.head_dim_v))
     rings = tiles.stages * tiles.block_n * (width + width_v)
-    return tiles.block_m * width + rings + 8 * (5 + 4 * tiles.stages) + 1024
+    bias_stages = BIAS_STAGES if staged_bias(problem) else 0
+    rings += bias_stages * tiles.block_m * 2 * round_up(tiles.block_n, 64)
+    return tiles.block_m * width + rings + 8 * (5 + 4 * tiles.stages + 2 * bias_stages) + 1024
 
 
 def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:

@@ -33,6 +33,19 @@ def tma_obstacles(name: str, operand: Operand | None, alignment: int) -> list[st
     return reasons
 
 
+def tma_bias(operand: Operand) -> Operand | None:
+    """A bias that broadcasts to (batch, head, query, key) as (batch, query, head, key); None where TMA cannot load it."""
+    shape = (1,) * (4 - len(operand.shape)) + operand.shape
+    strides = operand.broadcast_strides(4)
+    outer = [(n, s) for n, s in zip(shape[:3], strides[:3], strict=True) if n > 1]
+    if operand.dtype not in _DATA_TYPES or operand.alignment < 16 or min(shape[2:]) < 2 or strides[3] != 1:
+        return None
+    if any(not 0 < 2 * s < MAX_STRIDE_BYTES or 2 * s % 16 for _, s in outer):
+        return None
+    order = (0, 2, 1, 3)
+    return operand._replace(shape=tuple(shape[n] for n in order), strides=tuple(strides[n] for n in order))
+
+
 @functools.lru_cache(1)
 def _encode() -> ctypes._NamedFuncPointer:
     encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled

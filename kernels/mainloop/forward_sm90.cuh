@@ -5,7 +5,8 @@
 // Roles       consumers: kConsumers warpgroups, 64 query rows each; S, P and O stay in their registers
 //             producer: the last warpgroup, of which one thread issues all loads
 // Registers   a CTA's share is 65536 / kMinBlocks; the producer hands all but kProducerRegisters over
-// Memory      sQ (kBlockM x D) | kStages x sK (kBlockN x D) | kStages x sV (kBlockN x Dv) | barriers; D and Dv padded to 64
+// Memory      sQ (kBlockM x D) | kStages x sK (kBlockN x D) | kStages x sV (kBlockN x Dv) | kBiasStages x bias tile
+//             (kBlockM x kBlockN) | barriers; D, Dv and the columns of a bias tile padded to 64
 // Barriers    name            arrives                         count            waits
 //             full (q, k, v)  the producer, and the bytes     1                consumers
 //             empty (q, k, v) one lane of each consumer warp  4 * kConsumers   the producer
@@ -28,10 +29,12 @@
 
 namespace cuattn {
 
-// Tensor maps over (d, row, head, batch), packed (d, token, head, 1), with boxes of 64 columns and the rows of a tile.
+// Tensor maps of q, k and v over (d, row, head, batch), packed (d, token, head, 1), and of a staged bias over (key, query,
+// head, batch), with boxes of 64 columns and the rows of a tile.
+enum MapIndex { kMapQ, kMapK, kMapV, kMapBias };
 template <class Config>
 struct TmaArguments {
-    TensorMap q, k, v;
+    TensorMap maps[Config::kBiasStages > 0 ? 4 : 3];
     ForwardArguments<Config> variant;
 };
 
@@ -67,9 +70,14 @@ struct ForwardSm90 {
     using Tiles = KeyTiles<Mask, kBlockM, kBlockN>;
     using Schedule = TileSchedule<Config>;
     using Slot = RingSlot<kStages>;
+    // A bias that TMA can load comes in tiles like K; kBiasStages 0: there is none, or it is read from global memory.
+    static constexpr int kBiasStages = Config::kBiasStages;
+    using BiasTile = PanelTile<kBlockM, kBlockN>;
+    using BiasSlot = RingSlot<kBiasStages>;
     static constexpr int kOffsetK = QTile::kBytes, kOffsetV = kOffsetK + kStages * KTile::kBytes;
-    static constexpr int kOffsetBarriers = kOffsetV + kStages * VTile::kBytes;
-    static constexpr int kBarriers = 4 + 4 * kStages;
+    static constexpr int kOffsetBias = kOffsetV + kStages * VTile::kBytes;
+    static constexpr int kOffsetBarriers = kOffsetBias + kBiasStages * BiasTile::kBytes;
+    static constexpr int kBarriers = 4 + 4 * kStages + 2 * kBiasStages;
     static constexpr int kOffsetTile = kOffsetBarriers + 8 * kBarriers;  // the number of the tile after this one
     // The dynamic shared memory of a CTA is aligned by hand.
     static_assert(kOffsetTile + 8 + QTile::kAlignment <= Config::kSmemBytes, "the plan's shared memory is too small");
@@ -93,6 +101,8 @@ struct ForwardSm90 {
     __device__ __forceinline__ unsigned k_empty(int stage) const { return barrier(4 + kStages + stage); }
     __device__ __forceinline__ unsigned v_full(int stage) const { return barrier(4 + 2 * kStages + stage); }
     __device__ __forceinline__ unsigned v_empty(int stage) const { return barrier(4 + 3 * kStages + stage); }
+    __device__ __forceinline__ unsigned bias_full(int stage) const { return barrier(4 + 4 * kStages + stage); }
+    __device__ __forceinline__ unsigned bias_empty(int stage) const { return barrier(4 + 4 * kStages + kBiasStages + stage); }
     __device__ __forceinline__ volatile int& next_tile() const { return *reinterpret_cast<int*>(smem + kOffsetTile); }
 
     // ---------------------------------------------------------------------------------------------------------- producer
@@ -101,11 +111,12 @@ struct ForwardSm90 {
         const ForwardParams& p = params();
         const Schedule schedule = Schedule::of(p);
         Slot k, v;
+        BiasSlot bias;
         unsigned q_parity = 0, tile_parity = 0;
         if constexpr (Config::kPersistent) schedule.open(p);
         for (int tile = static_cast<int>(blockIdx.x); tile < schedule.count;) {
             const Work w = schedule.work(p, tile);
-            load(w, k, v, q_parity);
+            load(w, k, v, bias, q_parity);
             if constexpr (!Config::kPersistent) break;
             // NOTE: not before, or the CTA with the longest tile holds back the longest of those left.
             tile = schedule.draw(p);
@@ -116,7 +127,7 @@ struct ForwardSm90 {
         }
     }
     // Loads what a query tile needs.
-    __device__ __forceinline__ void load(const Work& w, Slot& k, Slot& v, unsigned& q_parity) const {
+    __device__ __forceinline__ void load(const Work& w, Slot& k, Slot& v, BiasSlot& bias, unsigned& q_parity) const {
         const ForwardParams& p = params();
         const Tiles tiles = Tiles::of(p, arguments.variant.mask, w);
         int n = tiles.next(tiles.blocks.start);
@@ -127,22 +138,34 @@ struct ForwardSm90 {
         const int row_k = Config::kPacked ? p.cu_seqlens_k[w.at.batch] : 0;
         auto load_k = [&](int block) {
             mbarrier_wait(k_empty(k.stage), k.parity ^ 1);
-            KTile::load(base + kOffsetK + k.stage * KTile::kBytes, arguments.k, k_full(k.stage), row_k + block * kBlockN,
-                        w.head_kv, batch);
+            KTile::load(base + kOffsetK + k.stage * KTile::kBytes, arguments.maps[kMapK], k_full(k.stage), 0,
+                        row_k + block * kBlockN, w.head_kv, batch);
             k.advance();
         };
         auto load_v = [&](int block) {
             mbarrier_wait(v_empty(v.stage), v.parity ^ 1);
-            VTile::load(base + kOffsetV + v.stage * VTile::kBytes, arguments.v, v_full(v.stage), row_k + block * kBlockN,
-                        w.head_kv, batch);
+            VTile::load(base + kOffsetV + v.stage * VTile::kBytes, arguments.maps[kMapV], v_full(v.stage), 0,
+                        row_k + block * kBlockN, w.head_kv, batch);
             v.advance();
+        };
+        auto load_bias = [&](int block) {
+            if constexpr (kBiasStages > 0) {
+                const auto& mod = BiasIn<ScoreMod>::get(arguments.variant.score_mod);
+                mbarrier_wait(bias_empty(bias.stage), bias.parity ^ 1);
+                BiasTile::load(base + kOffsetBias + bias.stage * BiasTile::kBytes, arguments.maps[kMapBias],
+                               bias_full(bias.stage), block * kBlockN, w.m_block * kBlockM,
+                               mod.stride_head != 0 ? w.at.head : 0, mod.stride_batch != 0 ? w.at.batch : 0);
+                bias.advance();
+            }
         };
         load_k(n);
         mbarrier_wait(q_empty(), q_parity ^ 1);
-        QTile::load(base, arguments.q, q_full(), row_q, w.at.head, batch);
+        QTile::load(base, arguments.maps[kMapQ], q_full(), 0, row_q, w.at.head, batch);
         q_parity ^= 1;
+        load_bias(n);
         for (int following = tiles.next(n + 1); following < tiles.blocks.stop; following = tiles.next(n + 1)) {
             load_k(following);
+            load_bias(following);
             load_v(n);
             n = following;
         }
@@ -155,6 +178,7 @@ struct ForwardSm90 {
         const ForwardSm90& kernel;
         int wg;
         Slot k, v;
+        BiasSlot bias;
         unsigned q_parity = 0;
         float factor;  // turns a score into the exponent of 2
         unsigned long long desc_q, desc_k, desc_v;
@@ -199,15 +223,29 @@ struct ForwardSm90 {
             wgmma_pv<Element, VTile>(o, probabilities, desc_v + v.stage * VTile::kTileStep);
         }
 
-        __device__ __forceinline__ void modify(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n) const {
-            const auto& variant = kernel.arguments.variant;
-            const float scale = static_cast<float>(params().scale);
-            if (tiles.full(variant.mask, w.at, n)) {
-                modify_scores<Config::kFoldScale, false>(s, w.at, first_row(w), n * kBlockN, scale, variant.mask,
-                                                         variant.score_mod);
+        __device__ __forceinline__ void modify(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n) {
+            const auto& score_mod = kernel.arguments.variant.score_mod;
+            if constexpr (kBiasStages > 0) {
+                using Reader = PanelReader<typename BiasIn<ScoreMod>::Item, BiasTile>;
+                const Reader reader{kernel.smem + kOffsetBias + bias.stage * BiasTile::kBytes + 64 * wg * 128};
+                mbarrier_wait(kernel.bias_full(bias.stage), bias.parity);
+                modify_with(s, w, tiles, n, BiasIn<ScoreMod>::stage(score_mod, reader, first_row(w), n * kBlockN));
+                __syncwarp();
+                if (leads()) mbarrier_arrive(kernel.bias_empty(bias.stage));
+                bias.advance();
             } else {
-                modify_scores<Config::kFoldScale, true>(s, w.at, first_row(w), n * kBlockN, scale, variant.mask,
-                                                        variant.score_mod);
+                modify_with(s, w, tiles, n, score_mod);
+            }
+        }
+        template <class Mod>
+        __device__ __forceinline__ void modify_with(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n,
+                                                    const Mod& score_mod) const {
+            const Mask& mask = kernel.arguments.variant.mask;
+            const float scale = static_cast<float>(params().scale);
+            if (tiles.full(mask, w.at, n)) {
+                modify_scores<Config::kFoldScale, false>(s, w.at, first_row(w), n * kBlockN, scale, mask, score_mod);
+            } else {
+                modify_scores<Config::kFoldScale, true>(s, w.at, first_row(w), n * kBlockN, scale, mask, score_mod);
             }
         }
         // Takes the maximum of a tile into a row; returns what O and the sums before it are to be multiplied with.
@@ -446,6 +484,10 @@ struct ForwardSm90 {
                 mbarrier_init(v_full(stage), 1);
                 mbarrier_init(k_empty(stage), 4 * kConsumers);
                 mbarrier_init(v_empty(stage), 4 * kConsumers);
+            }
+            for (int stage = 0; stage < kBiasStages; stage++) {
+                mbarrier_init(bias_full(stage), 1);
+                mbarrier_init(bias_empty(stage), 4 * kConsumers);
             }
             fence_mbarrier_init();
         }

@@ -12,9 +12,9 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-// 2^x for x <= 0 (and NaN) on the pipes of FFMA and integers, for when exp2_fast keeps the special function unit busy: x = n + r
-// with |r| <= 1/2, a cubic for 2^r (relative error 7.5e-5, least for that degree), n added to the exponent by a product, which
-// keeps NaN. What is under 2^-126 becomes 2^-126.
+// 2^x for x <= 0 (and NaN) on the pipes of FFMA and integers, for when exp2_fast keeps the special function unit busy: x = n +
+// r with |r| <= 1/2, a cubic for 2^r (relative error 7.5e-5, least for that degree), n added to the exponent by a product,
+// which keeps NaN. What is under 2^-126 becomes 2^-126.
 __device__ __forceinline__ float exp2_ffma(float x) {
     constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     float clamped;

@@ -6,6 +6,7 @@
 //   K-major (Q and K: contiguous along the dimension summed over)   the leading offset is unused
 //   MN-major (V: contiguous along the other one)                    the leading offset is the distance of two panels
 #pragma once
+#include "ptx/convert.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 
@@ -30,13 +31,13 @@ struct PanelTile {
     static constexpr int mn_major_step(int k) { return k * 16 * 128 / 16; }
     static constexpr int kTileStep = kBytes / 16;
 
-    // Starts the copy of a tile from coordinates (0, row, head, batch); its arrival completes a phase of the barrier.
-    __device__ __forceinline__ static void load(unsigned smem, const TensorMap& map, unsigned barrier, int row, int head,
-                                                int batch) {
+    // Starts the copy of a tile from coordinates (col, row, head, batch); its arrival completes a phase of the barrier.
+    __device__ __forceinline__ static void load(unsigned smem, const TensorMap& map, unsigned barrier, int col, int row,
+                                                int head, int batch) {
         mbarrier_arrive_expect_tx(barrier, kBytes);
 #pragma unroll
         for (int panel = 0; panel < kPanels; panel++) {
-            cp_async_bulk_tensor_4d(smem + panel * kPanelBytes, map, barrier, 64 * panel, row, head, batch);
+            cp_async_bulk_tensor_4d(smem + panel * kPanelBytes, map, barrier, col + 64 * panel, row, head, batch);
         }
     }
 
@@ -49,6 +50,18 @@ struct PanelTile {
                 *reinterpret_cast<uint4*>(tile + panel * kPanelBytes + start * 128 + index * 16) = make_uint4(0, 0, 0, 0);
             }
         }
+    }
+};
+
+// The elements of a tile, read by ordinary loads; two neighbours share one.
+template <class Element, class Tile>
+struct PanelReader {
+    const char* tile;
+
+    __device__ __forceinline__ float operator()(int row, int col) const {
+        const int offset = col / 64 * Tile::kPanelBytes + row * 128 + ((col % 64 / 8 * 16) ^ (row % 8 * 16)) + col % 8 / 2 * 4;
+        const float2 pair = unpack_pair<Element>(*reinterpret_cast<const unsigned*>(tile + offset));
+        return col % 2 == 0 ? pair.x : pair.y;
     }
 };
 
