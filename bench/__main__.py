@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cuattn
-from bench import cases, ceilings, forward, host, jit, memory, results
+from bench import ablation, cases, ceilings, forward, host, jit, memory, results
 from bench.baselines import TITLES, available
 from bench.timing import Deadline
 
-ROUNDS = {"forward": 7, "jit": 3}
-QUICK_ROUNDS = {"forward": 3, "jit": 1}
+ROUNDS = {"forward": 7, "ablation": 7, "jit": 3}
+QUICK_ROUNDS = {"forward": 3, "ablation": 3, "jit": 1}
 TIME_LIMIT = 480.0
 
 
@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     parts = top.add_subparsers(dest="part", required=True)
     summaries = {
         "forward": "GPU time of the forward pass",
+        "ablation": "GPU time of the Hopper forward with single choices undone",
         "host": "host time of a warm call",
         "jit": "first call of a process, cold and warm cache",
         "memory": "memory beyond inputs and outputs",
@@ -55,6 +56,7 @@ def selected(arguments: argparse.Namespace) -> list[cases.Case]:
     """The cases of a part that --quick and --only leave."""
     everything = {
         "forward": cases.QUICK if arguments.quick else cases.FORWARD,
+        "ablation": cases.ABLATION,
         "host": [cases.HOST],
         "jit": cases.JIT,
         "memory": cases.MEMORY,
@@ -88,6 +90,9 @@ def run_part(arguments: argparse.Namespace, chosen: Sequence[cases.Case]) -> Non
         limits = ceilings.of(results.gpu_slug(env["gpu"]))
         print(f"ceilings: {limits}")
         forward.run(chosen, peers, rounds, store, env, limits, deadline)
+    elif arguments.part == "ablation":
+        ablation.run(chosen, rounds, deadline)
+        return
     elif arguments.part == "host":
         host.run(peers, host.QUICK_CALLS if arguments.quick else host.CALLS, store, env, deadline)
     elif arguments.part == "jit":

@@ -170,6 +170,8 @@ HALF = dense("float16", 128, 2, 16, 8192, mask="causal")
 FORWARD = [*paper(4096, 8192, 16384), HALF, *wide(64, 128), *FEATURES]
 QUICK = [*paper(4096), HALF, *wide(128), FEATURES[0], FEATURES[3], PACKED, SPLIT]
 
+ABLATION = paper(1024, 8192)
+
 HOST = dense("float16", 64, 1, 4, 64, mask="causal")
 """So small that the GPU waits for the host."""
 JIT = [dense(dtype, 128, 1, 4, 256) for dtype in ("float16", "bfloat16", "float32", "float64")]

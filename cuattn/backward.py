@@ -218,6 +218,9 @@ class BackwardPlan:
     num_splits: int = field(default=1, init=False)
     dv_chunks: int = field(default=1, init=False)
     split_inputs: bool = field(default=False, init=False)
+    uses_tma: bool = field(default=False, init=False)
+    bias_stages: int = field(default=0, init=False)
+    section: int = field(default=1, init=False)
 
     @property
     def problem(self) -> Problem:

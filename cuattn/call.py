@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import secrets
 import sys
 import threading
 import weakref
@@ -438,6 +440,7 @@ def _launch(call: _Call) -> Any:
             pointers[_OUT] = view(out)[0]
         pointers[_LSE] = 0 if lse is None else view(lse)[0]
         pointers[_SEED] = seed
+        pointers[_CALL] = next(_calls)
         if own:
             pointers += [v[0] for v in own_views]
         workspace = _allocate(library, device, prepared.workspace, plan, pointers) if prepared.workspace else None
@@ -450,7 +453,9 @@ def _launch(call: _Call) -> Any:
 
 
 _NO_POINTERS = [0] * len(POINTERS)
-_OUT, _LSE, _SEED, _WORKSPACE = SLOT["out"], SLOT["lse"], SLOT["seed"], SLOT["partial_out"]
+_OUT, _LSE, _SEED, _CALL, _WORKSPACE = (SLOT[name] for name in ("out", "lse", "seed", "call", "partial_out"))
+_calls = itertools.count(secrets.randbits(62))
+"""Numbers of calls (kernels/params.cuh)."""
 
 
 def _allocate(

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 from cuattn.backward import CELLS, COLUMNS, STORE, BackwardPlan
 from cuattn.fields import CTYPES, ITEMSIZE, Operand
-from cuattn.launch import backward_words, fixed_fields, parameter_words
+from cuattn.launch import backward_words, parameter_bytes
 from cuattn.plan import SPLIT_THREADS, WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan
-from cuattn.problem import POINTERS
 from cuattn.score_mods import ScoreMod
 
 
@@ -69,13 +68,13 @@ def _translation_unit(
     plan: Plan | BackwardPlan,
     kernel: str,
     arguments: str,
-    words: int,
+    size: int,
     types: dict[str, str],
     constants: dict[str, int],
     flags: dict[str, bool],
     with_mods: bool,
 ) -> Unit:
-    """The text around `struct Config`. `arguments`: name of the parameter struct in kernels/params.cuh, of so many words."""
+    """The text around `struct Config`. `arguments`: name of the parameter struct in kernels/params.cuh, of so many bytes."""
     p = plan.problem
     definitions = [mod.cuda_source(operands, uniform) for mod, operands, uniform in _mods(plan)] if with_mods else []
     sinks = p.operand("sinks")
@@ -108,7 +107,7 @@ def _translation_unit(
         "};",
         "}  // namespace cuattn",
         f"using Arguments = cuattn::{arguments}<cuattn::Config>;",
-        f"static_assert(sizeof(Arguments) == {8 * words},",
+        f"static_assert(sizeof(Arguments) == {size},",
         '              "launch.py lays the parameters out differently");',
         'extern "C" __global__ void __launch_bounds__(cuattn::Config::kThreads, cuattn::Config::kMinBlocks)',
         f"cuattn_{kernel}(const __grid_constant__ Arguments arguments) {{ cuattn::{kernel}<cuattn::Config>(arguments); }}",
@@ -141,8 +140,16 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
     }
     types = {"Mma": plan.mma} if attends and plan.mma else {}
     flags = {"kOneChunk": plan.dv_chunks == 1, "kSplit": plan.num_splits > 1}
-    words = parameter_words(plan, attends)
-    return _translation_unit(plan, kernel, "ForwardArguments", words, types, constants, flags, attends)
+    tma = attends and plan.uses_tma
+    if tma:
+        constants["kTest"] = plan.tiles.test
+        constants["kBiasStages"] = plan.bias_stages
+        constants["kFfmaExponentials"] = plan.tiles.ffma_exponentials
+        t = plan.tiles
+        flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong, "kPersistent": t.persistent}
+    arguments = "TmaArguments" if tma else "ForwardArguments"
+    size = parameter_bytes(plan, attends)
+    return _translation_unit(plan, kernel, arguments, size, types, constants, flags, attends)
 
 
 # Backward -------------------------------------------------------------------------------------------------------------
@@ -164,9 +171,9 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
             **_constants(plan, 32 * WARPS_PER_TILE_MAP, 0, 1),
             **{f"kVec{name}": 16 for name in ("Q", "K", "V", "Out")},
         }
-        words = len(POINTERS) + len(fixed_fields(plan)) + len(p.mask.fields(p.mask_operands)) + 1
+        size = parameter_bytes(plan, False)
         flags = {"kOneChunk": True, "kSplit": False}
-        result["tile_map"] = _translation_unit(plan, "tile_map", "ForwardArguments", words, {}, constants, flags, False)
+        result["tile_map"] = _translation_unit(plan, "tile_map", "ForwardArguments", size, {}, constants, flags, False)
     result["prepare"] = _backward_unit(plan, "backward_prepare", PREPARE_THREADS, 0)
     if p.operand("sinks") is not None:
         result["sinks"] = _backward_unit(plan, "backward_sinks", SINKS_THREADS, 0)
@@ -211,8 +218,8 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         "kBiasPairs": _bias_in_pairs(plan),
         "kWide": bias_is_wide(plan),
     }
-    words = backward_words(plan, attends)
-    return _translation_unit(plan, kernel, "BackwardArguments", words, types, constants, flags, attends)
+    size = 8 * backward_words(plan, attends)
+    return _translation_unit(plan, kernel, "BackwardArguments", size, types, constants, flags, attends)
 
 
 def _bias_in_pairs(plan: BackwardPlan) -> bool:

@@ -10,7 +10,9 @@ from cuattn.backward import POINTERS as BACKWARD_POINTERS
 from cuattn.backward import BackwardPlan
 from cuattn.fields import Field, Operand
 from cuattn.problem import POINTERS, SLOT, Problem, contiguous_strides
+from cuattn.registry import staged_bias
 from cuattn.score_mods import Bias
+from cuattn.tma import MAP_ALIGNMENT, MAP_BYTES, TensorMap
 
 if TYPE_CHECKING:
     from cuattn.plan import Plan
@@ -63,6 +65,7 @@ def fixed_fields(plan: Plan | BackwardPlan, of_pairs: bool = False) -> list[tupl
         plan.num_splits,
         plan.dv_chunks,
         plan.map_words,
+        plan.section,
         round(p.dropout * 65536),
     ]
     reals = [p.scale, 1.0 / (1.0 - p.dropout)]
@@ -79,9 +82,20 @@ def _variant_fields(plan: Plan | BackwardPlan, with_mods: bool) -> list[Field]:
     return fields
 
 
-def parameter_words(plan: Plan, with_mods: bool) -> int:
-    """8-byte words of the kernel's parameter struct."""
-    return len(POINTERS) + len(fixed_fields(plan)) + len(_variant_fields(plan, with_mods))
+def parameter_bytes(plan: Plan | BackwardPlan, with_mods: bool) -> int:
+    """Size of the kernel's parameter struct."""
+    size = 8 * (len(POINTERS) + len(fixed_fields(plan)) + len(_variant_fields(plan, with_mods)))
+    if not (with_mods and plan.uses_tma):
+        return size
+    return (4 if plan.bias_stages else 3) * MAP_BYTES + -(-size // MAP_ALIGNMENT) * MAP_ALIGNMENT
+
+
+def _tensor_maps(plan: Plan | BackwardPlan) -> list[TensorMap]:
+    """Of q, k and v as (head_dim, row, head, batch), in boxes of 64 columns by the rows of a tile, and of a staged bias."""
+    p, tiles = plan.problem, plan.tiles
+    arrays = [(p.operand(name), rows) for name, rows in (("q", tiles.block_m), ("k", tiles.block_n), ("v", tiles.block_n))]
+    arrays += [(staged_bias(p), tiles.block_m)] if plan.bias_stages else []
+    return [TensorMap(operand, (64, rows, 1, 1)) for operand, rows in arrays if operand is not None]
 
 
 def _layout(
@@ -103,6 +117,9 @@ class Parameters:
         self.of_pairs = with_mods and plan.split_inputs
         fixed, variant = fixed_fields(plan, self.of_pairs), _variant_fields(plan, with_mods)
         self.tail, self.patches = _layout(plan.problem, fixed, variant)
+        self.maps = _tensor_maps(plan) if with_mods and plan.uses_tma else []
+        if self.maps:
+            self.tail += bytes(-(8 * len(POINTERS) + len(self.tail)) % MAP_ALIGNMENT)
 
     def pack(self, pointers: list[int]) -> bytes:
         """`pointers` by slot; the first are those of `POINTERS`, seed included."""
@@ -110,6 +127,8 @@ class Parameters:
         if self.of_pairs:
             own[_Q : _Q + 3] = own[_SPLIT_Q : _SPLIT_Q + 3]
         head = HEAD.pack(*own)
+        if self.maps:
+            head = b"".join([m.at(pointers[m.operand.slot]) for m in self.maps]) + head
         if not self.patches:
             return head + self.tail
         tail = bytearray(self.tail)

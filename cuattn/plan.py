@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from cuattn.fields import ITEMSIZE
 from cuattn.problem import Problem
-from cuattn.registry import FORWARD, Device, KernelSpec, Tiles
+from cuattn.registry import BIAS_STAGES, FORWARD, Device, KernelSpec, Tiles, staged_bias
 
+SECTION_BYTES = 32 << 20
+"""Of keys and values that stay in L2 (50 MB on sm_90) beside what passes through it."""
 MIN_BLOCKS_PER_SPLIT = 4
 """Key tiles that a split must have to be worth a CTA."""
 MAX_SPLITS = 128
@@ -57,7 +59,25 @@ class Plan:
     @property
     def grid(self) -> int:
         batches = self.problem.batch + self.problem.packed  # one more for the tokens past the last packed sequence
-        return self.m_blocks * self.dv_chunks * self.problem.num_heads * batches * self.num_splits
+        work = self.m_blocks * self.dv_chunks * self.problem.num_heads * batches * self.num_splits
+        return min(work, self.device.num_sms * self.tiles.min_blocks) if self.tiles.persistent else work
+
+    @property
+    def section(self) -> int:
+        """Pairs of sequence and head whose keys and values L2 holds together."""
+        p = self.problem
+        bytes_kv = ITEMSIZE[p.dtype] * min(p.seqlen_k, p.total_k) * (p.head_dim + p.head_dim_v)
+        return max(1, min(SECTION_BYTES // max(1, bytes_kv) * p.group, p.num_heads * (p.batch + p.packed)))
+
+    @property
+    def bias_stages(self) -> int:
+        """Buffers for tiles of a bias that the copy engine loads."""
+        return BIAS_STAGES if self.uses_tma and staged_bias(self.problem) else 0
+
+    @property
+    def uses_tma(self) -> bool:
+        """Whether the attention kernel's parameters begin with tensor maps of q, k and v."""
+        return self.kernel == "forward_sm90"
 
     @property
     def partial_rows(self) -> int:
@@ -85,11 +105,17 @@ class Plan:
 
     @property
     def workspace(self) -> tuple[int, ...]:
-        """Bytes of partial_out, partial_lse, tile_map, split_q, split_k, split_v, magnitudes, each rounded up to 256."""
+        """Bytes of partial_out to tile_counter, in the order of `POINTERS`, each rounded up to 256."""
         size = ITEMSIZE[self.problem.real]
         rows = self.num_splits * self.partial_rows if self.num_splits > 1 else 0
         maps = self.map_batches * self.map_heads * self.m_blocks * 2 * self.map_words
-        sizes = (rows * self.problem.head_dim_v * size, rows * size, 4 * maps, *self._split_workspace())
+        sizes = (
+            rows * self.problem.head_dim_v * size,
+            rows * size,
+            4 * maps,
+            *self._split_workspace(),
+            16 * self.tiles.persistent,
+        )
         return tuple(-(-n // 256) * 256 for n in sizes)
 
     def __str__(self) -> str:
@@ -145,7 +171,9 @@ def _plan(problem: Problem, device: Device, spec: KernelSpec, tiles: Tiles) -> P
         head_dim_v=head_dim_v,
         dv_chunks=dv_chunks,
         m_blocks=m_blocks,
-        num_splits=max(
+        num_splits=1
+        if spec.name == "forward_sm90"
+        else max(
             _num_splits(ctas, _visited(problem, tiles), resident * device.num_sms),
             1 if spec.mma(problem, device) == "MmaSplit" else _accurate_splits(problem),
         ),

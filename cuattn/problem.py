@@ -37,6 +37,8 @@ POINTERS = (
     "split_k",
     "split_v",
     "magnitudes",
+    "tile_counter",
+    "call",
     "seed",
 )
 """The first words of ForwardParams, rewritten on every call; arrays of masks and score modifications take the slots after."""

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cuattn.fields import ITEMSIZE
+from cuattn.fields import ITEMSIZE, Operand
 from cuattn.masks import And, Full, SlidingWindow
 from cuattn.problem import Problem
+from cuattn.score_mods import Bias
+from cuattn.tma import tma_bias, tma_obstacles
 
 
 class Device(NamedTuple):
@@ -52,6 +54,15 @@ class Tiles:
     reason: str = ""
     archs: tuple[int, ...] = ()
     """compute capabilities for which the compiler keeps this tile in registers; empty: all"""
+    overlap: bool = True
+    """forward_sm90: the products of two tiles of keys are in flight together"""
+    ping_pong: bool = False
+    """forward_sm90: warpgroups take turns at the tensor cores"""
+    persistent: bool = False
+    ffma_exponentials: int = 0
+    """forward_sm90: of eight exponentials, those that do not go through the special function unit"""
+    test: int = 0
+    """forward_sm90: one CTA per slot of the GPU works through the query tiles"""
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,83 @@ def round_up(n: int, multiple: int) -> int:
     """The least multiple of `multiple` that is at least `n`."""
     return -(-n // multiple) * multiple
 
+
+# wgmma and TMA --------------------------------------------------------------------------------------------------------
+
+FEW_QUERIES = 64
+"""Queries up to which a query tile of forward_sm90 is mostly empty."""
+
+
+def _declines_sm90(problem: Problem, device: Device) -> list[str]:
+    p, reasons = problem, []
+    if device.arch != "sm_90a":
+        reasons.append(f"needs sm_90a, got {device.arch}")
+    if p.dtype not in ("float16", "bfloat16"):
+        reasons.append(f"multiplies float16 and bfloat16, got {p.dtype}")
+    if max(p.head_dim, p.head_dim_v) > 256:
+        reasons.append(f"serves head dimensions to 256, got {p.head_dim} and {p.head_dim_v}")
+    for name, alignment in zip(("q", "k", "v"), p.vectors, strict=False):
+        reasons += tma_obstacles(name, p.operand(name), alignment)
+    reasons += [f"{name} is empty" for name, n in (("q", p.total_q), ("k", p.total_k)) if n == 0]
+    queries, keys = min(p.seqlen_q, p.total_q), min(p.seqlen_k, p.total_k)
+    ctas = -(-queries // 128) * p.num_heads * p.batch
+    if queries <= FEW_QUERIES < keys:
+        reasons.append(f"few queries leave most of its tiles empty, got {queries}")
+    elif 5 * ctas < 4 * device.num_sms and keys >= 1024:
+        reasons.append(f"{ctas} query tiles do not fill {device.num_sms} SMs, and it does not split the keys")
+    return reasons
+
+
+def _dims_sm90(problem: Problem) -> tuple[int, int]:
+    return round_up(problem.head_dim, 16), round_up(problem.head_dim_v, 16)
+
+
+BIAS_STAGES = 2
+"""Tiles of a staged bias in shared memory."""
+
+
+def staged_bias(problem: Problem) -> Operand | None:
+    """The bias whose tiles forward_sm90 loads through TMA, as (batch, query, head, key); None where it has none such."""
+    found = [ops[0] for mod, ops in zip(problem.mods, problem.mod_operands, strict=True) if isinstance(mod, Bias)]
+    return tma_bias(found[0]) if len(found) == 1 else None
+
+
+def _smem_sm90(problem: Problem, tiles: Tiles, device: Device) -> int:
+    """kernels/mainloop/forward_sm90.cuh: q, the rings of k, v and bias, barriers, and what aligning it all may cost."""
+    width, width_v = (2 * round_up(dim, 64) for dim in (problem.head_dim, problem.head_dim_v))
+    rings = tiles.stages * tiles.block_n * (width + width_v)
+    bias_stages = BIAS_STAGES if staged_bias(problem) else 0
+    rings += bias_stages * tiles.block_m * 2 * round_up(tiles.block_n, 64)
+    return tiles.block_m * width + rings + 8 * (5 + 4 * tiles.stages + 2 * bias_stages) + 1024
+
+
+def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
+    widest = max(_dims_sm90(problem))
+    return _allowed(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit), register_weight(problem), device)
+
+
+_TILES_SM90 = {  # by the wider of head_dim and head_dim_v; warps include the producer's four
+    64: (
+        Tiles(192, 128, 2, 16, persistent=True, max_weight=1),
+        Tiles(128, 96, 2, 12, persistent=True, max_weight=8),
+        Tiles(128, 64, 2, 12, persistent=True),
+    ),
+    128: (
+        Tiles(128, 128, 2, 12, persistent=True, max_weight=1),
+        Tiles(128, 96, 2, 12, persistent=True, max_weight=8),
+        Tiles(128, 64, 2, 12, persistent=True),
+    ),
+    192: (
+        Tiles(128, 96, 2, 12, persistent=True, max_weight=1),
+        Tiles(128, 64, 2, 12, persistent=True, max_weight=8),
+        Tiles(128, 48, 2, 12, persistent=True),
+    ),
+    256: (
+        Tiles(128, 80, 2, 12, persistent=True, max_weight=1),
+        Tiles(128, 48, 2, 12, persistent=True, max_weight=8),
+        Tiles(128, 32, 2, 12, persistent=True),
+    ),
+}
 
 # Tensor cores through mma.sync ----------------------------------------------------------------------------------------
 
@@ -331,6 +419,7 @@ _TILES_SPLIT = {  # by the wider of head_dim and columns of out
 }
 
 FORWARD: tuple[KernelSpec, ...] = (
+    KernelSpec("forward_sm90", _declines_sm90, lambda problem, device: "", _dims_sm90, _tiles_sm90, _smem_sm90),
     KernelSpec("forward_split", _declines_split, lambda problem, device: "MmaSplit", _dims_split, _tiles_split, _smem_split),
     KernelSpec("forward_sm80", _declines_sm80, _mma_sm80, _dims_sm80, _tiles_sm80, _smem_sm80),
     KernelSpec("forward_simt", _declines_simt, lambda problem, device: "", _dims_simt, _tiles_simt, _smem_simt),

@@ -23,6 +23,8 @@ struct ForwardParams {
     void* split_k;
     void* split_v;
     unsigned* magnitudes;     // of what is split
+    void* tile_counter;       // see mainloop/schedule_sm90.cuh
+    unsigned long long call;  // a number that no other call of this process has, and random memory hardly ever
     unsigned long long seed;  // of the dropout
     // Fixed by the plan.
     long long q_batch, q_row, q_head;
@@ -45,6 +47,7 @@ struct ForwardParams {
     alignas(8) int num_splits;         // parts into which the keys are divided
     alignas(8) int dv_chunks;          // column chunks of out, one CTA each
     alignas(8) int map_words;          // words of the tile map per query tile
+    alignas(8) int section;            // see mainloop/schedule_sm90.cuh
     alignas(8) int dropout_threshold;  // of 2^16
     double scale;                      // of the scores
     double dropout_scale;              // 1 / (1 - p)

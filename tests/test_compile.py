@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from cuattn import jit
-from cuattn.catalogue import plans
+from cuattn.catalogue import COMMON_DIMS, plans, problem_of
 from cuattn.codegen import units
+from cuattn.masks import SlidingWindow
+from cuattn.plan import make_plan
 from cuattn.registry import DEVICES
 
 pytest.importorskip("cupy")
@@ -18,7 +24,7 @@ def _complaints(log: str) -> list[str]:
     """What a compiler's log must not hold."""
     found = [f"{n} bytes spilled" for n in re.findall(r"(\d+) bytes spill stores", log) if int(n)]
     found += re.findall(r".*warning.*", log)
-    return found + re.findall(r".*(?:serialized|setmaxnreg.*ignored).*", log)
+    return found + re.findall(r".*(?:serialized|setmaxnreg.*ignored|\(C75\d\d\)).*", log)
 
 
 @pytest.mark.parametrize("arch", DEVICES)
@@ -30,6 +36,31 @@ def test_every_plan_compiles_without_spills(arch: str) -> None:
     assert not failures, "\n".join(failures)
 
 
+def _sass(image: bytes, folder: Path) -> str:
+    """A cubin disassembled, or a skip where there is no disassembler."""
+    tool = shutil.which("nvdisasm") or next(
+        (str(p) for site in sys.path for p in sorted(Path(site).glob("nvidia/*/bin/nvdisasm"))), None
+    )
+    if tool is None:
+        pytest.skip("nvdisasm is not installed")
+    path = folder / "kernel.cubin"
+    path.write_bytes(image)
+    return subprocess.run([tool, "-c", str(path)], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dims", COMMON_DIMS, ids=str)
+def test_hopper_kernels_hold_hopper_instructions(dims: tuple[int, int], causal: bool, tmp_path: Path) -> None:
+    """wgmma, TMA loads and register hand-over are in the machine code."""
+    problem = problem_of("bfloat16", dims=dims, mask=SlidingWindow(None, 0) if causal else None)
+    plan = make_plan(problem, DEVICES["sm_90a"])
+    assert plan.kernel == "forward_sm90"
+    text = _sass(jit.build(units(plan)["forward"].source, "sm_90a").image, tmp_path)
+    for instruction in ("HGMMA", "UTMALDG", "USETMAXREG.TRY_ALLOC", "USETMAXREG.DEALLOC", "SYNCS", "MUFU.EX2"):
+        assert instruction in text, f"{plan}: no {instruction}"
+    assert "HMMA" not in text.replace("HGMMA", "")
+
+
 def test_shared_memory_fits() -> None:
     for arch, device in DEVICES.items():
         for plan in plans(arch, everything=True):
@@ -38,9 +69,6 @@ def test_shared_memory_fits() -> None:
 
 def test_sizes_do_not_reach_the_source() -> None:
     """Calls that differ in batch and length share their cubins."""
-    from cuattn.catalogue import problem_of
-    from cuattn.plan import make_plan
-
     sources = {
         units(make_plan(problem_of("bfloat16", seqlens=seqlens), DEVICES["sm_90a"]))["forward"].source
         for seqlens in ((4096, 4096), (4096, 8192), (10000, 333))

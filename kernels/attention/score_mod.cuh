@@ -109,6 +109,19 @@ struct alignas(8) Bias {
     __device__ __forceinline__ void flush(Sums&, const Coord&) const {}
 };
 
+// A Bias whose tile has been brought nearer: `source(i, j)` yields the elements of rows row0 ... and columns col0 ...
+template <class Real, class Source>
+struct StagedBias {
+    static constexpr bool kIdentity = false, kReadsMemory = false;
+    Source source;
+    int row0, col0;
+
+    template <class Any>
+    __device__ __forceinline__ Any apply(Any s, const Coord&, int i, int j) const {
+        return s + static_cast<Any>(source(i - row0, j - col0));
+    }
+};
+
 // second(first(s))
 template <class First, class Second>
 struct alignas(8) Chain {
@@ -132,6 +145,56 @@ struct alignas(8) Chain {
     template <class Sums>
     __device__ __forceinline__ void flush(Sums& sums, const Coord& at) const {
         first.flush(sums, at), second.flush(sums, at);
+    }
+};
+
+template <bool kFirst, class First, class Second>
+struct Either {
+    using Type = First;
+};
+template <class First, class Second>
+struct Either<false, First, Second> {
+    using Type = Second;
+};
+
+// The one Bias among modifications, for a kernel that stages its tiles: `get` finds it, `stage` puts a StagedBias in its place.
+template <class Mod>
+struct BiasIn {
+    static constexpr bool kFound = false;
+    using Item = void;
+    template <class Source>
+    __device__ __forceinline__ static Mod stage(const Mod& mod, const Source&, int, int) {
+        return mod;
+    }
+};
+template <class Real, class Element, bool kWanted, bool kPairs>
+struct BiasIn<Bias<Real, Element, kWanted, kPairs>> {
+    static constexpr bool kFound = true;
+    using Item = Element;
+    using Mod = Bias<Real, Element, kWanted, kPairs>;
+    __device__ __forceinline__ static const Mod& get(const Mod& mod) { return mod; }
+    template <class Source>
+    __device__ __forceinline__ static auto stage(const Mod&, const Source& source, int row0, int col0) {
+        return StagedBias<Real, Source>{source, row0, col0};
+    }
+};
+template <class First, class Second>
+struct BiasIn<Chain<First, Second>> {
+    static constexpr bool kFound = BiasIn<First>::kFound || BiasIn<Second>::kFound;
+    static constexpr bool kInFirst = BiasIn<First>::kFound;
+    using Item = typename Either<kInFirst, BiasIn<First>, BiasIn<Second>>::Type::Item;
+    template <class Source>
+    __device__ __forceinline__ static auto stage(const Chain<First, Second>& mod, const Source& source, int row0, int col0) {
+        auto first = BiasIn<First>::stage(mod.first, source, row0, col0);
+        auto second = BiasIn<Second>::stage(mod.second, source, row0, col0);
+        return Chain<decltype(first), decltype(second)>{first, second};
+    }
+    __device__ __forceinline__ static const auto& get(const Chain<First, Second>& mod) {
+        if constexpr (kInFirst) {
+            return BiasIn<First>::get(mod.first);
+        } else {
+            return BiasIn<Second>::get(mod.second);
+        }
     }
 };
 

@@ -24,6 +24,15 @@ struct RowState {
         sum *= shrink;
         return shrink;
     }
+    // As rescale, but gives way to any larger maximum: for loops whose output is multiplied either way.
+    __device__ __forceinline__ Real advance(Real top, Real factor) {
+        const Real before = max;
+        max = maximum(max, top);
+        // Without a key so far, exp2(-inf - 0) = 0.
+        const Real shrink = exp2_fast(before * factor - offset(factor));
+        sum *= shrink;
+        return shrink;
+    }
     // (s - max) * factor as one fused multiply-add: s * factor - offset(). A row that has seen no key yields exp2(-inf) = 0.
     __device__ __forceinline__ Real offset(Real factor) const {
         return max == negative_infinity<Real>() ? Real(0) : max * factor;

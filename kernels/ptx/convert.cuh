@@ -29,6 +29,11 @@ __device__ __forceinline__ float2 unpack_pair<__half>(unsigned pair) {
     return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
+template <>
+__device__ __forceinline__ float2 unpack_pair<__nv_bfloat16>(unsigned pair) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
 // tf32 keeps the upper 19 bits of a float and the tensor core drops the others. Rounding first takes four instructions
 // (cvt.rna.tf32). One multiplication centres the error instead: 1 + 2^-11.53 adds the half unit in the last place that
 // truncation takes on average (0.35 to 0.69 of a unit, so what tf32 holds exactly stays so), and keeps infinities and NaN.

@@ -1,0 +1,63 @@
+// The order in which the CTAs of forward_sm90 take query tiles. A persistent grid has fewer CTAs than there are tiles: each
+// starts with the tile of its own number and then draws the next one from a counter in global memory.
+#pragma once
+#include "mainloop/work.cuh"
+#include "ptx/global_memory.cuh"
+
+namespace cuattn {
+
+// Lies in workspace that holds anything at all when the kernel starts. `call` equals that of the parameters, which no other
+// call has, while `drawn` is valid.
+struct TileCounter {
+    unsigned long long call;
+    int drawn;
+};
+
+template <class Config>
+struct TileSchedule {
+    int pairs, count;  // of sequences and heads; of tiles
+
+    __device__ __forceinline__ static TileSchedule of(const ForwardParams& p) {
+        const int pairs = p.num_heads * (p.batch + (Config::kPacked ? 1 : 0));
+        return {pairs, pairs * p.m_blocks};
+    }
+    // Pairs form sections whose keys and values fit into L2 together. A section is finished before the next one begins. Within
+    // it, tiles that run side by side read different heads, and the last query tiles, which under a causal mask are the
+    // longest, go first.
+    __device__ __forceinline__ Work work(const ForwardParams& p, int tile) const {
+        const int first = tile / (p.section * p.m_blocks) * p.section;
+        const int size = min(p.section, pairs - first), rest = tile - first * p.m_blocks;
+        const int pair = first + rest % size;
+        Work w;
+        w.m_block = p.m_blocks - 1 - rest / size;
+        w.split = 0;
+        w.dv_start = 0;
+        w.at.batch = pair / p.num_heads;
+        w.at.head = pair - w.at.batch * p.num_heads;
+        w.head_kv = w.at.head / p.group;
+        w.seq = Sequence::of<Config::kPacked, Config::kLens>(p, w.at.batch);
+        w.at.seqlen_q = w.seq.seqlen_q;
+        w.at.seqlen_k = w.seq.seqlen_k;
+        return w;
+    }
+
+    // The first CTA, which no other can precede, makes the counter valid.
+    __device__ __forceinline__ void open(const ForwardParams& p) const {
+        TileCounter* counter = static_cast<TileCounter*>(p.tile_counter);
+        if (blockIdx.x != 0) return;
+        counter->drawn = 0;
+        st_release(&counter->call, p.call);
+    }
+    // The next tile, or at least `count`. NOTE: called once for every tile; the last of these calls in a launch closes the
+    // counter, so that the same launch can be repeated (by a graph).
+    __device__ __forceinline__ int draw(const ForwardParams& p) const {
+        TileCounter* counter = static_cast<TileCounter*>(p.tile_counter);
+        while (ld_acquire(&counter->call) != p.call) {
+        }
+        const int drawn = atomicAdd(&counter->drawn, 1);
+        if (drawn == count - 1) st_release(&counter->call, 0);
+        return drawn + static_cast<int>(gridDim.x);
+    }
+};
+
+}  // namespace cuattn
