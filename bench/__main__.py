@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cuattn
-from bench import ablation, cases, ceilings, forward, host, jit, memory, results
+from bench import ablation, backward, cases, ceilings, forward, host, jit, memory, results
 from bench.baselines import TITLES, available
 from bench.timing import Deadline
 
-ROUNDS = {"forward": 7, "ablation": 7, "jit": 3}
-QUICK_ROUNDS = {"forward": 3, "ablation": 3, "jit": 1}
+ROUNDS = {"forward": 7, "backward": 5, "ablation": 7, "jit": 3}
+QUICK_ROUNDS = {"forward": 3, "backward": 3, "ablation": 3, "jit": 1}
 TIME_LIMIT = 480.0
 
 
@@ -23,8 +23,9 @@ def parser() -> argparse.ArgumentParser:
     parts = top.add_subparsers(dest="part", required=True)
     summaries = {
         "forward": "GPU time of the forward pass",
+        "backward": "GPU time of the gradients",
         "ablation": "GPU time of the Hopper forward with single choices undone",
-        "host": "host time of a warm call",
+        "host": "host time of a warm call, its backward, and autograd",
         "jit": "first call of a process, cold and warm cache",
         "memory": "memory beyond inputs and outputs",
         "ceilings": "measure matrix products and read bandwidth of this GPU, and print them",
@@ -56,10 +57,11 @@ def selected(arguments: argparse.Namespace) -> list[cases.Case]:
     """The cases of a part that --quick and --only leave."""
     everything = {
         "forward": cases.QUICK if arguments.quick else cases.FORWARD,
+        "backward": cases.BACKWARD_QUICK if arguments.quick else cases.BACKWARD,
         "ablation": cases.ABLATION,
         "host": [cases.HOST],
         "jit": cases.JIT,
-        "memory": cases.MEMORY,
+        "memory": [*cases.MEMORY, *cases.MEMORY_BACKWARD],
     }[arguments.part]
     return [case for case in everything if arguments.only in str(case)]
 
@@ -76,7 +78,7 @@ def take_in(path: Path) -> None:
 
 
 def run_part(arguments: argparse.Namespace, chosen: Sequence[cases.Case]) -> None:
-    """One of forward, host, jit, memory, on the current GPU."""
+    """One of forward, backward, host, jit, memory, on the current GPU."""
     deadline = Deadline(arguments.time_limit)
     env = results.environment()
     store = results.Store(arguments.json, env)
@@ -84,12 +86,17 @@ def run_part(arguments: argparse.Namespace, chosen: Sequence[cases.Case]) -> Non
     rounds = arguments.rounds or counts.get(arguments.part, 1)
     print(f"{env['gpu']}, sources {env['source_hash'][:12]}, {env['versions']}")
     peers = []
-    if arguments.part in ("forward", "host") and arguments.peers != "none":
-        peers = available([name for name in arguments.peers.split(",") if name])
+    if arguments.part in ("forward", "backward", "host") and arguments.peers != "none":
+        named = [name for name in arguments.peers.split(",") if name]
+        peers = available(backward.peer_names(named) if arguments.part == "backward" else named)
     if arguments.part == "forward":
         limits = ceilings.of(results.gpu_slug(env["gpu"]))
         print(f"ceilings: {limits}")
         forward.run(chosen, peers, rounds, store, env, limits, deadline)
+    elif arguments.part == "backward":
+        backward.prewarm(chosen)
+        limits = ceilings.of(results.gpu_slug(env["gpu"]))
+        forward.run(chosen, peers, rounds, store, env, limits, deadline, backward.run_case)
     elif arguments.part == "ablation":
         ablation.run(chosen, rounds, deadline)
         return

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.cases import BLOCK, DROPOUT, SOFTCAP, WINDOW, Case, user_mod
+from bench.cases import BLOCK, DROPOUT, SOFTCAP, WINDOWS, Case, user_mod
 from bench.inputs import Inputs, torch_on_gpu
 from bench.timing import Call, Contender, first_line
 
@@ -27,6 +27,8 @@ class Baseline:
     title = ""
     heads_first = False
     """Whether results are (batch, heads, seqlen, head_dim)."""
+    no_gradient = "has no gradient that PyTorch's autograd could call"
+    """Why it has no place in the backward's tables, or ''."""
     wait: Callable[[Any], Any] | None = None
 
     def absent(self) -> str:
@@ -36,6 +38,10 @@ class Baseline:
     def declines(self, case: Case) -> str:
         """Why it does not serve a case, or ''."""
         raise NotImplementedError
+
+    def declines_gradient(self, case: Case) -> str:
+        """Why it does not serve a case's backward, or ''."""
+        return self.no_gradient or self.declines(case)
 
     def calls(self, inputs: Inputs) -> list[Call]:
         """One call for each set of inputs."""
@@ -94,6 +100,7 @@ class Sdpa(Baseline):
     """`torch.nn.functional.scaled_dot_product_attention` with one backend forced; float32 is IEEE float32 in all of them."""
 
     heads_first = True
+    no_gradient = ""
 
     def __init__(self, backend: str, name: str, title: str, dtypes: Sequence[str]) -> None:
         self.name, self.title, self._backend, self._dtypes = name, title, backend, dtypes
@@ -110,13 +117,25 @@ class Sdpa(Baseline):
     def declines(self, case: Case) -> str:
         if case.dtype not in self._dtypes:
             return "dtype"
-        if set(case.mods) - {"bias", "alibi", "dropout"}:
+        if set(case.mods) - {"bias", "key bias", "alibi", "dropout", "deterministic"}:
             return "mods"
         if case.mask == "causal" and case.seqlen_q != case.seqlen_k:
             return "top-left causal"
-        if self.name == "flash" and (case.mask not in ("full", "causal") or {"bias", "alibi"} & set(case.mods)):
+        if self.name == "flash" and (case.mask not in ("full", "causal") or case.biased or "alibi" in case.mods):
             return "takes no mask"
+        if self.name == "flash" and case.head_dim != case.head_dim_v:
+            return "one head dimension for q, k and v"
         return "N^2 scores too large" if self.name == "math" and case.scores > MAX_SCORES else ""
+
+    def declines_gradient(self, case: Case) -> str:
+        """The slower kernels run only where a faster one has no gradient: a backward has many rows and little time."""
+        if self.name == "cudnn" and case.biased:
+            return "no gradient of a bias"
+        if self.name == "math" and case.dtype != "float64":
+            return "slower than the fused kernels"
+        if self.name == "efficient" and not (case.dtype == "float32" or case.biased or case.head_dim != case.head_dim_v):
+            return "slower than FA2"
+        return self.declines(case)
 
     def calls(self, inputs: Inputs) -> list[Call]:
         import torch
@@ -138,7 +157,7 @@ def dense_mask(inputs: Inputs) -> Any:
 
     case = inputs.case
     if inputs.bias is not None:
-        return inputs.bias.expand(case.batch, -1, -1, -1)
+        return inputs.bias.expand(case.batch, -1, case.seqlen_q, -1)
     if inputs.slopes is not None:
         i, j = (torch.arange(n, device="cuda") for n in (case.seqlen_q, case.seqlen_k))
         distance = (i[:, None] + case.seqlen_k - case.seqlen_q - j[None, :]).abs()
@@ -150,17 +169,43 @@ def dense_mask(inputs: Inputs) -> Any:
     return torch.from_numpy(visible.copy()).cuda()[None]
 
 
-class Flex(Baseline):
-    """`torch.nn.attention.flex_attention`, compiled: the one peer that takes user code for masks and scores."""
+class FlashPacked(Baseline):
+    """FlashAttention 2 as PyTorch ships it, over packed sequences."""
 
-    name, title, heads_first = "flex", "FlexAttention", True
+    name, title, no_gradient = "flash_packed", "FA2 (packed)", ""
 
     def absent(self) -> str:
         return needs_torch()
 
     def declines(self, case: Case) -> str:
-        special = case.mask not in ("full", "causal") or bool(set(case.mods) - {"packed", "dropout"})
-        served = case.dtype in ("bfloat16", "float16") and special and not {"packed", "dropout"} & set(case.mods)
+        served = case.dtype in HALF and case.mask in ("full", "causal") and case.mods == ("packed",)
+        return "" if served else "not a plain packed case"
+
+    def calls(self, inputs: Inputs) -> list[Call]:
+        import torch
+
+        cu_seqlens, *_, longest = inputs.packing()
+
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            return torch.ops.aten._flash_attention_forward(
+                q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0.0, inputs.case.mask == "causal", False
+            )
+
+        return [functools.partial(attend, *qkv) for qkv in inputs.sets]
+
+
+class Flex(Baseline):
+    """`torch.nn.attention.flex_attention`, compiled: the one peer that takes user code for masks and scores."""
+
+    name, title, heads_first, no_gradient = "flex", "FlexAttention", True, ""
+
+    def absent(self) -> str:
+        return needs_torch()
+
+    def declines(self, case: Case) -> str:
+        unserved = {"packed", "dropout", "deterministic"} & set(case.mods)
+        special = case.mask not in ("full", "causal") or bool(case.mods)
+        served = case.dtype in ("bfloat16", "float16") and special and not unserved
         return "" if served else "not a mask or score modification that it serves"
 
     def calls(self, inputs: Inputs) -> list[Call]:
@@ -168,6 +213,8 @@ class Flex(Baseline):
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         case = inputs.case
+        if inputs.sets[0][0].requires_grad:
+            keep_compiled_graphs()
         attend = torch.compile(flex_attention, dynamic=False)
         keep = flex_keep(inputs)
         block_mask = None if keep is None else create_block_mask(keep, None, None, case.seqlen_q, case.seqlen_k)
@@ -176,14 +223,26 @@ class Flex(Baseline):
         return [functools.partial(attend, *qkv, **options) for qkv in views]
 
 
+def keep_compiled_graphs() -> None:
+    """Let the backward of a compiled function run more than once, and forget earlier cases, whose number is limited."""
+    import torch
+    import torch._dynamo
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False
+    torch._dynamo.reset()
+
+
 def flex_keep(inputs: Inputs) -> Callable[..., Any] | None:
     """The case's mask as FlexAttention takes it."""
     shift = inputs.case.seqlen_k - inputs.case.seqlen_q
     table = inputs.mask.arrays[0][0, 0] if inputs.mask.arrays else None
+    left = inputs.case.window
+    if left is not None:
+        return lambda b, h, i, j: (j <= i + shift) & (j >= i + shift - left)
     return {
         "full": None,
         "causal": lambda b, h, i, j: j <= i + shift,
-        "window": lambda b, h, i, j: (j <= i + shift) & (j >= i + shift - WINDOW),
         "boolean": lambda b, h, i, j: table[i, j],
         "blocks": lambda b, h, i, j: table[i // BLOCK, j // BLOCK] != 0,
     }[inputs.case.mask]
@@ -196,6 +255,7 @@ def flex_score(inputs: Inputs) -> Callable[..., Any] | None:
     shift, bias, slopes = inputs.case.seqlen_k - inputs.case.seqlen_q, inputs.bias, inputs.slopes
     scores: dict[str, Callable[..., Any]] = {
         "bias": lambda s, b, h, i, j: s + bias[0, h, i, j],
+        "key bias": lambda s, b, h, i, j: s + bias[0, h, 0, j],
         "alibi": lambda s, b, h, i, j: s - slopes[h] * (i + shift - j).abs(),
         "softcap": lambda s, b, h, i, j: SOFTCAP * torch.tanh(s / SOFTCAP),
         "user": user_mod,
@@ -206,7 +266,7 @@ def flex_score(inputs: Inputs) -> Callable[..., Any] | None:
 class FlashAttention3(Baseline):
     """FA3 as vLLM builds it: a PyTorch operator in the library that FA3_SO names; it takes packed queries only."""
 
-    name, title = "fa3", "FA3"
+    name, title, no_gradient = "fa3", "FA3", "vLLM builds it without its backward"
 
     def absent(self) -> str:
         if needs_torch():
@@ -224,7 +284,7 @@ class FlashAttention3(Baseline):
         return ""
 
     def declines(self, case: Case) -> str:
-        served = case.dtype in ("bfloat16", "float16") and case.mask in ("full", "causal", "window")
+        served = case.dtype in ("bfloat16", "float16") and case.mask in ("full", "causal", *WINDOWS)
         return "" if served and not set(case.mods) - {"softcap", "packed"} else "dtype, mask or mods"
 
     def calls(self, inputs: Inputs) -> list[Call]:
@@ -237,7 +297,7 @@ class FlashAttention3(Baseline):
                 torch.arange(0, (case.batch + 1) * n, n, device="cuda", dtype=torch.int32)
                 for n in (case.seqlen_q, case.seqlen_k)
             )
-        left, right = (WINDOW, 0) if case.mask == "window" else (-1, -1)
+        left, right = (-1, -1) if case.window is None else (case.window, 0)
         softcap = SOFTCAP if "softcap" in case.mods else 0.0
 
         def attend(q: Any, k: Any, v: Any) -> Any:
@@ -258,7 +318,7 @@ class FlashAttention3(Baseline):
 
 
 class FlashAttention4(Baseline):
-    name, title = "fa4", "FA4"
+    name, title, no_gradient = "fa4", "FA4", ""
 
     def absent(self) -> str:
         if needs_torch():
@@ -270,16 +330,18 @@ class FlashAttention4(Baseline):
         return ""
 
     def declines(self, case: Case) -> str:
-        served = case.dtype in ("bfloat16", "float16") and case.mask in ("full", "causal", "window")
-        return "" if served and not set(case.mods) - {"softcap", "packed"} else "dtype, mask or mods"
+        served = case.dtype in ("bfloat16", "float16") and case.mask in ("full", "causal", *WINDOWS)
+        return "" if served and not set(case.mods) - {"softcap", "packed", "deterministic"} else "dtype, mask or mods"
 
     def calls(self, inputs: Inputs) -> list[Call]:
         from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
         case = inputs.case
         options: dict[str, Any] = {"causal": case.mask == "causal"}
-        if case.mask == "window":
-            options["window_size"] = (WINDOW, 0)
+        if case.window is not None:
+            options["window_size"] = (case.window, 0)
+        if "deterministic" in case.mods:
+            options["deterministic"] = True
         if "softcap" in case.mods:
             options["softcap"] = SOFTCAP
         if case.packed:
@@ -351,6 +413,7 @@ BASELINES: tuple[Baseline, ...] = (
     Naive(),
     Sdpa("CUDNN_ATTENTION", "cudnn", "cuDNN", HALF),
     Sdpa("FLASH_ATTENTION", "flash", "FA2", HALF),
+    FlashPacked(),
     Sdpa("EFFICIENT_ATTENTION", "efficient", "torch efficient", (*HALF, "float32")),
     Sdpa("MATH", "math", "torch math", (*HALF, "float32", "float64")),
     Flex(),

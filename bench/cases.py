@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
@@ -15,8 +15,8 @@ from cuattn.masks import BlockSparse, BooleanMask, Causal, Full, Mask, SlidingWi
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 BLOCK = 128
 """Rows and columns of a block of the block-sparse case."""
-WINDOW = 1024
-"""Keys to the left of the query that the window case sees."""
+WINDOWS = {"window": 1024, "window 128": 128}
+"""Keys to the left of the query that each window sees."""
 SOFTCAP = 30.0
 DROPOUT = 0.1
 USER_MOD = ("s - Real(0.25) * log(Real(1) + fabs(Real(i - j)))", "1")
@@ -30,7 +30,10 @@ def user_mod(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a benchmark. `mask` names an entry of MASKS; `mods` name score modifications and other options."""
+    """One row of a benchmark. `mask` names an entry of MASKS; `mods` name score modifications and other options.
+
+    `bench` is the part it belongs to: FLOPs and bytes of "backward" are those of the gradients alone.
+    """
 
     bench: str
     dtype: str
@@ -79,21 +82,38 @@ class Case:
         return build_mask(self.mask, self.seqlen_q, self.seqlen_k)
 
     def flops(self) -> int:
-        """Multiplications and additions of both matrix products, over visible pairs alone."""
+        """Multiplications and additions of the matrix products, over visible pairs alone; backward five for two."""
         sizes = [(n, n) for n in self.lengths] or [(self.seqlen_q, self.seqlen_k)] * self.batch
         pairs = sum(visible_pairs(self.mask, *size) for size in sizes) * self.num_heads
-        return 2 * pairs * (self.head_dim + self.head_dim_v)
+        forward = 2 * pairs * (self.head_dim + self.head_dim_v)
+        return forward * 5 // 2 if self.backward else forward
 
     def bytes(self) -> int:
-        """Bytes that must cross device memory once: q, k, v, out and what mask and bias read."""
+        """Bytes that must cross device memory once: q, k, v, out, what mask and bias read; backward lse and gradients too."""
         q, k, v = (int(np.prod(shape)) for shape in self.shapes())
         out = q // self.head_dim * self.head_dim_v
         tables = sum(np.asarray(a).nbytes for a in self.mask_object().arrays)
-        bias = int(np.prod(self.bias_shape())) * self.itemsize if "bias" in self.mods else 0
-        return (q + k + v + out) * self.itemsize + tables + bias
+        bias = int(np.prod(self.bias_shape())) * self.itemsize if self.biased else 0
+        if not self.backward:
+            return (q + k + v + out) * self.itemsize + tables + bias
+        lse = q // self.head_dim * max(4, self.itemsize)
+        return 2 * ((q + k + v + out) * self.itemsize + bias) + tables + lse
+
+    @property
+    def backward(self) -> bool:
+        return self.bench == "backward"
+
+    @property
+    def biased(self) -> bool:
+        return not {"bias", "key bias"}.isdisjoint(self.mods)
 
     def bias_shape(self) -> tuple[int, int, int, int]:
-        return (1, self.num_heads, self.seqlen_q, self.seqlen_k)
+        return (1, self.num_heads, 1 if "key bias" in self.mods else self.seqlen_q, self.seqlen_k)
+
+    @property
+    def window(self) -> int | None:
+        """Keys to the left of the query that it sees, where a window is all of the mask."""
+        return WINDOWS.get(self.mask)
 
 
 def documents(seqlen: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -113,7 +133,8 @@ def random_blocks(seqlen_q: int, seqlen_k: int) -> np.ndarray[Any, np.dtype[np.i
 MASKS = {
     "full": lambda sq, sk: Full(),
     "causal": lambda sq, sk: Causal(),
-    "window": lambda sq, sk: SlidingWindow(WINDOW, 0),
+    "window": lambda sq, sk: SlidingWindow(WINDOWS["window"], 0),
+    "window 128": lambda sq, sk: SlidingWindow(WINDOWS["window 128"], 0),
     "boolean": lambda sq, sk: BooleanMask(documents(sk)),
     "blocks": lambda sq, sk: BlockSparse(random_blocks(sq, sk), BLOCK, BLOCK),
 }
@@ -170,6 +191,35 @@ HALF = dense("float16", 128, 2, 16, 8192, mask="causal")
 FORWARD = [*paper(4096, 8192, 16384), HALF, *wide(64, 128), *FEATURES]
 QUICK = [*paper(4096), HALF, *wide(128), FEATURES[0], FEATURES[3], PACKED, SPLIT]
 
+
+def gradients(*cases: Case) -> list[Case]:
+    """Of these forward cases."""
+    return [replace(case, bench="backward") for case in cases]
+
+
+MASKED = ("full", "causal")
+BACKWARD = gradients(
+    *paper(4096),
+    *(dense("float32", d, 2, 16, 4096, precision=p) for p in ("ieee", "tf32x3") for d in (64, 128)),
+    *(dense("float64", d, 2, 16, 4096) for d in (64, 128)),
+    *(featured(mods=(m,)) for m in ("bias", "key bias")),
+    *(dense("bfloat16", 128, 16384 // s, 16, s, mask=m, mods=("deterministic",)) for s in (4096, 16384) for m in MASKED),
+    *paper(8192, 16384),
+    dense("bfloat16", 128, 2, 64, 8192, num_heads_kv=8, mask="causal"),
+    dense("bfloat16", 192, 2, 16, 8192, head_dim_v=128),
+    PACKED,
+    featured(mods=("dropout",)),
+    *(dense("bfloat16", 128, 16384 // s, 16, s, mask=m) for s in (128, 512, 1024, 2048) for m in MASKED),
+    *(featured(mods=(m,)) for m in ("alibi", "softcap", "user")),
+    dense("bfloat16", 64, 2, 32, 8192, mask="window 128"),
+)
+"""The most telling first; what only FlexAttention has besides us, which compiles for seconds, last."""
+BACKWARD_QUICK = [
+    *(case for case in BACKWARD if case.seqlen_q == 4096 and case.head_dim == 128 and case.mask == "full"
+      and set(case.mods) <= {"bias", "key bias", "deterministic"}),
+    *gradients(*(dense("bfloat16", d, 4, 2048 // d, 4096, mask="causal") for d in (64, 128, 256))),
+]  # fmt: skip
+
 ABLATION = paper(1024, 8192)
 
 HOST = dense("float16", 64, 1, 4, 64, mask="causal")
@@ -179,3 +229,12 @@ MEMORY = [
     dense("float16", 128, 1, 16, 65536, mask="causal"),
     dense("float16", 128, 1, 16, 128, seqlen_k=65536),
 ]
+MEMORY_BACKWARD = [
+    replace(case, bench="memory/backward")
+    for case in (
+        dense("float16", 64, 4, 8, 1024),
+        dense("bfloat16", 64, 4, 8, 1024),
+        dense("float16", 128, 1, 16, 65536, mask="causal"),
+    )
+]
+"""Forward and backward together."""

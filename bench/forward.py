@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,9 @@ def ours(inputs: Inputs) -> Contender:
     """The public call on each set of inputs."""
     import cuattn
 
-    case, options = inputs.case, inputs.options()
-    if case.packed:
-        sizes = (inputs.cu_seqlens, inputs.cu_seqlens, case.seqlen_q, case.seqlen_k)
-        return Contender(OURS, [functools.partial(cuattn.attention_varlen, *qkv, *sizes, **options) for qkv in inputs.sets])
-    return Contender(OURS, [functools.partial(cuattn.attention, *qkv, **options) for qkv in inputs.sets])
+    attend = cuattn.attention_varlen if inputs.case.packed else cuattn.attention
+    packing, options = inputs.packing(), inputs.options()
+    return Contender(OURS, [functools.partial(attend, *qkv, *packing, **options) for qkv in inputs.sets])
 
 
 def l2_bytes() -> int:
@@ -51,7 +49,7 @@ def difference(mine: Any, theirs: Any, heads_first: bool) -> float | None:
     theirs = theirs[0] if isinstance(theirs, (tuple, list)) else theirs
     if type(mine).__module__ != "torch" or type(theirs).__module__ != "torch":
         return None
-    theirs = theirs.transpose(1, 2) if heads_first else theirs
+    theirs = theirs.transpose(-3, -2) if heads_first else theirs
     gap = (mine.float() - theirs.reshape(mine.shape).float()).abs().max()
     return float(gap / mine.float().abs().max())
 
@@ -127,8 +125,9 @@ def run(
     env: Row,
     ceilings: Ceilings | None,
     deadline: Deadline,
+    run_case: Callable[..., Row | None] = run_case,
 ) -> None:
-    """Measure the cases in order until the deadline, storing every row as it comes."""
+    """Measure the cases in order until the deadline, each by `run_case`, storing every row as it comes."""
     arrays = best_arrays()
     for done, case in enumerate(cases):
         if deadline.passed:

@@ -58,7 +58,25 @@ class CupyArrays:
         self._cupy.get_default_memory_pool().free_all_blocks()
 
 
-Arrays = TorchArrays | CupyArrays
+class HostArrays:
+    """NumPy arrays that stand for those of a GPU in plans; their contents are never touched."""
+
+    name = "numpy"
+
+    def normal(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return np.empty(shape, np.dtype(dtype))
+
+    def put(self, array: Any) -> Any:
+        return np.asarray(array)
+
+    def get(self, array: Any) -> Any:
+        return array
+
+    def release(self) -> None:
+        pass
+
+
+Arrays = TorchArrays | CupyArrays | HostArrays
 
 
 def torch_on_gpu() -> bool:
@@ -83,7 +101,7 @@ class Inputs:
     mask: Mask
     """Bound to device arrays."""
     bias: Any
-    """(1, num_heads, seqlen_q, seqlen_k) in the dtype of q, or None."""
+    """(1, num_heads, seqlen_q or 1, seqlen_k) in the dtype of q, or None."""
     slopes: Any
     """(num_heads,) float32 ALiBi slopes, or None."""
     cu_seqlens: Any
@@ -104,20 +122,32 @@ class Inputs:
             arrays,
             sets,
             mask.bind([arrays.put(a) for a in mask.arrays]),
-            arrays.normal(case.bias_shape(), case.dtype) if "bias" in case.mods else None,
+            arrays.normal(case.bias_shape(), case.dtype) if case.biased else None,
             arrays.put(slopes) if "alibi" in case.mods else None,
             arrays.put(np.cumsum((0, *case.lengths), dtype=np.int32)) if case.packed else None,
         )
 
+    def packing(self) -> tuple[Any, ...]:
+        """The arguments that `cuattn.attention_varlen` takes after q, k and v; none for a dense case."""
+        if not self.case.packed:
+            return ()
+        return (self.cu_seqlens, self.cu_seqlens, self.case.seqlen_q, self.case.seqlen_k)
+
+    def cotangents(self) -> list[Any]:
+        """A random dout for each set."""
+        return [self.arrays.normal((*q.shape[:-1], self.case.head_dim_v), self.case.dtype) for q, _, _ in self.sets]
+
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of `cuattn.attention` and `cuattn.attention_varlen` for this case."""
+        """Keyword arguments of `cuattn.attention`, its packed form and the gradients of both for this case."""
         mods = {
             "bias": {"bias": self.bias},
+            "key bias": {"bias": self.bias},
             "alibi": {"alibi_slopes": self.slopes},
             "softcap": {"softcap": SOFTCAP},
             "user": {"score_mod": USER_MOD},
             "dropout": {"dropout": DROPOUT, "seed": 1},
             "packed": {},
+            "deterministic": {"deterministic": True},
         }
         result = {name: value for mod in self.case.mods for name, value in mods[mod].items()}
         if self.case.mask == "causal":

@@ -1,20 +1,21 @@
-"""`python -m bench memory`: device memory that a call takes from CuPy's pool beyond its inputs and outputs."""
+"""`python -m bench memory`: device memory that calls take from CuPy's pool beyond their inputs and results."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.cases import Case
-from bench.forward import free_memory, ours
+from bench.forward import free_memory
+from bench.forward import ours as forward_of
 from bench.inputs import CupyArrays, Inputs
 from bench.results import Row, Store, make_row
 from bench.timing import Deadline, first_line, synchronize
 
 
-def peak_bytes(case: Case, arrays: CupyArrays) -> int:
-    """Largest sum of live blocks during the first and second call, less the output."""
+def peak_bytes(call: Callable[[], Sequence[Any]]) -> int:
+    """Largest sum of live blocks during the first and second call, less the arrays that it returns."""
     from cupy.cuda.memory_hook import MemoryHook
 
     class Live(MemoryHook):  # type: ignore[misc]
@@ -33,30 +34,55 @@ def peak_bytes(case: Case, arrays: CupyArrays) -> int:
         def free_postprocess(self, **block: Any) -> None:
             self.sizes.pop(block["mem_ptr"], None)
 
-    inputs = Inputs.of(case, arrays)
-    call = ours(inputs)
     with Live() as hook:
         for _ in range(2):  # a workspace may be kept from the first call for the second
-            out = call()
+            results = call()
             synchronize()
-            size = out.nbytes
-            del out
+            size = sum(x.nbytes for x in results)
+            del results
     return int(hook.peak - size)
+
+
+def forward_peak(case: Case, arrays: CupyArrays) -> dict[str, int]:
+    """bytes: of the forward, beyond inputs and output."""
+    call = forward_of(Inputs.of(case, arrays))
+    return {"bytes": peak_bytes(lambda: [call()])}
+
+
+def backward_peak(case: Case, arrays: CupyArrays) -> dict[str, int]:
+    """bytes: of forward and backward, beyond inputs, out, lse and gradients; planned: the workspace that the plan announces."""
+    import cuattn
+
+    inputs = Inputs.of(case, arrays)
+    qkv, options, (dout, *_) = inputs.sets[0], inputs.options(), inputs.cotangents()
+
+    def step() -> list[Any]:
+        out, lse = cuattn.attention(*qkv, return_lse=True, **options)
+        gradients = cuattn.attention_backward(dout, *qkv, out, lse, **options)
+        return [x for x in (out, lse, *gradients) if x is not None]
+
+    plan = cuattn.explain(*qkv, backward=True, return_lse=True, **options)
+    return {"bytes": peak_bytes(step), "planned": sum(plan.workspace)}
 
 
 def run(cases: Sequence[Case], store: Store, env: Row, deadline: Deadline) -> None:
     """Measure each case and print it beside the score matrix that an implementation without tiling would hold."""
     arrays = CupyArrays()
     for case in cases:
+        backward = case.bench == "memory/backward"
+        name = f"memory, {'forward and backward, ' * backward}{case}"
         if deadline.passed:
-            print(f"time limit: memory of {case} not measured")
+            print(f"time limit: {name} not measured")
             return
         try:
-            extra = peak_bytes(case, arrays)
+            found = backward_peak(case, arrays) if backward else forward_peak(case, arrays)
         except Exception as error:
-            print(f"memory, {case}: {first_line(error)}")
+            print(f"{name}: {first_line(error)}")
             continue
-        scores = case.scores * case.itemsize
-        print(f"memory, {case}: {extra / 2**20:.3f} MiB beyond inputs and outputs; N^2 scores: {scores / 2**30:.1f} GiB")
-        store.add(make_row(dataclasses.replace(case, bench="memory"), None, {}, env, None, bytes=extra))
+        beyond = "inputs, outputs, gradients and lse" if backward else "inputs and outputs"
+        planned = f" (planned: {found['planned'] / 2**20:.3f})" if backward else ""
+        scores = case.scores * case.itemsize / 2**30
+        print(f"{name}: {found['bytes'] / 2**20:.3f} MiB{planned} beyond {beyond}; N^2 scores: {scores:.2f} GiB", flush=True)
+        row_case = case if backward else dataclasses.replace(case, bench="memory")
+        store.add(make_row(row_case, None, {}, env, None, **found))
         free_memory(arrays)

@@ -155,6 +155,8 @@ class Gemm:
     """elements after a row of a tile, and of a tile of scores"""
     panel: int = 1
     """columns of a panel where tiles are swizzled instead"""
+    lanes_across: int = 4
+    """lanes that share the columns of a warp's scores"""
 
     def tile_bytes(self, rows: int, cols: int, scores: bool = False) -> int:
         pitch = round_up(cols, self.panel) + self.pads[scores]
@@ -176,7 +178,7 @@ def gemm_of(problem: Problem, device: Device) -> Gemm:
     queries, keys = min(problem.seqlen_q, problem.total_q), min(problem.seqlen_k, problem.total_k)
     few = queries * problem.group < SPLIT_LEAST or keys < SPLIT_LEAST
     if problem.precision == "ieee" or (problem.precision == "tf32x3" and few):
-        return Gemm("WarpSimt", 4, (4, 16), (16, 32), (4, 32), (4, 8))
+        return Gemm("WarpSimt", 4, (4, 16), (16, 32), (4, 32), (4, 8), lanes_across=8)
     return Gemm(f"WarpTf32<{2 if problem.precision == 'tf32x3' else 1}>", 4, (16, 16), (16, 16), (16, 16), panel=32)
 
 
@@ -211,6 +213,8 @@ class BackwardPlan:
     dq_splits: int
     """deterministic: CTAs that take the key tiles of a head in turn, each with a dq of its own"""
     bias_kind: BiasKind
+    staged_bias: Operand | None
+    """the bias whose tiles come with the queries"""
     map_words: int
     map_batches: int
     map_heads: int
@@ -342,16 +346,33 @@ def stats_bytes(problem: Problem) -> int:
     return ITEMSIZE[problem.real] * (4 if ITEMSIZE[problem.dtype] >= 4 else 2)
 
 
-def smem_bytes(problem: Problem, tiles: Tiles, gemm: Gemm) -> int:
-    """kernels/mainloop/backward.cuh, which asserts that it suffices."""
+def bias_to_stage(problem: Problem) -> Operand | None:
+    """The one bias whose tiles can be loaded with the queries: it varies along keys, which are contiguous."""
+    found = [ops[0] for mod, ops in zip(problem.mods, problem.mod_operands, strict=True) if isinstance(mod, Bias)]
+    if len(found) != 1 or not found[0].shape or found[0].shape[-1] == 1 or found[0].strides[-1] != 1:
+        return None
+    return found[0] if found[0].vector_bytes >= 4 else None
+
+
+def one_row(bias: Operand) -> bool:
+    """Whether a bias is the same for all queries."""
+    return len(bias.shape) < 2 or bias.shape[-2] == 1
+
+
+def smem_bytes(problem: Problem, tiles: Tiles, gemm: Gemm, staged: Operand | None = None) -> int:
+    """kernels/mainloop/backward.cuh, which asserts that it suffices. `staged`: the bias whose tiles come with the queries."""
     dim, dim_v = padded_dims(problem)
     m, n = tiles.block_m, tiles.block_n
     real = ITEMSIZE[problem.real]
     stage = gemm.tile_bytes(m, dim) + gemm.tile_bytes(m, dim_v) + stats_bytes(problem) * m
+    stage += (1 if one_row(staged) else m) * (n * ITEMSIZE[staged.dtype] + 16) if staged is not None else 0
     keys = gemm.tile_bytes(n, dim) + gemm.tile_bytes(n, dim_v)
-    sums = tiles.warps * max(m, n) * real if any(isinstance(mod, Bias) for mod in problem.mods) else 0
-    staged = n * (max(dim, dim_v) * gemm.itemsize + 16)
-    return max(keys + tiles.stages * stage + 2 * gemm.tile_bytes(m, n, scores=True) + sums, staged)
+    down, across = warp_grid(m, n, tiles.warps, gemm.score_units)
+    # Column sums of each warp and thread, or row sums of each warp.
+    columns = down * n + 32 * tiles.warps * (n // max(1, across) // gemm.lanes_across)
+    sums = real * max(columns, across * m) if any(isinstance(mod, Bias) for mod in problem.mods) else 0
+    results = n * (max(dim, dim_v) * gemm.itemsize + 16)
+    return max(keys + tiles.stages * stage + 2 * gemm.tile_bytes(m, n, scores=True) + sums, results)
 
 
 def _registers(problem: Problem, tiles: Tiles, gemm: Gemm) -> int:
@@ -370,7 +391,7 @@ def _registers(problem: Problem, tiles: Tiles, gemm: Gemm) -> int:
 
 _16BIT = {  # by the wider head dimension
     64: (
-        Tiles(128, 128, 2, 8, 1, 2, "the fewest reads of shared memory and additions to dq for each product", (90,)),
+        Tiles(128, 128, 2, 8, 1, 1, "the fewest reads of shared memory and additions to dq for each product", (90,)),
         Tiles(64, 128, 2, 8, 1, 5),
         Tiles(64, 64, 1, 4, 2, 15),
         Tiles(64, 64, 1, 8, 1),
@@ -420,13 +441,14 @@ MAX_REGISTERS = 232
 """of `_registers`: the rest goes to fragments and addresses"""
 
 
-def candidates(problem: Problem, device: Device) -> Sequence[Tiles]:
+def candidates(problem: Problem, device: Device, deterministic: bool = False) -> Sequence[Tiles]:
     """Tiles that fit shared memory and registers, best first."""
     gemm = gemm_of(problem, device)
     tables = {"WarpHalf": _16BIT, "WarpSimt": _FP32}
     table = _FP64 if problem.dtype == "float64" else tables.get(gemm.cuda.partition("<")[0], _TF32)
-    # The gradient of a bias is gathered in registers of its own.
-    weight = register_weight(problem) + 4 * any(isinstance(mod, Bias) for mod in problem.mods)
+    # A bias that is not staged is read by addresses in registers, or gathered there.
+    biased = any(isinstance(mod, Bias) for mod in problem.mods)
+    weight = register_weight(problem) + 4 * (biased and bias_to_stage(problem) is None) + 14 * (biased and deterministic)
     widest = max(padded_dims(problem))
     tiles = next((tiles for limit, tiles in table.items() if widest <= limit), ())
     return [
@@ -466,12 +488,15 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
     if reasons:
         raise NotImplementedError(f"no kernel serves {backward} on {device.arch}:\n  backward: " + "; ".join(reasons))
     gemm = gemm_of(p, device)
-    tiles = candidates(p, device)[0]
+    tiles = candidates(p, device, backward.deterministic)[0]
     longest_q, longest_k = min(p.seqlen_q, p.total_q), min(p.seqlen_k, p.total_k)
     m_blocks, n_blocks = -(-longest_q // tiles.block_m), max(1, -(-longest_k // tiles.block_n))
     if p.packed:
         m_blocks = max(m_blocks, 1)
-    dims, smem = padded_dims(p), smem_bytes(p, tiles, gemm)
+    dims, staged = padded_dims(p), bias_to_stage(p)
+    if staged is not None and smem_bytes(p, tiles, gemm, staged) > device.smem_per_block:
+        staged = None
+    smem = smem_bytes(p, tiles, gemm, staged)
     resident = max(1, min(tiles.min_blocks, device.smem_per_sm // (smem + 1024)))
     slots, heads = resident * device.num_sms, max(1, p.num_heads_kv * p.batch)
     dq_splits = 1
@@ -492,6 +517,7 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
         q_splits=_q_splits(ctas, m_blocks * p.group, slots),
         dq_splits=dq_splits,
         bias_kind=_bias_kind(backward),
+        staged_bias=staged,
         map_words=-(-n_blocks // 32) if p.mask.tiled else 0,
         map_batches=p.batch if own_lengths or per_batch else 1,
         map_heads=p.num_heads if per_head else 1,

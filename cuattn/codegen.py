@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from cuattn.backward import CELLS, COLUMNS, STORE, BackwardPlan
+from cuattn.backward import CELLS, COLUMNS, STORE, BackwardPlan, one_row
 from cuattn.fields import CTYPES, ITEMSIZE, Operand
 from cuattn.launch import backward_words, parameter_bytes
 from cuattn.plan import SPLIT_THREADS, WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan
@@ -188,7 +188,7 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
 
 
 def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: int) -> Unit:
-    p, backward, bias = plan.problem, plan.backward, plan.backward.bias
+    p, backward = plan.problem, plan.backward
     attends = kernel == "backward"
     size = ITEMSIZE[p.dtype]
     ours = [math.gcd(16, dim * size) for dim in (p.head_dim, p.head_dim, p.head_dim_v)]  # contiguous, at an aligned address
@@ -198,9 +198,11 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         "kSlabThreads": plan.threads,
         "kPrepareLanes": plan.prepare_lanes,
         "kBiasKind": plan.bias_kind.number,
+        "kVecBias": plan.staged_bias.vector_bytes if plan.staged_bias is not None else 16,
         "kUniform": sum(mod.uniforms for mod, wanted in zip(p.mods, backward.wanted, strict=True) if wanted),
         **{f"kVec{name}": n for name, n in zip(("Q", "K", "V", "Out", "Dout", "Dq", "Dk", "Dv"), vectors, strict=True)},
     }
+    bias = plan.backward.bias or plan.staged_bias
     element = CTYPES[bias.dtype] if bias is not None else "Real"
     types = {
         "Gemm": plan.gemm.cuda,
@@ -216,6 +218,8 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         "kQuerySplit": plan.q_splits > 1,
         "kVectorRed": plan.device.number >= 90,
         "kBiasPairs": _bias_in_pairs(plan),
+        "kStageBias": plan.staged_bias is not None,
+        "kBiasRow": plan.staged_bias is not None and one_row(plan.staged_bias),
         "kWide": bias_is_wide(plan),
     }
     size = 8 * backward_words(plan, attends)

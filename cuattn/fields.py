@@ -7,6 +7,7 @@ plain concatenation of its members and needs no knowledge of C alignment rules.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 CTYPES = {
@@ -39,6 +40,12 @@ class Operand(NamedTuple):
         rows = [s for n, s in zip(self.shape[:-1], self.strides[:-1], strict=True) if n > 1]
         whole = len(self.shape) > 0 and self.shape[-1] % 2 == 0 and self.strides[-1] == 1
         return whole and self.alignment % (2 * ITEMSIZE[self.dtype]) == 0 and all(s % 2 == 0 for s in rows)
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of the widest access, 16 at most, to which the start of every row is aligned."""
+        size = ITEMSIZE[self.dtype]
+        return math.gcd(self.alignment, *(s * size for n, s in zip(self.shape[:-1], self.strides[:-1], strict=True) if n > 1))
 
     def broadcast_strides(self, ndim: int) -> tuple[int, ...]:
         """Strides over `ndim` leading-padded axes, 0 along every axis of length 1."""

@@ -11,11 +11,30 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench import results
+from bench import backward, results
 from bench.__main__ import main, parser, selected
-from bench.baselines import BASELINES, TITLES, available
-from bench.cases import FORWARD, HOST, JIT, LENGTHS, MASKS, MEMORY, PACKED, QUICK, SPLIT, USER_MOD, Case, dense, user_mod
+from bench.baselines import BASELINES, TITLES, Sdpa, available
+from bench.cases import (
+    BACKWARD,
+    BACKWARD_QUICK,
+    FORWARD,
+    HOST,
+    JIT,
+    LENGTHS,
+    MASKS,
+    MEMORY,
+    MEMORY_BACKWARD,
+    PACKED,
+    QUICK,
+    SPLIT,
+    USER_MOD,
+    Case,
+    dense,
+    gradients,
+    user_mod,
+)
 from bench.ceilings import RECORDED
+from bench.inputs import Inputs
 from bench.timing import Timing
 
 ENV = {"gpu": "NVIDIA H200", "versions": {"cuattn": "0"}, "source_hash": "f" * 64, "date": "2026-11-21T10:00:00+00:00"}
@@ -49,6 +68,21 @@ def test_bytes_count_every_operand_once() -> None:
     assert replace(case, mask="boolean").bytes() - case.bytes() == 128 * 128
 
 
+def test_a_backward_has_five_products_for_two() -> None:
+    for case in BACKWARD:
+        forward = replace(case, bench="forward")
+        assert 2 * case.flops() == 5 * forward.flops() > 0
+    assert row(BACKWARD[0], 1000.0)["tflops"] == pytest.approx(2.5 * row(FORWARD[0], 1000.0)["tflops"], abs=0.01)
+
+
+def test_a_backward_reads_results_and_writes_gradients_once() -> None:
+    (case,) = gradients(dense("bfloat16", 64, 2, 4, 128))
+    arrays, lse = 8 * (2 * 4 * 128 * 64) * 2, 2 * 4 * 128 * 4
+    assert case.bytes() == arrays + lse
+    assert replace(case, mods=("bias",)).bytes() - case.bytes() == 2 * 4 * 128 * 128 * 2
+    assert replace(case, mods=("key bias",)).bytes() - case.bytes() == 2 * 4 * 128 * 2
+
+
 def test_packed_shapes_have_no_batch_axis() -> None:
     assert PACKED.shapes()[0] == (sum(LENGTHS), 16, 128)
     assert SPLIT.shapes()[1] == (1, 65536, 16, 128)
@@ -56,7 +90,8 @@ def test_packed_shapes_have_no_batch_axis() -> None:
 
 def test_every_case_has_its_own_row_and_name() -> None:
     assert set(QUICK) <= set(FORWARD)
-    for cases in (FORWARD, JIT, MEMORY):
+    assert set(BACKWARD_QUICK) <= set(BACKWARD)
+    for cases in (FORWARD, BACKWARD, BACKWARD_QUICK, JIT, MEMORY, MEMORY_BACKWARD):
         assert len({str(case) for case in cases}) == len(cases)
         assert len({results.key(row(case)) for case in cases}) == len(cases)
 
@@ -117,9 +152,14 @@ def test_a_store_names_its_file_after_the_gpu() -> None:
     assert results.Store(None, ENV).path == results.FOLDER / "h200.json"
 
 
+def readme_text() -> str:
+    sections = ((results.BEGIN, results.END), (results.BACKWARD_BEGIN, results.BACKWARD_END))
+    return "# before\n" + "between\n".join(f"{begin}\nold\n{end}\n" for begin, end in sections) + "after\n"
+
+
 def test_report_replaces_only_its_section(tmp_path) -> None:
     readme, folder = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"# before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
+    readme.write_text(readme_text())
     cases = [FORWARD[0], PACKED, SPLIT, dense("float32", 128, 2, 16, 4096)]
     rows = [row(case, 2000.0, flash=3000.0) for case in cases]
     rows[-1]["error"] = 3.2e-7
@@ -139,6 +179,32 @@ def test_report_replaces_only_its_section(tmp_path) -> None:
     assert readme.read_text() == text
 
 
+def test_report_has_a_section_for_gradients(tmp_path) -> None:
+    readme, folder = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(readme_text())
+    wide, narrow = (case for case in BACKWARD if case.head_dim == 192 or case.mods == ("key bias",))
+    rows = [row(FORWARD[0], 2000.0, flash=3000.0), row(BACKWARD[0], 5000.0, cudnn=4000.0, flash=6000.0)]
+    rows += [row(narrow), row(wide, efficient=2000.0)]
+    rows += [row(replace(HOST, bench=f"host/torch{part}"), 15.25) for part in ("", "/backward", "/autograd")]
+    rows.append(results.make_row(MEMORY_BACKWARD[0], None, {}, ENV, None, bytes=9 << 20, planned=8 << 20))
+    results.save(folder / "h200.json", rows)
+    results.report(readme, TITLES, folder)
+    forward, _, gradient = readme.read_text().partition("between")
+    assert "| 2000 | 274.9 |" in forward and "x best" not in forward and "5000" not in forward
+    assert "| bf16 | 64 | 4 x 32 | 4096 | full | 5000 | 274.9 |" in gradient and "| 0.80 | 0.80 | 1.20 |" in gradient
+    assert "| 192/128 |" in gradient and "full, key bias" in gradient and "2000 | 274.9" not in gradient
+    assert forward.count("15.2 us") == 1 and gradient.count("15.2 us") == 2
+    assert "9.00 MiB; planned 8.00 MiB" in gradient
+    tables = [list(g) for is_row, g in itertools.groupby(gradient.splitlines(), lambda x: x.startswith("|")) if is_row]
+    assert len(tables) == 2 and all(len({line.count("|") for line in table}) == 1 for table in tables)
+
+
+def test_the_readme_has_the_markers_of_the_report() -> None:
+    text = (results.ROOT / "README.md").read_text(encoding="utf-8")
+    for marker in (results.BEGIN, results.END, results.BACKWARD_BEGIN, results.BACKWARD_END):
+        assert text.count(marker) == 1
+
+
 def test_report_without_markers_is_an_error() -> None:
     with pytest.raises(ValueError, match="bench:begin"):
         results.replace_section("no markers", "x")
@@ -153,6 +219,81 @@ def test_wide_dtypes_are_compared_with_what_serves_them() -> None:
     serving = {c: {b.name for b in BASELINES if not b.declines(c)} for c in FORWARD if c.dtype in ("float32", "float64")}
     for case, names in serving.items():
         assert names == ({"naive", "math"} if case.dtype == "float64" else {"naive", "math", "efficient"})
+
+
+def test_every_backward_case_has_a_peer() -> None:
+    serving = {case: {b.name for b in BASELINES if not b.declines_gradient(case)} for case in BACKWARD}
+    for case, names in serving.items():
+        assert names, str(case)
+        if case.dtype == "float64":
+            assert names == {"math"}
+        if case.dtype == "float32":
+            assert names == {"efficient"}
+        if case.dtype == "bfloat16" and case.mask in ("full", "causal") and set(case.mods) <= {"deterministic", "dropout"}:
+            assert "cudnn" in names and ("flash" in names or case.head_dim != case.head_dim_v)
+        if case.biased:
+            assert "efficient" in names and "cudnn" not in names
+
+
+def test_peers_without_gradients_say_so(capsys) -> None:
+    assert {"flash", "cudnn", "efficient", "math", "flex", "fa4"} <= set(backward.peer_names([]))
+    assert backward.peer_names(["fa3", "flash"]) == ["flash"]
+    assert "fa3: vLLM" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="nobody"):
+        available(backward.peer_names(["nobody"]))
+
+
+@pytest.mark.parametrize("case", BACKWARD + MEMORY_BACKWARD, ids=str)
+def test_every_backward_case_has_plans(case: Case) -> None:
+    forward, gradient = backward.plans(case, "sm_90a")
+    assert forward.problem.head_dim == gradient.problem.head_dim == case.head_dim
+    assert gradient.backward.deterministic == ("deterministic" in case.mods)
+    assert (gradient.backward.bias is not None) == case.biased
+
+
+class TorchOnCpu:
+    name = "torch"
+
+    def normal(self, shape, dtype):
+        import torch
+
+        return torch.randn(shape, dtype=getattr(torch, dtype))
+
+    def put(self, array):
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+    def get(self, array):
+        return array.numpy()
+
+
+@pytest.mark.parametrize("mods", [(), ("bias",), ("key bias",), ("deterministic",)], ids=str)
+def test_a_peer_computes_the_gradients_that_we_do(mods: tuple[str, ...], capsys) -> None:
+    torch = pytest.importorskip("torch")
+    (case,) = gradients(dense("float32", 16, 2, 4, 24, mods=mods))
+    inputs = Inputs.of(case, TorchOnCpu())
+    douts = inputs.cotangents()
+    mine = backward.ours(inputs, douts)
+    peer = backward.theirs(Sdpa("MATH", "math", "torch math", ("float32",)), inputs, douts)
+    expected = [x for x in mine()[:4] if x is not None]
+    for _ in range(2):
+        with peer.context():
+            found = peer()
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y.reshape(x.shape))
+    assert not torch.are_deterministic_algorithms_enabled()
+    backward.check_peers(mine, [peer], case)
+    assert capsys.readouterr().out == ""
+    other = backward.theirs(Sdpa("MATH", "math", "torch math", ("float32",)), inputs, inputs.cotangents())
+    backward.check_peers(mine, [other], case)
+    assert "math: dq differs" in capsys.readouterr().out
+
+
+def test_the_error_of_gradients_is_that_of_their_precision() -> None:
+    pytest.importorskip("torch")
+    (case,) = gradients(dense("float32", 16, 1, 1, 64))
+    assert 0 < backward.reference_error(case, TorchOnCpu()) < np.finfo(np.float32).eps * 100
 
 
 def test_unknown_peers_are_refused() -> None:

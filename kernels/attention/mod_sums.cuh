@@ -33,11 +33,11 @@ struct ModSums {
 
     __device__ __forceinline__ void clear_head() {
 #pragma unroll
-        for (Real& column : columns) column = 0;
-#pragma unroll
         for (Real& sum : uniform) sum = 0;
     }
     __device__ __forceinline__ void clear_tile() {
+#pragma unroll
+        for (Real& column : columns) column = 0;
 #pragma unroll
         for (Real& row : rows) row = 0;
     }

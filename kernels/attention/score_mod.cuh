@@ -110,7 +110,7 @@ struct alignas(8) Bias {
 };
 
 // A Bias whose tile has been brought nearer: `source(i, j)` yields the elements of rows row0 ... and columns col0 ...
-template <class Real, class Source>
+template <class Real, class Source, bool kWanted>
 struct StagedBias {
     static constexpr bool kIdentity = false, kReadsMemory = false;
     Source source;
@@ -119,6 +119,11 @@ struct StagedBias {
     template <class Any>
     __device__ __forceinline__ Any apply(Any s, const Coord&, int i, int j) const {
         return s + static_cast<Any>(source(i - row0, j - col0));
+    }
+    template <class Any, class Sums>
+    __device__ __forceinline__ Any pull(Any, Any ds, const Coord&, int i, int j, Sums& sums) const {
+        if constexpr (kWanted) sums.bias(ds, i, j);
+        return ds;
     }
 };
 
@@ -175,7 +180,7 @@ struct BiasIn<Bias<Real, Element, kWanted, kPairs>> {
     __device__ __forceinline__ static const Mod& get(const Mod& mod) { return mod; }
     template <class Source>
     __device__ __forceinline__ static auto stage(const Mod&, const Source& source, int row0, int col0) {
-        return StagedBias<Real, Source>{source, row0, col0};
+        return StagedBias<Real, Source, kWanted>{source, row0, col0};
     }
 };
 template <class First, class Second>

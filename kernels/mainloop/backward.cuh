@@ -111,10 +111,15 @@ struct Backward {
     using Stats = RowStats<Config>;
     static constexpr int kStatsCopy = sizeof(Stats) < 16 ? sizeof(Stats) : 16, kStatsParts = sizeof(Stats) / kStatsCopy;
     static constexpr int kStatsBytes = kBlockM * static_cast<int>(sizeof(Stats));
-    static constexpr int kStageBytes = QTile::kBytes + DoTile::kBytes + kStatsBytes;
-    static constexpr int kSumsBytes = Sums::kKind == kBiasColumns ? ScoreGrid::kDown * kBlockN * static_cast<int>(sizeof(Real))
-                                      : Sums::kKind == kBiasRows ? ScoreGrid::kAcross * kBlockM * static_cast<int>(sizeof(Real))
-                                                                 : 0;
+    // kStageBias: tiles of a bias come with the queries; kBiasRow: it is the same for all of them.
+    using BiasElement = typename Config::BiasElement;
+    using BiasTile = SmemTile<BiasElement, Config::kBiasRow ? 1 : kBlockM, kBlockN, 1>;
+    static constexpr int kBiasBytes = Config::kStageBias ? BiasTile::kBytes : 0;
+    static constexpr int kStageBytes = QTile::kBytes + DoTile::kBytes + kStatsBytes + kBiasBytes;
+    static constexpr int kSums = Sums::kKind == kBiasColumns ? ScoreGrid::kDown * kBlockN + kThreads * Scores::kThreadCols
+                                 : Sums::kKind == kBiasRows  ? ScoreGrid::kAcross * kBlockM
+                                                             : 0;
+    static constexpr int kSumsBytes = kSums * static_cast<int>(sizeof(Real));
     static constexpr int kOffsetV = KTile::kBytes, kOffsetStages = kOffsetV + VTile::kBytes;
     static constexpr int kOffsetP = kOffsetStages + kStages * kStageBytes, kOffsetDs = kOffsetP + PTile::kBytes;
     static constexpr int kOffsetSums = kOffsetDs + PTile::kBytes;
@@ -142,13 +147,19 @@ struct Backward {
         __device__ __forceinline__ static Work of(const ForwardParams& p, const BackwardParams& g) {
             unsigned index = cta_index();
             Work w;
+            if constexpr (Config::kBiasKind == kBiasCells) {  // those who add to the same elements run side by side
+                w.at.batch = g.first_batch + static_cast<int>(index % g.batches);
+                index /= g.batches;
+            }
             const unsigned shares = Config::kDeterministic ? g.dq_splits : g.n_blocks;
             w.share = static_cast<int>(index % shares);
             index /= shares;
             w.q_split = static_cast<int>(index % g.q_splits);
             index /= g.q_splits;
             w.head_kv = g.first_head_kv + static_cast<int>(index % g.heads_kv);
-            w.at.batch = g.first_batch + static_cast<int>(index / g.heads_kv);
+            if constexpr (Config::kBiasKind != kBiasCells) {
+                w.at.batch = g.first_batch + static_cast<int>(index / g.heads_kv);
+            }
             w.at.head = w.head_kv * p.group;
             w.seq = Sequence::of<Config::kPacked, Config::kLens>(p, w.at.batch);
             w.at.seqlen_q = w.seq.seqlen_q, w.at.seqlen_k = w.seq.seqlen_k;
@@ -166,9 +177,23 @@ struct Backward {
     __device__ __forceinline__ Stats* sStats(int stage) const {
         return reinterpret_cast<Stats*>(stage_start(stage) + QTile::kBytes + DoTile::kBytes);
     }
+    __device__ __forceinline__ BiasTile sBias(int stage) const {
+        return {reinterpret_cast<BiasElement*>(stage_start(stage) + QTile::kBytes + DoTile::kBytes + kStatsBytes)};
+    }
     __device__ __forceinline__ PTile sP() const { return {reinterpret_cast<Element*>(smem + kOffsetP)}; }
     __device__ __forceinline__ PTile sdS() const { return {reinterpret_cast<Element*>(smem + kOffsetDs)}; }
     __device__ __forceinline__ Real* sSums() const { return reinterpret_cast<Real*>(smem + kOffsetSums); }
+    // kBiasColumns: this thread's sum of its column c over the tiles of a head, where no register is needed to keep it.
+    __device__ __forceinline__ Real& own_column(int c) const {
+        return sSums()[ScoreGrid::kDown * kBlockN + c * kThreads + static_cast<int>(threadIdx.x)];
+    }
+    __device__ __forceinline__ void clear_head() {
+        sums.clear_head();
+        if constexpr (Sums::kKind == kBiasColumns) {
+#pragma unroll
+            for (int c = 0; c < Scores::kThreadCols; c++) own_column(c) = 0;
+        }
+    }
 
     __device__ __forceinline__ void load_keys(const Work& w, int n) const {
         const int start = n * kBlockN, rows = w.at.seqlen_k - start;
@@ -178,7 +203,7 @@ struct Backward {
         load_tile<kThreads, Config::kVecV>(sV(), v, p.v_row, rows, p.head_dim_v);
     }
 
-    __device__ __forceinline__ void load_queries(const Work& w, int head, int m, int stage) const {
+    __device__ __forceinline__ void load_queries(const Work& w, int n, int head, int m, int stage) const {
         const int start = m * kBlockM, rows = w.at.seqlen_q - start;
         const long long row = w.seq.token_q + start;
         const Element* q = static_cast<const Element*>(p.q) + w.at.batch * p.q_batch + head * p.q_head + row * p.q_row;
@@ -186,6 +211,13 @@ struct Backward {
             static_cast<const Element*>(g.dout) + w.at.batch * g.dout_batch + head * g.dout_head + row * g.dout_row;
         load_tile<kThreads, Config::kVecQ>(sQ(stage), q, p.q_row, rows, p.head_dim);
         load_tile<kThreads, Config::kVecDout>(sdO(stage), dout, g.dout_row, rows, p.head_dim_v);
+        if constexpr (Config::kStageBias) {
+            const auto& bias = BiasIn<ScoreMod>::get(score_mod);
+            const BiasElement* from = bias.array + w.at.batch * bias.stride_batch + head * bias.stride_head +
+                                      start * bias.stride_q + opaque(n) * kBlockN;
+            load_tile<kThreads, Config::kVecBias>(sBias(stage), from, bias.stride_q, Config::kBiasRow ? 1 : rows,
+                                                  w.at.seqlen_k - n * kBlockN);
+        }
         const Stats* stats = static_cast<const Stats*>(g.row_stats) + w.seq.row + head * w.seq.head_rows + start;
         for (int i = threadIdx.x; i < kBlockM; i += kThreads) {
             if (i < rows) {
@@ -200,9 +232,35 @@ struct Backward {
         }
     }
 
-    // The elementwise part of one tile; P and dS go to shared memory.
+    // A staged tile of the bias, read by neighbouring elements at once.
+    struct BiasSource {
+        const BiasElement* data;
+
+        __device__ __forceinline__ BiasElement operator()(int row, int col) const {
+            struct alignas(2 * sizeof(BiasElement)) Pair {
+                BiasElement even, odd;
+            };
+            const BiasElement* start = data + (Config::kBiasRow ? 0 : row * BiasTile::kPitch);
+            const Pair pair = *reinterpret_cast<const Pair*>(start + (col & ~1));
+            return col & 1 ? pair.odd : pair.even;
+        }
+    };
+
     __device__ __forceinline__ void scores(const Coord& at, const QueryTiles<Mask, kBlockM, kBlockN>& tiles, Place place,
                                            int stage) {
+        if constexpr (Config::kStageBias) {
+            const BiasSource source{sBias(stage).data};
+            scores_with(at, tiles, place, stage,
+                        BiasIn<ScoreMod>::stage(score_mod, source, place.m * kBlockM, tiles.n * kBlockN));
+        } else {
+            scores_with(at, tiles, place, stage, score_mod);
+        }
+    }
+
+    // The elementwise part of one tile; P and dS go to shared memory.
+    template <class Mod>
+    __device__ __forceinline__ void scores_with(const Coord& at, const QueryTiles<Mask, kBlockM, kBlockN>& tiles, Place place,
+                                                int stage, const Mod& mod) {
         Scores s, dp;
 #pragma unroll
         for (int x = 0; x < Scores::kSize; x++) s[x] = 0, dp[x] = 0;
@@ -216,15 +274,19 @@ struct Backward {
         const Real dropout_scale = static_cast<Real>(p.dropout_scale);
         sums.clear_tile();
         if (tiles.full(mask, at, place)) {
-            score_gradients<Config, false>(s, dp, at, row0, col0, scale, factor, mask, score_mod, stats, sums, p.seed,
+            score_gradients<Config, false>(s, dp, at, row0, col0, scale, factor, mask, mod, stats, sums, p.seed,
                                            p.dropout_threshold, dropout_scale);
         } else {
-            score_gradients<Config, true>(s, dp, at, row0, col0, scale, factor, mask, score_mod, stats, sums, p.seed,
+            score_gradients<Config, true>(s, dp, at, row0, col0, scale, factor, mask, mod, stats, sums, p.seed,
                                           p.dropout_threshold, dropout_scale);
         }
         Gemm::store(s, sP(), ScoreGrid::row(), ScoreGrid::col());
         Gemm::store(dp, sdS(), ScoreGrid::row(), ScoreGrid::col());
         sums.write_cells(g, at, row0, col0);
+        if constexpr (Sums::kKind == kBiasColumns) {
+#pragma unroll
+            for (int c = 0; c < Scores::kThreadCols; c++) own_column(c) += sums.columns[c];
+        }
         if constexpr (Sums::kKind == kBiasRows) {
 #pragma unroll
             for (int r = 0; r < Scores::kThreadRows; r++) {
@@ -256,7 +318,7 @@ struct Backward {
         if constexpr (Sums::kKind == kBiasColumns) {
 #pragma unroll
             for (int c = 0; c < Scores::kThreadCols; c++) {
-                const Real sum = Scores::sum_col(sums.columns[c]);
+                const Real sum = Scores::sum_col(own_column(c));
                 if (Scores::leads_col() && ScoreGrid::active())
                     sSums()[ScoreGrid::warp_down() * kBlockN + ScoreGrid::col() + Scores::col_at(c)] = sum;
             }
@@ -270,7 +332,7 @@ struct Backward {
             }
             __syncthreads();
         }
-        sums.clear_head();
+        clear_head();
     }
 
     __device__ __forceinline__ void visit_queries(const Work& w, int n) {
@@ -278,7 +340,7 @@ struct Backward {
         Place place = tiles.after({0, tiles.first}, w.q_split);
         if (tiles.is_end(place)) return;
         load_keys(w, n);
-        load_queries(w, w.at.head + place.head, place.m, 0);
+        load_queries(w, n, w.at.head + place.head, place.m, 0);
         cp_async_commit_group();
         Coord at = w.at;
         at.head += place.head;
@@ -292,7 +354,7 @@ struct Backward {
             cp_async_wait_group<0>();
             __syncthreads();  // Q and dO are there; nobody reads P, dS or the other stage
             if (kStages == 2 && !tiles.is_end(following)) {
-                load_queries(w, w.at.head + following.head, following.m, stage ^ 1);
+                load_queries(w, n, w.at.head + following.head, following.m, stage ^ 1);
                 cp_async_commit_group();
             }
             if (ScoreGrid::active()) scores(at, tiles, place, stage);
@@ -308,10 +370,11 @@ struct Backward {
             }
             if (kStages == 1 && !tiles.is_end(following)) {
                 __syncthreads();  // nobody reads Q or dO
-                load_queries(w, w.at.head + following.head, following.m, 0);
+                load_queries(w, n, w.at.head + following.head, following.m, 0);
                 cp_async_commit_group();
             }
-            place = following;
+            // Where registers are short, found again rather than held through the products.
+            place = Sums::kKind == kBiasColumns ? tiles.after(place, opaque(tiles.step)) : following;
         }
         finish_head(w, at, n);
     }
@@ -386,7 +449,7 @@ struct Backward {
         for (int x = 0; x < KeySums::kSize; x++) dk[x] = 0;
 #pragma unroll
         for (int x = 0; x < ValueSums::kSize; x++) dv[x] = 0;
-        sums.clear_head();
+        clear_head();
         visit_queries(Work::of(p, g), n);
         store(Work::of(p, g), n);
     }
