@@ -95,10 +95,23 @@ def _translation_unit(
         "kSinks": sinks is not None,
         **flags,
     }
+    return _source(kernel, arguments, size, CTYPES[p.real], definitions, types, constants, flags)
+
+
+def _source(
+    kernel: str,
+    arguments: str,
+    size: int,
+    real: str,
+    definitions: Sequence[str],
+    types: dict[str, str],
+    constants: dict[str, int],
+    flags: dict[str, bool],
+) -> Unit:
     lines = [
         f'#include "{kernel}.cu"',
         "namespace cuattn {",
-        f"using Real = {CTYPES[p.real]};",
+        f"using Real = {real};",
         *dict.fromkeys(text for text in definitions if text),
         "struct Config {",
         *(f"    using {name} = {value};" for name, value in types.items()),
@@ -187,9 +200,20 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
     return result
 
 
+NEEDS = {
+    "backward_prepare": ("kPrepareLanes", "kVecOut", "kVecDout", "kTf32"),
+    "backward_sinks": ("Sink",),
+    "backward_convert": ("Gemm", "kHeadDim", "kBlockM", "kBlockN", "kSlabThreads", "kVecDq", "kVectorRed"),
+    "backward_combine": (),
+    "backward_bias": ("BiasElement", "kBiasKind", "kWide"),
+}
+"""What of Config the kernels around backward.cu read besides the names that all have: no mask and no modification reaches them,
+so most calls share them."""
+
+
 def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: int) -> Unit:
     p, backward = plan.problem, plan.backward
-    attends = kernel == "backward"
+    attends = kernel not in NEEDS
     size = ITEMSIZE[p.dtype]
     ours = [math.gcd(16, dim * size) for dim in (p.head_dim, p.head_dim, p.head_dim_v)]  # contiguous, at an aligned address
     vectors = (*p.vectors, backward.vector_dout, *ours)
@@ -209,9 +233,6 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         "BiasElement": element,
         "BiasTarget": element if plan.bias_kind is STORE else "Real",
     }
-    kernels_with_gemm = ("backward", "backward_convert")
-    if kernel not in kernels_with_gemm:
-        del types["Gemm"]
     flags = {
         "kTf32": p.precision == "tf32",
         "kDeterministic": backward.deterministic,
@@ -223,7 +244,18 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         "kWide": bias_is_wide(plan),
     }
     size = 8 * backward_words(plan, attends)
-    return _translation_unit(plan, kernel, "BackwardArguments", size, types, constants, flags, attends)
+    if attends:
+        return _translation_unit(plan, kernel, "BackwardArguments", size, types, constants, flags, True)
+    sinks = p.operand("sinks")
+    types = {**types, "Sink": CTYPES[sinks.dtype if sinks else p.real]}
+    common = {"Element": CTYPES[p.dtype], "Real": "cuattn::Real", "Mask": "FullMask", "ScoreMod": "NoScoreMod"}
+    types = common | {name: types[name] for name in NEEDS[kernel] if name in types}
+    constants = {
+        name: constants[name] for name in ("kThreads", "kMinBlocks", "kSmemBytes", *NEEDS[kernel]) if name in constants
+    }
+    lens = p.operand("q_lens") is not None or p.operand("kv_lens") is not None
+    flags = {"kPacked": p.packed, "kLens": lens} | {name: flags[name] for name in NEEDS[kernel] if name in flags}
+    return _source(kernel, "BackwardArguments", size, CTYPES[p.real], (), types, constants, flags)
 
 
 def _bias_in_pairs(plan: BackwardPlan) -> bool:

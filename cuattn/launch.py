@@ -171,10 +171,13 @@ def _backward_fields(plan: BackwardPlan, launch: tuple[int, int, int, int]) -> S
     return [("q", n) for n in longs] + [("i4x", n) for n in ints]
 
 
-def _backward_variant(plan: BackwardPlan, with_mods: bool) -> list[Field]:
+def _backward_variant(plan: BackwardPlan, attends: bool) -> list[Field]:
+    """Mask and modifications; the kernels around backward.cu have neither."""
     p, backward = plan.problem, plan.backward
+    if not attends:
+        return [Field("int", 0), Field("int", 0)]
     fields = list(p.mask.fields(p.mask_operands))
-    if not with_mods or not p.mods:
+    if not p.mods:
         return [*fields, Field("int", 0)]
     slot = backward.first_slot + len(BACKWARD_POINTERS)
     for mod, operands, wanted in zip(p.mods, p.mod_operands, backward.wanted, strict=True):
@@ -184,19 +187,19 @@ def _backward_variant(plan: BackwardPlan, with_mods: bool) -> list[Field]:
     return fields
 
 
-def backward_words(plan: BackwardPlan, with_mods: bool) -> int:
+def backward_words(plan: BackwardPlan, attends: bool) -> int:
     """8-byte words of the parameter struct of a kernel of the backward."""
     own = len(BACKWARD_POINTERS) + len(_backward_fields(plan, (0, 0, 0, 0)))
-    return len(POINTERS) + len(fixed_fields(plan)) + own + len(_backward_variant(plan, with_mods))
+    return len(POINTERS) + len(fixed_fields(plan)) + own + len(_backward_variant(plan, attends))
 
 
 class BackwardParameters:
     """The bytes of the parameter struct of one launch of the backward."""
 
-    def __init__(self, plan: BackwardPlan, launch: tuple[int, int, int, int], with_mods: bool) -> None:
+    def __init__(self, plan: BackwardPlan, launch: tuple[int, int, int, int], attends: bool) -> None:
         self.base = _layout(plan.problem, fixed_fields(plan), [])[0]
         self.start = plan.backward.first_slot
-        variant = _backward_variant(plan, with_mods)
+        variant = _backward_variant(plan, attends)
         self.tail, self.patches = _layout(plan.problem, _backward_fields(plan, launch), variant)
 
     def pack(self, pointers: list[int]) -> bytes:

@@ -136,7 +136,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     backward = dict.fromkeys(c for item in items if "backward" in item.nodeid for c in _cases(item))
     start = time.perf_counter()
     plans = [_plan(case) for case in cases]
-    plans += [_plan(c, backward=True, **o) for o in ({}, {"deterministic": True}) for c in backward]
+    plans += [_plan(c, backward=True) for c in backward]
+    again = dict.fromkeys(c for item in items if "deterministic" in item.nodeid for c in _cases(item))
+    plans += [_plan(c, backward=True, deterministic=True) for c in again]
     jobs = dict.fromkeys((unit.source, p.device.arch) for p in plans if p is not None for unit in _units(p).values())
     with contextlib.suppress(jit.CompileError):  # the test that needs the kernel will say so
         jit.compile_many(jobs)
