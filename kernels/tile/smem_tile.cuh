@@ -65,9 +65,10 @@ struct SwizzledTile {
 template <int kRows_, int kCols_>
 struct SwizzledWideTile {
     using Element = float;
-    static_assert(kRows_ % 8 == 0 && kCols_ % 32 == 0);
-    static constexpr int kRows = kRows_, kCols = kCols_, kCopyCols = kCols_;
-    static constexpr int kPanel = 32, kPanelBytes = kRows * 128, kBytes = kCols / kPanel * kPanelBytes;
+    static_assert(kRows_ % 8 == 0);
+    static constexpr int kRows = kRows_, kCols = kCols_;
+    static constexpr int kPanel = 32, kPanelBytes = kRows * 128;
+    static constexpr int kCopyCols = (kCols + kPanel - 1) / kPanel * kPanel, kBytes = kCopyCols / kPanel * kPanelBytes;
 
     float* data;
 
