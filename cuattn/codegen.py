@@ -79,10 +79,8 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
     }
     tma = attends and plan.uses_tma
     if tma:
-        constants["kTest"] = t.test
         constants["kBiasStages"] = plan.bias_stages
-        constants["kFfmaExponentials"] = t.ffma_exponentials
-        flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong, "kPersistent": t.persistent}
+        flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong, "kPersistent": t.persistent, "kLateWait": t.late_wait}
     mods = mod_type(plan) if attends else "NoScoreMod"
     lines = [
         f'#include "{kernel}.cu"',
