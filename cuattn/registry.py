@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from cuattn.fields import Operand
@@ -158,10 +158,12 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     widest, weight = max(_dims_sm90(problem)), _weight_sm90(problem)
     tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
     keys = _keys_of_a_tile(problem)
-    if widest <= 64 and keys <= SHORT // (1 if isinstance(problem.mask, Full) else 2):
+    if widest <= 64 and keys <= SHORT:
         tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False))
     if 64 < widest <= 128 and min(problem.seqlen_k, problem.total_k) >= LONG and keys >= LONG // 2:
         tiles.insert(0, Tiles(128, 176, 2, 12, persistent=True, max_weight=0))
+    # Beside more columns of out the compiler has no room for what a late wait lets it interleave.
+    tiles = [replace(t, late_wait=problem.head_dim_v <= 128) for t in tiles]
     return _allowed(tiles, weight, device)
 
 
@@ -178,15 +180,15 @@ _TILES_SM90 = {  # by the wider of head_dim and head_dim_v; warps include the pr
         Tiles(128, 64, 2, 12, persistent=True),
     ),
     192: (
-        Tiles(128, 112, 2, 12, persistent=True, max_weight=0, late_wait=False),
-        Tiles(128, 96, 2, 12, persistent=True, max_weight=0, late_wait=False),
+        Tiles(128, 112, 2, 12, persistent=True, max_weight=0),
+        Tiles(128, 96, 2, 12, persistent=True, max_weight=0),
         Tiles(128, 64, 2, 12, persistent=True, max_weight=5),
         Tiles(128, 48, 2, 12, persistent=True, max_weight=8),
         Tiles(128, 32, 2, 12, persistent=True, overlap=False),
     ),
     256: (
-        Tiles(128, 80, 2, 12, persistent=True, max_weight=0, late_wait=False),
-        Tiles(128, 64, 2, 12, persistent=True, max_weight=1, late_wait=False),
+        Tiles(128, 80, 2, 12, persistent=True, max_weight=0),
+        Tiles(128, 64, 2, 12, persistent=True, max_weight=1),
         Tiles(128, 48, 2, 12, persistent=True, max_weight=7, overlap=False),
         Tiles(128, 32, 2, 12, persistent=True, overlap=False),
     ),
