@@ -59,6 +59,7 @@ class Tiles:
     ping_pong: bool = False
     """forward_sm90: warpgroups take turns at the tensor cores"""
     persistent: bool = False
+    """forward_sm90: one CTA per slot of the GPU works through the query tiles, where there are more of them"""
     late_wait: bool = True
     """forward_sm90: the compiler may not wait for the output before the maxima of the next scores"""
 
