@@ -23,8 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "warpgroups take turns": {"ping_pong": True},
     "a CTA for each query tile": {"persistent": False},
     "no sections for L2": {"section": 1},
-    "all exponentials by MUFU": {"ffma_exponentials": 0},
-    "a quarter of them by FFMA": {"ffma_exponentials": 2},
+    "waits as the compiler likes": {"late_wait": False},
     "mma.sync and cp.async": {"kernel": "forward_sm80"},
 }
 """What each replaces: fields of the plan's tiles, the section of its schedule, or the kernel."""

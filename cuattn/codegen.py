@@ -155,11 +155,9 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
     flags = {"kOneChunk": plan.dv_chunks == 1, "kSplit": plan.num_splits > 1}
     tma = attends and plan.uses_tma
     if tma:
-        constants["kTest"] = plan.tiles.test
         constants["kBiasStages"] = plan.bias_stages
-        constants["kFfmaExponentials"] = plan.tiles.ffma_exponentials
         t = plan.tiles
-        flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong, "kPersistent": t.persistent}
+        flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong, "kPersistent": t.persistent, "kLateWait": t.late_wait}
     arguments = "TmaArguments" if tma else "ForwardArguments"
     size = parameter_bytes(plan, attends)
     return _translation_unit(plan, kernel, arguments, size, types, constants, flags, attends)

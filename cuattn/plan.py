@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cuattn.fields import ITEMSIZE
 from cuattn.problem import Problem
@@ -159,6 +159,8 @@ def _plan(problem: Problem, device: Device, spec: KernelSpec, tiles: Tiles) -> P
     smem = spec.smem_bytes(problem, tiles, device)
     resident = max(1, min(tiles.min_blocks, device.smem_per_sm // (smem + 1024)))
     ctas = m_blocks * dv_chunks * problem.num_heads * problem.batch
+    if tiles.persistent and ctas + m_blocks * problem.num_heads * problem.packed <= device.num_sms * tiles.min_blocks:
+        tiles = replace(tiles, persistent=False)  # no CTA would take a second tile, and the counter costs the host a workspace
     per_batch, per_head = problem.mask.varies(problem.mask_operands)
     own_lengths = problem.packed or problem.operand("q_lens") is not None or problem.operand("kv_lens") is not None
     return Plan(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from cuattn.fields import ITEMSIZE, Operand
 from cuattn.masks import And, Full, SlidingWindow
 from cuattn.problem import Problem
-from cuattn.score_mods import Bias
+from cuattn.score_mods import Bias, UserMod
 from cuattn.tma import tma_bias, tma_obstacles
 
 
@@ -59,10 +59,9 @@ class Tiles:
     ping_pong: bool = False
     """forward_sm90: warpgroups take turns at the tensor cores"""
     persistent: bool = False
-    ffma_exponentials: int = 0
-    """forward_sm90: of eight exponentials, those that do not go through the special function unit"""
-    test: int = 0
-    """forward_sm90: one CTA per slot of the GPU works through the query tiles"""
+    """forward_sm90: one CTA per slot of the GPU works through the query tiles, where there are more of them"""
+    late_wait: bool = True
+    """forward_sm90: the compiler may not wait for the output before the maxima of the next scores"""
 
 
 @dataclass(frozen=True)
@@ -136,31 +135,63 @@ def _smem_sm90(problem: Problem, tiles: Tiles, device: Device) -> int:
     return tiles.block_m * width + rings + 8 * (5 + 4 * tiles.stages + 2 * bias_stages) + 1024
 
 
+def _weight_sm90(problem: Problem) -> int:
+    """As `_weight`: what masks, modifications and layouts cost a loop that TMA feeds."""
+    unstaged = any(isinstance(mod, Bias) for mod in problem.mods) and staged_bias(problem) is None
+    mods = sum(1 + isinstance(mod, UserMod) for mod in problem.mods)
+    return 6 * (problem.dropout > 0) + 7 * unstaged + mods
+
+
+SHORT = 2048
+"""Keys up to which a row is so short that the ends of tiles count: they overlap where an SM holds two CTAs."""
+LONG = 8192
+"""Keys from which fewer, wider tiles of keys pay."""
+
+
+def _keys_of_a_tile(problem: Problem) -> int:
+    """Keys that 128 queries in the middle of the longest sequence may see."""
+    queries, keys = min(problem.seqlen_q, problem.total_q), min(problem.seqlen_k, problem.total_k)
+    middle = max(0, queries // 2 - 64)
+    return len(problem.mask.kv_range(range(middle, min(queries, middle + 128)), queries, keys))
+
+
 def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
-    widest = max(_dims_sm90(problem))
-    return _allowed(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit), register_weight(problem), device)
+    widest, weight = max(_dims_sm90(problem)), _weight_sm90(problem)
+    tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
+    keys = _keys_of_a_tile(problem)
+    if widest <= 64 and keys <= SHORT:
+        tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False))
+    if 64 < widest <= 128 and min(problem.seqlen_k, problem.total_k) >= LONG and keys >= LONG // 2:
+        tiles.insert(0, Tiles(128, 176, 2, 12, persistent=True, max_weight=0))
+    # Beside more columns of out the compiler has no room for what a late wait lets it interleave.
+    tiles = [replace(t, late_wait=problem.head_dim_v <= 128) for t in tiles]
+    return _allowed(tiles, weight, device)
 
 
 _TILES_SM90 = {  # by the wider of head_dim and head_dim_v; warps include the producer's four
     64: (
-        Tiles(192, 128, 2, 16, persistent=True, max_weight=1),
+        Tiles(192, 128, 2, 16, persistent=True, max_weight=2),
+        Tiles(128, 128, 2, 12, persistent=True, max_weight=6),
         Tiles(128, 96, 2, 12, persistent=True, max_weight=8),
         Tiles(128, 64, 2, 12, persistent=True),
     ),
     128: (
-        Tiles(128, 128, 2, 12, persistent=True, max_weight=1),
+        Tiles(128, 128, 2, 12, persistent=True, max_weight=2),
         Tiles(128, 96, 2, 12, persistent=True, max_weight=8),
         Tiles(128, 64, 2, 12, persistent=True),
     ),
     192: (
-        Tiles(128, 96, 2, 12, persistent=True, max_weight=1),
-        Tiles(128, 64, 2, 12, persistent=True, max_weight=8),
-        Tiles(128, 48, 2, 12, persistent=True),
+        Tiles(128, 112, 2, 12, persistent=True, max_weight=0),
+        Tiles(128, 96, 2, 12, persistent=True, max_weight=0),
+        Tiles(128, 64, 2, 12, persistent=True, max_weight=5),
+        Tiles(128, 48, 2, 12, persistent=True, max_weight=8),
+        Tiles(128, 32, 2, 12, persistent=True, overlap=False),
     ),
     256: (
-        Tiles(128, 80, 2, 12, persistent=True, max_weight=1),
-        Tiles(128, 48, 2, 12, persistent=True, max_weight=8),
-        Tiles(128, 32, 2, 12, persistent=True),
+        Tiles(128, 80, 2, 12, persistent=True, max_weight=0),
+        Tiles(128, 64, 2, 12, persistent=True, max_weight=1),
+        Tiles(128, 48, 2, 12, persistent=True, max_weight=7, overlap=False),
+        Tiles(128, 32, 2, 12, persistent=True, overlap=False),
     ),
 }
 

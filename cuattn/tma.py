@@ -12,6 +12,8 @@ MAP_BYTES = 128
 MAP_ALIGNMENT = 64
 MAX_STRIDE_BYTES = 1 << 40
 
+_WORD = struct.Struct("<Q")
+
 # Values of the driver's enumerations CUtensorMap...
 _DATA_TYPES = {"float16": 6, "bfloat16": 9}
 _NO_INTERLEAVE = 0
@@ -107,11 +109,9 @@ class TensorMap:
         been so far, later ones replace it.
         """
         if self.tail:
-            return struct.pack("<Q", address) + self.tail
+            return _WORD.pack(address) + self.tail
         encoded = encode(self.operand, self.box, address)
         other = address ^ (1 << 20)
-        if encoded[:8] == struct.pack("<Q", address) and encode(self.operand, self.box, other) == (
-            struct.pack("<Q", other) + encoded[8:]
-        ):
+        if encoded[:8] == _WORD.pack(address) and encode(self.operand, self.box, other) == (_WORD.pack(other) + encoded[8:]):
             self.tail = encoded[8:]
         return encoded

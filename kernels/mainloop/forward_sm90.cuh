@@ -60,7 +60,8 @@ struct ForwardSm90 {
 
     // Registers of a thread at launch, and what the roles make of them; a multiple of 8 each.
     static constexpr int kLaunchRegisters = 65536 / Config::kMinBlocks / Config::kThreads / 8 * 8;
-    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
+    // The producer's addresses of packed sequences need more, at the expense of two consumers; three have none to spare.
+    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : Config::kPacked && Config::kMinBlocks == 1 ? 40 : 24;
     static constexpr int kConsumerRegisters = (kLaunchRegisters * kWarpgroups - kProducerRegisters) / kConsumers / 8 * 8;
     static_assert(kConsumers >= 2);  // one alone would have more than an instruction can name
 
@@ -276,11 +277,10 @@ struct ForwardSm90 {
             for (int u = 0; u < kSteps; u++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const float x = s[4 * u + e] * factor - offset[e / 2];
-                    s[4 * u + e] = u % 8 < Config::kFfmaExponentials ? exp2_ffma(x) : exp2_fast(x);
+                    s[4 * u + e] = exp2_fast(s[4 * u + e] * factor - offset[e / 2]);
                     sum[e] += s[4 * u + e];
                 }
-                if constexpr (!Config::kDropout && ((Config::kTest & 3) != 2 || kShrink)) pack(s, probabilities, u);
+                if constexpr (!Config::kDropout) pack(s, probabilities, u);
                 if constexpr (kShrink) {
 #pragma unroll
                     for (int x = u * kEach; x < (u + 1) * kEach && x < kSizeO; x++) o[x] *= shrink[x % 4 / 2];
@@ -321,10 +321,6 @@ struct ForwardSm90 {
             modify(s, w, tiles, n);
             take_maxima(s, shrink);
             exponentiate<false>(s, probabilities, shrink, w, n);
-            if constexpr ((Config::kTest & 3) == 2) {
-#pragma unroll
-                for (int u = 0; u < kBlockN / 8; u++) pack(s, probabilities, u);
-            }
             wait_v(v, w, n, false);
             for (int following = tiles.next(n + 1); following < tiles.blocks.stop; following = tiles.next(n + 1)) {
                 n = following;
@@ -341,34 +337,19 @@ struct ForwardSm90 {
                 wgmma_pin(s.data);
                 release_k();
                 modify(s, w, tiles, n);
+                // By the end of the maxima O is all but done, and if it is waited for there, the compiler hides the conversions
+                // and the scaling of O among the exponentials. NOTE: it would move that wait up, over the maxima, were it not
+                // for a dependency: on the first row's maximum, so that the second one's hide its latency. V must have come
+                // before its products are issued, not between two of them, which would serialise them.
                 shrink[0] = take_maximum(s, 0);
-                if constexpr ((Config::kTest & 3) == 3) wait_v(next_v(), w, n, shrink[0] < 0.0f);
+                if constexpr (Config::kLateWait) wait_v(next_v(), w, n, shrink[0] < 0.0f);
                 shrink[1] = take_maximum(s, 1);
-                if constexpr ((Config::kTest & 3) == 0) {
-                    // By now O is all but done, and below the compiler can hide the conversions and the scaling of O among the
-                    // exponentials. NOTE: it would also move the wait up, over the maxima, were it not for the dependency.
-                    wait_v(next_v(), w, n, shrink[0] < 0.0f || shrink[1] < 0.0f);
-                }
-                if constexpr ((Config::kTest & 3) != 2) {
-                    wgmma_wait_group<0>();
-                    wgmma_pin(o.data);
-                    wgmma_pin(probabilities);
-                    release_v();
-                    exponentiate<true>(s, probabilities, shrink, w, n);
-                } else {
-                    exponentiate<false>(s, probabilities, shrink, w, n);
-                    wait_v(next_v(), w, n, rows[0].sum < 0.0f || rows[1].sum < 0.0f);
-                    wgmma_wait_group<0>();
-                    wgmma_pin(o.data);
-                    wgmma_pin(probabilities);
-                    release_v();
-#pragma unroll
-                    for (int x = 0; x < kHeadDimV / 2; x++) o[x] *= shrink[x % 4 / 2];
-#pragma unroll
-                    for (int u = 0; u < kBlockN / 8; u++) pack(s, probabilities, u);
-                }
-                // Before the products that need V, not between them: a wait there makes the compiler serialise them.
-                if constexpr ((Config::kTest & 3) == 1) wait_v(v, w, n, false);
+                wgmma_wait_group<0>();
+                wgmma_pin(o.data);
+                wgmma_pin(probabilities);
+                release_v();
+                exponentiate<true>(s, probabilities, shrink, w, n);
+                if constexpr (!Config::kLateWait) wait_v(v, w, n, false);
             }
             if (leads()) mbarrier_arrive(kernel.q_empty());
             wgmma_pin(o.data);
@@ -454,6 +435,10 @@ struct ForwardSm90 {
         if (Config::kPingPong && wg == kConsumers - 1) bar_arrive(kTurnBarrier, 256);  // the first turn is free
         unsigned tile_parity = 0;
         for (int tile = static_cast<int>(blockIdx.x); tile < schedule.count;) {
+            // Before O takes its registers.
+            if constexpr (kForeignRows) {
+                store_padding<Element, float, kBlockM, 128 * kConsumers>(p, schedule.work(p, tile), p.head_dim_v);
+            }
             consumer.visit_keys(schedule.work(p, tile));
             // Worked out again rather than kept in registers that the loop over the keys needs.
             const Work w = schedule.work(p, opaque(tile));
@@ -465,7 +450,6 @@ struct ForwardSm90 {
                 tile_parity ^= 1;
             }
             if (w.m_block * kBlockM < w.at.seqlen_q) consumer.store(w);
-            if constexpr (kForeignRows) store_padding<Element, float, kBlockM, 128 * kConsumers>(p, w, p.head_dim_v);
             if constexpr (!Config::kPersistent) break;
         }
     }

@@ -13,19 +13,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-// 2^x for x <= 0 (and NaN) on the pipes of FFMA and integers, for when exp2_fast keeps the special function unit busy: x = n +
-// r with |r| <= 1/2, a cubic for 2^r (relative error 7.5e-5, least for that degree), n added to the exponent by a product,
-// which keeps NaN. What is under 2^-126 becomes 2^-126.
-__device__ __forceinline__ float exp2_ffma(float x) {
-    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    float clamped;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(clamped) : "f"(x), "f"(-126.0f));
-    const float shifted = clamped + kShift;
-    const float r = clamped - (shifted - kShift);
-    const float p = fmaf(fmaf(fmaf(0.055171093f, r, 0.24260999f), r, 0.69326097f), r, 0.99992814f);
-    return p * __int_as_float((__float_as_int(shifted) << 23) + 0x3f800000);
-}
-
 // 2^x for x <= 0 (and NaN), below 1 ulp: x = n + f with |f| <= 1/2, a Taylor polynomial of e^(f ln 2) whose truncation error is
 // under 2^-54, and n added to the exponent. Results under 2^-1022 are flushed to 0, which the softmax cannot notice.
 __device__ __forceinline__ double exp2_fast(double x) {
@@ -50,6 +37,13 @@ __device__ __forceinline__ double exp2_fast(double x) {
     p = fma(p, f, 1.0);
     const double y = __hiloint2double(__double2hiint(p) + (n << 20), __double2loint(p));
     return x < -1022.0 ? 0.0 : y;
+}
+
+// 1 / x (one MUFU, 1 ulp; PTX ISA 9.7.3.14).
+__device__ __forceinline__ float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 __device__ __forceinline__ float log2_fast(float x) { return __log2f(x); }
