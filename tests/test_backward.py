@@ -203,3 +203,29 @@ def test_few_keys_share_their_queries(cupy_backend: Any, dtype: str) -> None:
     check(cupy_backend, case)
     padded = replace(case, batch=4, sequences="lens")
     check(cupy_backend, padded)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_than_2_31_elements(cupy_backend: Any) -> None:
+    """The last sequence's gradients are those it has alone, which takes 64-bit offsets everywhere."""
+    import cupy
+
+    shape = ((1 << 31) // (64 * 64 * 128) + 3, 64, 64, 128)
+    elements = int(np.prod(shape))
+    if cupy.cuda.runtime.memGetInfo()[0] < 24 * elements:
+        pytest.skip("needs more GPU memory")
+    # One sequence with different content everywhere, under zeros that leave no trace in sums.
+    arrays = [cupy.zeros(shape, np.float16) for _ in range(4)]
+    for n, x in enumerate(arrays):
+        x[-1] = cupy.asarray(np.random.default_rng(n).standard_normal(shape[1:], np.float32))
+    q, k, v, dout = arrays
+    out, lse = cuattn.attention(q, k, v, return_lse=True)
+    gradients = cuattn.attention_backward(dout, q, k, v, out, lse, deterministic=True)
+    alone = [x[-1:].copy() for x in (dout, q, k, v, out, lse)]
+    expected = cuattn.attention_backward(*alone, deterministic=True)
+    for name in ("dq", "dk", "dv"):
+        last, right = getattr(gradients, name)[-1], getattr(expected, name)[0]
+        assert bool((last == right).all()) and bool(right.any()), name
+    del arrays, q, k, v, dout, out, lse, gradients
+    cupy.get_default_memory_pool().free_all_blocks()
