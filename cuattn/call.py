@@ -597,7 +597,7 @@ def _clear(address: int, size: int, stream: _Stream) -> None:
 
 
 def _raw(call: _Call, backward: BackwardProblem, wanted: tuple[bool, ...], results: dict[int, Any]) -> Raw:
-    """Results by slot, as the caller gets them; gradients of user parameters come in the dtype of the scores."""
+    """Results by slot, as the caller gets them; gradients of user parameters come in float64."""
     slot = backward.first_slot + len(BACKWARD_POINTERS)
     dmods: list[tuple[Any, ...]] = []
     for mod, want in zip(call.mods, wanted, strict=True):
@@ -640,7 +640,7 @@ def _prepare_backward(
         gradients.append(("dbias", bias.shape, bias.dtype, plan.empty or plan.bias_kind is STORE))
     by_slot = [(backward.slot(name), shape, dtype, added) for name, shape, dtype, added in gradients]
     start = backward.first_slot + len(BACKWARD_POINTERS)
-    by_slot += [(start + n, op.shape, problem.real, True) for n, op in enumerate(backward.parameters)]
+    by_slot += [(start + n, op.shape, "float64", True) for n, op in enumerate(backward.parameters)]
     slots = [SLOT[name] if name == "tile_map" else backward.slot(name) for name in WORKSPACE]
     prepared = _PreparedBackward(
         plan,

@@ -321,7 +321,7 @@ class UserMod(ScoreMod):
         dtypes = [op.dtype for op in operands]
         members = [f"    const {CTYPES[t]}* {n};" for n, t in zip(self._array_names, dtypes, strict=True)]
         members += [f"    alignas(8) Real {n};" for n in self._scalar_names]
-        members += [f"    Real* gradient_of_{n};" for n, _, _ in gradients]
+        members += [f"    double* gradient_of_{n};" for n, _, _ in gradients]
         where = "(Real s, const Coord& at, int i, int j)"
         methods = [self._method("Real apply" + where, f"return {_cuda('apply', self.expression)};")]
         if self.gradient is not None:

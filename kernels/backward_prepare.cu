@@ -39,7 +39,7 @@ struct Prepare {
     // dout as the product dout v sees it, so that rounding cancels between the two.
     __device__ __forceinline__ static Sum operand(Element x) {
         if constexpr (Config::kTf32) {
-            return static_cast<Sum>(__uint_as_float(__float_as_uint(centre_tf32(x)) & 0xffffe000u));
+            return static_cast<Sum>(__uint_as_float(__float_as_uint(nearest_tf32(x)) & 0xffffe000u));
         } else {
             return static_cast<Sum>(x);
         }

@@ -47,15 +47,16 @@ struct ModSums {
         if constexpr (kKind == kBiasRows) rows[Tile::thread_row(x)] += ds;
         if constexpr (kEach) cells[x] = ds;
     }
-    __device__ __forceinline__ void scatter(Real* gradient, long long index, Real value) {
-        if (value != Real(0)) red_add(gradient + index, value);
+    // In double precision: many scores may share an element.
+    __device__ __forceinline__ void scatter(double* gradient, long long index, Real value) {
+        if (value != Real(0)) red_add(gradient + index, static_cast<double>(value));
     }
     // Adds up one of `uniform` over the warp and hands it over.
-    __device__ __forceinline__ void hand_over(int n, Real* gradient, long long index) {
-        Real sum = uniform[n];
+    __device__ __forceinline__ void hand_over(int n, double* gradient, long long index) {
+        double sum = uniform[n];
 #pragma unroll
         for (int lane = 1; lane < 32; lane *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
-        if (lane_index() == 0 && sum != Real(0)) red_add(gradient + index, sum);
+        if (lane_index() == 0 && sum != 0) red_add(gradient + index, sum);
     }
 
     // kEach: the elements of a tile whose first row and column are row0 and col0.

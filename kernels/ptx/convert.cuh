@@ -39,4 +39,8 @@ __device__ __forceinline__ float2 unpack_pair<__nv_bfloat16>(unsigned pair) {
 // truncation takes on average (0.35 to 0.69 of a unit, so what tf32 holds exactly stays so), and keeps infinities and NaN.
 __device__ __forceinline__ float centre_tf32(float x) { return x * 1.000338f; }
 
+// To the nearest number that tf32 holds, whose lower bits the caller drops or the tensor core does: half a unit in the last
+// place at most, for two instructions. NaN stays NaN.
+__device__ __forceinline__ float nearest_tf32(float x) { return x == x ? __uint_as_float(__float_as_uint(x) + 0x1000u) : x; }
+
 }  // namespace cuattn

@@ -52,7 +52,7 @@ struct WarpTf32 {
         float high, low;
     };
     __device__ __forceinline__ static Operand operand(float x) {
-        if constexpr (kParts == 1) return {centre_tf32(x), 0.0f};
+        if constexpr (kParts == 1) return {nearest_tf32(x), 0.0f};
         const float high = __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
         return {high, x - high};
     }
