@@ -364,8 +364,9 @@ def smem_bytes(problem: Problem, tiles: Tiles, gemm: Gemm, staged: Operand | Non
     dim, dim_v = padded_dims(problem)
     m, n = tiles.block_m, tiles.block_n
     real = ITEMSIZE[problem.real]
-    stage = gemm.tile_bytes(m, dim) + gemm.tile_bytes(m, dim_v) + stats_bytes(problem) * m
-    stage += (1 if one_row(staged) else m) * (n * ITEMSIZE[staged.dtype] + 16) if staged is not None else 0
+    stage = gemm.tile_bytes(m, dim) + gemm.tile_bytes(m, dim_v) + round_up(stats_bytes(problem) * m, 128)
+    if staged is not None:
+        stage += round_up((1 if one_row(staged) else m) * (n * ITEMSIZE[staged.dtype] + 16), 128)
     keys = gemm.tile_bytes(n, dim) + gemm.tile_bytes(n, dim_v)
     down, across = warp_grid(m, n, tiles.warps, gemm.score_units)
     # Column sums of each warp and thread, or row sums of each warp.

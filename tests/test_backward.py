@@ -153,14 +153,17 @@ def test_strided_and_broadcast_cotangents(cupy_backend: Any) -> None:
         assert np.abs(x.astype(np.float32) - z.astype(np.float32)).max() <= 2.0**-6 * np.abs(x.astype(np.float32)).max()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "mods", [(), ("softcap",), ("alibi",), ("bias",), ("user",), ("softcap", "alibi", "bias"), ("user_params",)]
+DIFFERENCES = tuple(
+    Case("float64", batch=1, seqlen_q=37, seqlen_k=50, num_heads=2, num_heads_kv=1, head_dim=24, mask=mask, mods=mods)
+    for mask in ("full", "causal", "window", "boolean", "block_sparse", "composed")
+    for mods in ((), ("softcap",), ("alibi",), ("bias",), ("user",), ("user_params",), ("softcap", "alibi", "bias"))
 )
-@pytest.mark.parametrize("mask", ["full", "causal", "window", "boolean", "block_sparse", "composed"])
-def test_finite_differences(cupy_backend: Any, mask: str, mods: tuple[str, ...]) -> None:
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", DIFFERENCES, ids=str)
+def test_finite_differences(cupy_backend: Any, case: Case) -> None:
     """Of a random loss along random directions, float64, on the kernels alone."""
-    case = Case("float64", batch=1, seqlen_q=37, seqlen_k=50, num_heads=2, num_heads_kv=1, head_dim=24, mask=mask, mods=mods)
     arguments, rng = case.arguments(), np.random.default_rng(0)
     dout, dlse = case.cotangents()
 
@@ -184,12 +187,16 @@ def test_finite_differences(cupy_backend: Any, mask: str, mods: tuple[str, ...])
         assert abs((ends[0] - ends[1]) / (2 * step) - slope) <= 1e-7 * max(1.0, abs(slope)), name
 
 
+SHAPES = tuple(
+    Case(dtype, precision, batch, seqlen, seqlen, heads, heads, dim, mask="causal")
+    for dtype, precision in KINDS
+    for batch, seqlen, heads, dim in ((1, 32, 4, 64), (2, 128, 8, 64), (4, 512, 12, 80))
+)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(1, 32, 4, 64), (2, 128, 8, 64), (4, 512, 12, 80)], ids=str)
-@pytest.mark.parametrize(("dtype", "precision"), KINDS)
-def test_shapes(cupy_backend: Any, dtype: str, precision: str, shape: tuple[int, int, int, int]) -> None:
-    batch, seqlen, heads, dim = shape
-    case = Case(dtype, precision, batch, seqlen, seqlen, heads, heads, dim, mask="causal")
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_shapes(cupy_backend: Any, case: Case) -> None:
     check(cupy_backend, case)
 
 

@@ -110,11 +110,12 @@ struct Backward {
     using Sums = ModSums<Config, Scores>;
     using Stats = RowStats<Config>;
     static constexpr int kStatsCopy = sizeof(Stats) < 16 ? sizeof(Stats) : 16, kStatsParts = sizeof(Stats) / kStatsCopy;
-    static constexpr int kStatsBytes = kBlockM * static_cast<int>(sizeof(Stats));
+    static constexpr int kStatsBytes = (kBlockM * static_cast<int>(sizeof(Stats)) + 127) / 128 * 128;
     // kStageBias: tiles of a bias come with the queries; kBiasRow: it is the same for all of them.
     using BiasElement = typename Config::BiasElement;
     using BiasTile = SmemTile<BiasElement, Config::kBiasRow ? 1 : kBlockM, kBlockN, 1>;
-    static constexpr int kBiasBytes = Config::kStageBias ? BiasTile::kBytes : 0;
+    // Whole lines, as swizzled tiles follow.
+    static constexpr int kBiasBytes = Config::kStageBias ? (BiasTile::kBytes + 127) / 128 * 128 : 0;
     static constexpr int kStageBytes = QTile::kBytes + DoTile::kBytes + kStatsBytes + kBiasBytes;
     static constexpr int kSums = Sums::kKind == kBiasColumns ? ScoreGrid::kDown * kBlockN + kThreads * Scores::kThreadCols
                                  : Sums::kKind == kBiasRows  ? ScoreGrid::kAcross * kBlockM
@@ -128,7 +129,8 @@ struct Backward {
     static_assert(kOffsetSums + kSumsBytes <= Config::kSmemBytes && OutTile<kHeadDim>::kBytes <= Config::kSmemBytes &&
                       OutTile<kHeadDimV>::kBytes <= Config::kSmemBytes,
                   "the plan's shared memory is too small");
-    static_assert(kStages == 1 || kStages == 2);
+    static_assert((kStages == 1 || kStages == 2) && kOffsetV % 128 == 0 && kOffsetStages % 128 == 0 && kStageBytes % 128 == 0 &&
+                  kOffsetDs % 128 == 0);
 
     const ForwardParams& p;
     const BackwardParams& g;

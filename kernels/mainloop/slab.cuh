@@ -18,10 +18,11 @@ struct QuerySlab {
     using Sums = typename Gemm::template Sums<false, true, Grid::kRows, Grid::kCols>;
     // Elements that one instruction adds: four neighbours on sm_90 and up.
     static constexpr int kVec = Config::kVectorRed && sizeof(Real) == 4 ? 4 : 1;
-    static_assert(Sums::kSize % 4 == 0);
+    static constexpr int kActive = 32 * Grid::kDown * Grid::kAcross;  // threads that hold elements: the first ones
+    static_assert(Sums::kSize % 4 == 0 && Sums::kSize * kActive == kElements);
 
     __device__ __forceinline__ static int place(int x) {
-        return (x / kVec * kThreads + static_cast<int>(threadIdx.x)) * kVec + x % kVec;
+        return (x / kVec * kActive + static_cast<int>(threadIdx.x)) * kVec + x % kVec;
     }
     // Of query tile m; `split`: of dq_sum.
     __device__ __forceinline__ static Real* at(const ForwardParams& p, const BackwardParams& g, const Sequence& seq,

@@ -34,13 +34,9 @@ __device__ __forceinline__ float2 unpack_pair<__nv_bfloat16>(unsigned pair) {
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
-// tf32 keeps the upper 19 bits of a float and the tensor core drops the others. Rounding first takes four instructions
-// (cvt.rna.tf32). One multiplication centres the error instead: 1 + 2^-11.53 adds the half unit in the last place that
-// truncation takes on average (0.35 to 0.69 of a unit, so what tf32 holds exactly stays so), and keeps infinities and NaN.
-__device__ __forceinline__ float centre_tf32(float x) { return x * 1.000338f; }
-
-// To the nearest number that tf32 holds, whose lower bits the caller drops or the tensor core does: half a unit in the last
-// place at most, for two instructions. NaN stays NaN.
+// tf32 keeps the upper 19 bits of a float and the tensor core drops the others. cvt.rna.tf32 takes four instructions; adding
+// half a unit in the last place that is kept takes two. To the nearest number that tf32 holds, whose lower bits the caller
+// drops or the tensor core does: half a unit in the last place at most, for two instructions. NaN stays NaN.
 __device__ __forceinline__ float nearest_tf32(float x) { return x == x ? __uint_as_float(__float_as_uint(x) + 0x1000u) : x; }
 
 }  // namespace cuattn

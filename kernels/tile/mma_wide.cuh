@@ -15,7 +15,7 @@ namespace cuattn {
 struct ProductTf32 {
     using Element = float;
     using Operand = float;
-    __device__ __forceinline__ static Operand operand(float x) { return centre_tf32(x); }
+    __device__ __forceinline__ static Operand operand(float x) { return nearest_tf32(x); }
     __device__ __forceinline__ static void multiply(float (&d)[4], const Operand (&a)[4], Operand b0, Operand b1) {
         mma_m16n8k8_tf32(d, a, b0, b1);
     }
