@@ -404,7 +404,7 @@ _16BIT = {  # by the wider head dimension
         Tiles(32, 64, 1, 8, 1),
     ),
     256: (
-        Tiles(64, 64, 2, 8, 1, 5),
+        Tiles(64, 64, 2, 8, 1, 5, archs=(90,)),
         Tiles(32, 64, 2, 8, 1, 15),
         Tiles(64, 32, 1, 8, 1),
         Tiles(32, 32, 1, 8, 1),
