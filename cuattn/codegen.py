@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from cuattn.backward import CELLS, COLUMNS, STORE, BackwardPlan
 from cuattn.fields import CTYPES, ITEMSIZE, Operand
-from cuattn.launch import backward_words, parameter_bytes
+from cuattn.launch import backward_parameter_bytes, parameter_bytes
+from cuattn.masks import Full
 from cuattn.plan import SPLIT_THREADS, WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan
 from cuattn.score_mods import ScoreMod
 
@@ -177,9 +178,9 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
     result["prepare"] = _backward_unit(plan, "backward_prepare", PREPARE_THREADS, 0)
     if p.operand("sinks") is not None:
         result["sinks"] = _backward_unit(plan, "backward_sinks", SINKS_THREADS, 0)
-    result["backward"] = _backward_unit(plan, "backward", plan.threads, plan.smem_bytes)
+    result["backward"] = _backward_unit(plan, plan.kernel, plan.threads, plan.smem_bytes)
     staged = plan.tiles.block_m * (plan.head_dim * plan.gemm.itemsize + 16)
-    result["convert"] = _backward_unit(plan, "backward_convert", plan.threads, staged)
+    result["convert"] = _backward_unit(plan, "backward_convert", plan.slab_threads, staged)
     if plan.q_splits > 1:
         result["combine"] = _backward_unit(plan, "backward_combine", COMBINE_THREADS, 0)
     if bias is not None and plan.bias_kind is not STORE:
@@ -189,13 +190,13 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
 
 def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: int) -> Unit:
     p, backward, bias = plan.problem, plan.backward, plan.backward.bias
-    attends = kernel == "backward"
+    attends = kernel == plan.kernel
     size = ITEMSIZE[p.dtype]
     ours = [math.gcd(16, dim * size) for dim in (p.head_dim, p.head_dim, p.head_dim_v)]  # contiguous, at an aligned address
     vectors = (*p.vectors, backward.vector_dout, *ours)
     constants = {
         **_constants(plan, threads, smem_bytes, plan.tiles.min_blocks if attends else 1),
-        "kSlabThreads": plan.threads,
+        "kSlabThreads": plan.slab_threads,
         "kPrepareLanes": plan.prepare_lanes,
         "kBiasKind": plan.bias_kind.number,
         "kUniform": sum(mod.uniforms for mod, wanted in zip(p.mods, backward.wanted, strict=True) if wanted),
@@ -207,7 +208,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         "BiasElement": element,
         "BiasTarget": element if plan.bias_kind is STORE else "Real",
     }
-    kernels_with_gemm = ("backward", "backward_convert")
+    kernels_with_gemm = (plan.kernel, "backward_convert")
     if kernel not in kernels_with_gemm:
         del types["Gemm"]
     flags = {
@@ -218,8 +219,14 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         "kBiasPairs": _bias_in_pairs(plan),
         "kWide": bias_is_wide(plan),
     }
-    size = 8 * backward_words(plan, attends)
-    return _translation_unit(plan, kernel, "BackwardArguments", size, types, constants, flags, attends)
+    tma = attends and plan.uses_tma
+    if tma:
+        rotates = isinstance(p.mask, Full) and plan.q_splits == 1
+        bulk = plan.tiles.bulk and not backward.deterministic
+        flags |= {"kEarly": plan.early, "kRotate": rotates, "kBulkDq": bulk}
+    size = backward_parameter_bytes(plan, attends)
+    arguments = "BackwardTmaArguments" if tma else "BackwardArguments"
+    return _translation_unit(plan, kernel, arguments, size, types, constants, flags, attends)
 
 
 def _bias_in_pairs(plan: BackwardPlan) -> bool:

@@ -1,5 +1,5 @@
 // dq = scale * dq_sum, from slabs (mainloop/slab.cuh) to the caller's layout and dtype, and zeros for padding. One CTA per
-// query tile, head and batch, with the threads of backward.cu. The sums of several splits are added in order.
+// query tile, head and batch, with the threads that added to dq_sum. The sums of several splits are added in order.
 #include "attention/mask.cuh"
 #include "attention/score_mod.cuh"
 #include "mainloop/slab.cuh"
@@ -8,6 +8,7 @@
 #include "tile/warp_simt.cuh"
 #include "tile/warp_tf32.cuh"
 #include "tile/warp_wide.cuh"
+#include "tile/warpgroup_half.cuh"
 
 namespace cuattn {
 

@@ -20,15 +20,34 @@ struct QuerySlab {
     static constexpr int kVec = Config::kVectorRed && sizeof(Real) == 4 ? 4 : 1;
     static_assert(Sums::kSize % 4 == 0);
 
+    // Each warp's elements are contiguous.
+    static constexpr int kWarpElements = 32 * Sums::kSize;
     __device__ __forceinline__ static int place(int x) {
-        return (x / kVec * kThreads + static_cast<int>(threadIdx.x)) * kVec + x % kVec;
+        const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+        return warp * kWarpElements + (x / kVec * 32 + lane) * kVec + x % kVec;
     }
-    // Of query tile m; `split`: of dq_sum.
+    // Slabs before that of query tile m.
+    __device__ __forceinline__ static long long number(const ForwardParams& p, const BackwardParams& g, const Sequence& seq,
+                                                       const Coord& at, int m) {
+        return Config::kPacked ? at.head * g.q_slabs + seq.token_q / kBlockM + at.batch + m
+                               : (static_cast<long long>(at.batch) * p.num_heads + at.head) * g.q_slabs + m;
+    }
+    // `split`: of dq_sum.
     __device__ __forceinline__ static Real* at(const ForwardParams& p, const BackwardParams& g, const Sequence& seq,
                                                const Coord& at, int m, int split) {
-        const long long slab = Config::kPacked ? at.head * g.q_slabs + seq.token_q / kBlockM + at.batch + m
-                                               : (static_cast<long long>(at.batch) * p.num_heads + at.head) * g.q_slabs + m;
-        return static_cast<Real*>(g.dq_sum) + split * g.dq_split + slab * kElements;
+        return static_cast<Real*>(g.dq_sum) + split * g.dq_split + number(p, g, seq, at, m) * kElements;
+    }
+
+    __device__ __forceinline__ static void add(Real* to, const Sums& dq) {
+        Sums sums = dq;
+#pragma unroll
+        for (int x = 0; x < Sums::kSize; x += kVec) {
+            if constexpr (kVec == 4) {
+                red_add_v4(to + place(x), sums[x], sums[x + 1], sums[x + 2], sums[x + 3]);
+            } else {
+                red_add(to + place(x), sums[x]);
+            }
+        }
     }
 
     // Adds dS K.
@@ -40,15 +59,7 @@ struct QuerySlab {
 #pragma unroll
         for (int x = 0; x < Sums::kSize; x++) dq[x] = 0;
         Gemm::template multiply<false, true, kBlockN>(dq, sdS, Grid::row(), sK, Grid::col());
-        Real* to = at(p, g, seq, coord, m, split);
-#pragma unroll
-        for (int x = 0; x < Sums::kSize; x += kVec) {
-            if constexpr (kVec == 4) {
-                red_add_v4(to + place(x), dq[x], dq[x + 1], dq[x + 2], dq[x + 3]);
-            } else {
-                red_add(to + place(x), dq[x]);
-            }
-        }
+        add(at(p, g, seq, coord, m, split), dq);
     }
 };
 
