@@ -504,7 +504,7 @@ def sm90_smem_bytes(problem: Problem, tiles: Tiles) -> int:
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four
     64: (Tiles(128, 128, 2, 12, max_weight=1), Tiles(64, 128, 2, 12)),
-    128: (Tiles(64, 128, 2, 12),),
+    128: (Tiles(64, 128, 2, 12, max_weight=1), Tiles(32, 128, 2, 12)),
 }
 
 

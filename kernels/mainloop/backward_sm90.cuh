@@ -58,7 +58,9 @@ struct BackwardSm90 {
     static_assert(Config::kThreads == kConsumerThreads + 128 && kBlockN == 64 * kConsumers && kBlockM % 32 == 0);
     // Two buffers of dS let one barrier a tile do.
     static_assert(kStages == 2);
-    static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+    // Per thread; 504 for a thread of each warpgroup. Small sums leave more to the guide, who asks the mask.
+    static constexpr bool kSmallSums = kBlockM + (kHeadDim + kHeadDimV) / 2 <= 160;
+    static constexpr int kProducerRegisters = kSmallSums ? 72 : 40, kConsumerRegisters = kSmallSums ? 216 : 232;
 
     using QTile = PanelTile<kBlockM, kHeadDim>;
     using DoTile = PanelTile<kBlockM, kHeadDimV>;
@@ -82,6 +84,8 @@ struct BackwardSm90 {
         long long slab, padding;
     };
     static constexpr bool kEarly = Config::kEarly;
+    // Of 128 rows they take registers that the products need.
+    static constexpr bool kStatsAhead = kEarly && kBlockM <= 64;
     static constexpr int kDqWarpBytes = Config::kBulkDq ? Slab::kWarpElements * 4 : 0;
     static constexpr int kOffsetV = KTile::kBytes, kOffsetQ = kOffsetV + VTile::kBytes;
     static constexpr int kOffsetDo = kOffsetQ + kStages * QTile::kBytes, kOffsetDs = kOffsetDo + kStages * DoTile::kBytes;
@@ -253,7 +257,7 @@ struct BackwardSm90 {
         Coord at;
         int first_head, n, m, full;  // of the visit at hand
         float factor;                // turns a score into the exponent of 2
-        float lse[kEarly ? Scores::kThreadRows : 1];
+        float lse[kStatsAhead ? Scores::kThreadRows : 1];
         WgmmaTile<kHeadDim> dk;
         WgmmaTile<kHeadDimV> dv;
         Sums sums;
@@ -269,7 +273,7 @@ struct BackwardSm90 {
             mbarrier_wait(kernel.visit_full(next.stage), next.parity);
             const Visit& visit = kernel.visit(next.stage);
             m = uniform(visit.m), full = uniform(visit.full);
-            if constexpr (kEarly) {
+            if constexpr (kStatsAhead) {
                 const Stats* own = kernel.stats(next.stage);
 #pragma unroll
                 for (int r = 0; r < Scores::kThreadRows; r++) lse[r] = own[Scores::row_at(r)].lse;
@@ -340,7 +344,8 @@ struct BackwardSm90 {
             sums.write_cells(grads(), at, m * kBlockM, first_key());
         }
         __device__ __forceinline__ void find_probabilities(Scores& s) const {
-            const auto stats = [&](int r) { return Stats{lse[r], 0.0f}; };
+            const Stats* own = kernel.stats(slot.stage);
+            const auto stats = [&](int r) { return kStatsAhead ? Stats{lse[kStatsAhead ? r : 0], 0.0f} : own[Scores::row_at(r)]; };
             if (full) {
                 score_probabilities<false>(s, at, m * kBlockM, first_key(), factor, mask(), stats);
             } else {
