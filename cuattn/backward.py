@@ -248,6 +248,11 @@ class BackwardPlan:
         return not p.mods and p.scale > 0 and p.dropout == 0 and not p.mask.tiled
 
     @property
+    def rotates(self) -> bool:
+        """backward_sm90: key tiles, which all visit the same queries, begin with different ones."""
+        return isinstance(self.problem.mask, Full) and self.q_splits == 1
+
+    @property
     def section(self) -> int:
         """backward_sm90: pairs of sequences and KV heads whose queries and sums of dq fit into L2 together."""
         p = self.problem
@@ -503,13 +508,20 @@ def sm90_smem_bytes(problem: Problem, tiles: Tiles) -> int:
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four
-    64: (Tiles(128, 128, 2, 12, max_weight=1), Tiles(64, 128, 2, 12)),
-    128: (Tiles(64, 128, 2, 12, max_weight=1), Tiles(32, 128, 2, 12)),
+    64: (
+        Tiles(128, 128, 2, 12, max_weight=0),
+        Tiles(96, 128, 2, 12, max_weight=5),
+        Tiles(64, 128, 2, 12, max_weight=18),
+    ),
+    128: (Tiles(64, 128, 2, 12, max_weight=5), Tiles(32, 128, 2, 12, max_weight=18)),
 }
 
 
-def sm90_candidates(problem: Problem) -> Sequence[Tiles]:
-    weight = register_weight(problem) + 4 * any(isinstance(mod, Bias) for mod in problem.mods)
+def sm90_candidates(backward: BackwardProblem) -> Sequence[Tiles]:
+    """Tiles that fit the registers, best first."""
+    problem = backward.forward
+    weight = register_weight(problem) + 4 * any(isinstance(mod, Bias) for mod in problem.mods) + 4 * bool(problem.mods)
+    weight += backward.deterministic
     widest = max(sm90_dims(problem))
     tiles = next((tiles for limit, tiles in _SM90.items() if widest <= limit), ())
     return [t for t in tiles if weight <= t.max_weight]
@@ -546,7 +558,7 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
         reasons.append("adds up gradients of user parameters by atomics, which deterministic=True forbids")
     if reasons:
         raise NotImplementedError(f"no kernel serves {backward} on {device.arch}:\n  backward: " + "; ".join(reasons))
-    hopper = sm90_candidates(p) if not sm90_declines(backward, device) else ()
+    hopper = sm90_candidates(backward) if not sm90_declines(backward, device) else ()
     gemm, tiles = (_sm90_gemm(p), hopper[0]) if hopper else (gemm_of(p, device), candidates(p, device)[0])
     longest_q, longest_k = min(p.seqlen_q, p.total_q), min(p.seqlen_k, p.total_k)
     m_blocks, n_blocks = -(-longest_q // tiles.block_m), max(1, -(-longest_k // tiles.block_n))

@@ -13,7 +13,6 @@ from typing import NamedTuple
 from cuattn.backward import CELLS, COLUMNS, STORE, BackwardPlan
 from cuattn.fields import CTYPES, ITEMSIZE, Operand
 from cuattn.launch import backward_parameter_bytes, parameter_bytes
-from cuattn.masks import Full
 from cuattn.plan import SPLIT_THREADS, WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan
 from cuattn.score_mods import ScoreMod
 
@@ -216,14 +215,14 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         "kDeterministic": backward.deterministic,
         "kQuerySplit": plan.q_splits > 1,
         "kVectorRed": plan.device.number >= 90,
+        "kWarpSlabs": plan.uses_tma,
         "kBiasPairs": _bias_in_pairs(plan),
         "kWide": bias_is_wide(plan),
     }
     tma = attends and plan.uses_tma
     if tma:
-        rotates = isinstance(p.mask, Full) and plan.q_splits == 1
         bulk = plan.tiles.bulk and not backward.deterministic
-        flags |= {"kEarly": plan.early, "kRotate": rotates, "kBulkDq": bulk}
+        flags |= {"kEarly": plan.early, "kRotate": plan.rotates, "kBulkDq": bulk}
     size = backward_parameter_bytes(plan, attends)
     arguments = "BackwardTmaArguments" if tma else "BackwardArguments"
     return _translation_unit(plan, kernel, arguments, size, types, constants, flags, attends)

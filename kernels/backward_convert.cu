@@ -38,11 +38,10 @@ __device__ __forceinline__ void backward_convert(const BackwardArguments<Config>
             const Real* from = Slab::at(p, g, seq, at, m, 0);
             typename Slab::Sums sum;
 #pragma unroll
-            for (int x = 0; x < Slab::Sums::kSize; x++) sum[x] = from[Slab::place(x)];
-            for (int split = 1; split < g.dq_splits; split++) {
+            for (int x = 0; x < Slab::Sums::kSize; x++) sum[x] = 0;
+            for (int split = 0; split < g.dq_splits; split++) {
+                Slab::take(sum, from);
                 from += g.dq_split;
-#pragma unroll
-                for (int x = 0; x < Slab::Sums::kSize; x++) sum[x] += from[Slab::place(x)];
             }
 #pragma unroll
             for (int x = 0; x < Slab::Sums::kSize; x++) {

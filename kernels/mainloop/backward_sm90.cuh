@@ -362,7 +362,7 @@ struct BackwardSm90 {
             }
         }
 
-        __device__ __forceinline__ void add_dq(const typename Slab::Sums& dq, unsigned start) const {
+        __device__ __forceinline__ void add_dq(typename Slab::Sums& dq, unsigned start) const {
             const BackwardParams& g = grads();
             float* to = static_cast<float*>(g.dq_sum) + kernel.visit(slot.stage).slab * Slab::kElements;
             if constexpr (Config::kDeterministic) to += Work::of(params(), g).share * g.dq_split;

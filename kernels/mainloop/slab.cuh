@@ -20,11 +20,15 @@ struct QuerySlab {
     static constexpr int kVec = Config::kVectorRed && sizeof(Real) == 4 ? 4 : 1;
     static_assert(Sums::kSize % 4 == 0);
 
-    // Each warp's elements are contiguous.
+    // Where warps are contiguous, they can add their elements by one bulk operation each.
     static constexpr int kWarpElements = 32 * Sums::kSize;
     __device__ __forceinline__ static int place(int x) {
-        const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-        return warp * kWarpElements + (x / kVec * 32 + lane) * kVec + x % kVec;
+        if constexpr (Config::kWarpSlabs) {
+            const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+            return warp * kWarpElements + (x / kVec * 32 + lane) * kVec + x % kVec;
+        } else {
+            return (x / kVec * kThreads + static_cast<int>(threadIdx.x)) * kVec + x % kVec;
+        }
     }
     // Slabs before that of query tile m.
     __device__ __forceinline__ static long long number(const ForwardParams& p, const BackwardParams& g, const Sequence& seq,
@@ -38,8 +42,7 @@ struct QuerySlab {
         return static_cast<Real*>(g.dq_sum) + split * g.dq_split + number(p, g, seq, at, m) * kElements;
     }
 
-    __device__ __forceinline__ static void add(Real* to, const Sums& dq) {
-        Sums sums = dq;
+    __device__ __forceinline__ static void add(Real* to, Sums& sums) {
 #pragma unroll
         for (int x = 0; x < Sums::kSize; x += kVec) {
             if constexpr (kVec == 4) {
@@ -47,6 +50,19 @@ struct QuerySlab {
             } else {
                 red_add(to + place(x), sums[x]);
             }
+        }
+    }
+
+    // Adds a slab to `sums`.
+    __device__ __forceinline__ static void take(Sums& sums, const Real* from) {
+        struct alignas(kVec * sizeof(Real)) Vector {
+            Real data[kVec];
+        };
+#pragma unroll
+        for (int x = 0; x < Sums::kSize; x += kVec) {
+            const Vector vector = *reinterpret_cast<const Vector*>(from + place(x));
+#pragma unroll
+            for (int e = 0; e < kVec; e++) sums[x + e] += vector.data[e];
         }
     }
 
