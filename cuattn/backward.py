@@ -495,6 +495,7 @@ def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
 
 
 def sm90_dims(problem: Problem) -> tuple[int, int]:
+    """Head dimensions in whole panels of 64 columns."""
     return round_up(problem.head_dim, 64), round_up(problem.head_dim_v, 64)
 
 

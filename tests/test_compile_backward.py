@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import re
+from pathlib import Path
 
 import pytest
 
 from cuattn import jit
+from cuattn.backward import make_backward_plan
 from cuattn.catalogue import backward_plans, backward_problem_of, problem_of
 from cuattn.codegen import backward_units
+from cuattn.masks import SlidingWindow
 from cuattn.registry import DEVICES
+from tests.test_compile import complaints, sass
 
 pytest.importorskip("cupy")
 
@@ -19,11 +22,20 @@ def test_every_plan_compiles_without_spills(arch: str) -> None:
     jobs = {unit.source: plan for plan in backward_plans(arch, everything=True) for unit in backward_units(plan).values()}
     assert len(jobs) > 100
     built = jit.compile_many((source, arch) for source in jobs)
-    failures = []
-    for cubin, plan in zip(built, jobs.values(), strict=True):
-        spilled = [n for n in re.findall(r"(\d+) bytes spill stores", cubin.log) if int(n)]
-        failures += [f"{plan}: {n} bytes spilled" for n in spilled] + re.findall(r".*warning.*", cubin.log)
+    failures = [f"{plan}: {c}" for cubin, plan in zip(built, jobs.values(), strict=True) for c in complaints(cubin.log)]
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_hopper_kernels_hold_hopper_instructions(dim: int, causal: bool, tmp_path: Path) -> None:
+    problem = problem_of("bfloat16", dims=(dim, dim), mask=SlidingWindow(None, 0) if causal else None)
+    plan = make_backward_plan(backward_problem_of(problem), DEVICES["sm_90a"])
+    assert plan.kernel == "backward_sm90"
+    text = sass(jit.build(backward_units(plan)["backward"].source, "sm_90a").image, tmp_path)
+    for instruction in ("HGMMA", "UTMALDG", "USETMAXREG.TRY_ALLOC", "USETMAXREG.DEALLOC", "SYNCS", "MUFU.EX2", "REDG.E.ADD"):
+        assert instruction in text, f"{plan}: no {instruction}"
+    assert "HMMA" not in text.replace("HGMMA", "")
 
 
 def test_shared_memory_fits() -> None:
@@ -33,8 +45,6 @@ def test_shared_memory_fits() -> None:
 
 
 def test_sizes_do_not_reach_the_source() -> None:
-    from cuattn.backward import make_backward_plan
-
     sources = set()
     for seqlens in ((4096, 4096), (4096, 8192), (10000, 3333)):
         plan = make_backward_plan(backward_problem_of(problem_of("bfloat16", seqlens=seqlens)), DEVICES["sm_90a"])
