@@ -63,6 +63,8 @@ class Tiles:
     """forward_sm90: of eight exponentials, those that do not go through the special function unit"""
     bulk: bool = False
     """backward_sm90: dq is added by the copy engine, through shared memory"""
+    rotate: bool = False
+    """backward_sm90: without a mask, each key tile begins with another query tile"""
     test: int = 0
     """forward_sm90: one CTA per slot of the GPU works through the query tiles"""
 

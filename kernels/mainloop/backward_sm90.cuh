@@ -1,5 +1,6 @@
 // Backward on Hopper: dk and dv of a key tile, and its share of dq, by TMA loads, wgmma products and warpgroups with roles.
-// 16-bit elements, head dimensions to 128, sm_90a. Formulas, slabs of dq, deterministic mode and query splits as in backward.cuh.
+// 16-bit elements, head dimensions to 128, sm_90a. Formulas, slabs of dq, deterministic mode and query splits: see
+// backward.cuh.
 //
 // Products    scores are transposed, so P^T and dS^T are operands in the registers that hold them:
 //                 S^T = K Q^T    dP^T = V dO^T    64 keys a warpgroup x kBlockM
@@ -10,15 +11,16 @@
 //             guide: warp 9 says which query tile a stage holds (Visit) and brings its row statistics, which TMA cannot: their
 //             rows are neither padded nor aligned
 // Registers   the producer warpgroup hands all but kProducerRegisters over
-// Memory      sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x sQ (kBlockM x D) | kStages x sdO (kBlockM x Dv) | 2 x sdS (kBlockM x
-//             kBlockN) | sdQ (kBlockM x D floats, with kBulkDq) | kStages x row statistics | kStages x Visit | barriers
+// Memory      sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x sQ (kBlockM x D) | kStages x sdO (kBlockM x Dv) |
+//             2 x sdS (kBlockM x kBlockN) | sdQ (kBlockM x D floats, with kBulkDq) | kStages x row statistics |
+//             kStages x Visit | barriers
 // Barriers    name             arrives                         count   waits
 //             full (k, v, q, do)  the loader, and the bytes    1       consumers
 //             visit_full       the guide                       32      consumers
 //             q_empty          one lane of each consumer warp  8       the loader, the guide
 //             kv_empty, do_empty  likewise                     8       the loader
-// Loop        wait; issue S, dP; P and dS; issue dV; dS to shared memory; barrier of the consumers; issue dQ, dK; wait dQ; add it
-//             to memory; wait dK
+// Loop        wait; issue S, dP; P and dS; issue dV; dS to shared memory; barrier of the consumers; issue dQ, dK; wait dQ;
+//             add it to memory; wait dK
 // (kEarly)    where P needs no dP: issue S, dP; wait S; P; issue dV; wait dP; dS, which thus runs under dV; ...; row statistics
 //             of the next tile are read before dq is added: behind the additions they would wait in the same queue
 #pragma once
@@ -121,9 +123,7 @@ struct BackwardSm90 {
     __device__ __forceinline__ Stats* stats(int stage) const {
         return reinterpret_cast<Stats*>(smem + kOffsetStats + stage * kStatsBytes);
     }
-    __device__ __forceinline__ Visit& visit(int stage) const {
-        return reinterpret_cast<Visit*>(smem + kOffsetVisits)[stage];
-    }
+    __device__ __forceinline__ Visit& visit(int stage) const { return reinterpret_cast<Visit*>(smem + kOffsetVisits)[stage]; }
 
     // ---------------------------------------------------------------------------------------------------------- schedule
 
@@ -194,8 +194,8 @@ struct BackwardSm90 {
                 for (bool first = true; !tiles.is_end(place); place = tiles.after(place, tiles.step)) {
                     const int row = w.seq.token_q + query_tile(tiles, place) * kBlockM, head = w.at.head + place.head;
                     mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
-                    QTile::load(base + kOffsetQ + slot.stage * QTile::kBytes, arguments.maps[kBackwardMapQ],
-                                q_full(slot.stage), 0, row, head, batch);
+                    QTile::load(base + kOffsetQ + slot.stage * QTile::kBytes, arguments.maps[kBackwardMapQ], q_full(slot.stage),
+                                0, row, head, batch);
                     if (first) {
                         VTile::load(base + kOffsetV, arguments.maps[kBackwardMapV], v_full(), 0, row_k, w.head_kv, batch);
                         first = false;
@@ -207,7 +207,12 @@ struct BackwardSm90 {
                 }
                 parity ^= 1;
             }
-            slot.advance();  // of the visit that says it is the end
+            // The visit that says it is the end takes a place in the ring too: its phases pass empty.
+            mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
+            mbarrier_arrive(q_full(slot.stage));
+            mbarrier_wait(do_empty(slot.stage), slot.parity ^ 1);
+            mbarrier_arrive(do_full(slot.stage));
+            slot.advance();
         });
     }
 
@@ -298,8 +303,9 @@ struct BackwardSm90 {
                     const float sum = Scores::sum_col(sums.columns[c]);
                     const int j = first_key() + Scores::col_at(c);
                     if (!Scores::leads_col() || j >= at.seqlen_k) continue;
-                    static_cast<float*>(g.bias_sum)[w.q_split * g.sum_split + at.batch * g.sum_batch + at.head * g.sum_head +
-                                                    j * g.sum_k] = sum;
+                    static_cast<float*>(
+                        g.bias_sum)[w.q_split * g.sum_split + at.batch * g.sum_batch + at.head * g.sum_head + j * g.sum_k] =
+                        sum;
                 }
             }
             sums.clear_head();
@@ -345,7 +351,9 @@ struct BackwardSm90 {
         }
         __device__ __forceinline__ void find_probabilities(Scores& s) const {
             const Stats* own = kernel.stats(slot.stage);
-            const auto stats = [&](int r) { return kStatsAhead ? Stats{lse[kStatsAhead ? r : 0], 0.0f} : own[Scores::row_at(r)]; };
+            const auto stats = [&](int r) {
+                return kStatsAhead ? Stats{lse[kStatsAhead ? r : 0], 0.0f} : own[Scores::row_at(r)];
+            };
             if (full) {
                 score_probabilities<false>(s, at, m * kBlockM, first_key(), factor, mask(), stats);
             } else {
@@ -434,8 +442,9 @@ struct BackwardSm90 {
             wgmma_pin(dk.data);
             wgmma_pin(ds_operand);
             wgmma_fence();
-            wgmma_at<Element, KTile, DsTile>(dq, KTile::descriptor(start + (DqGrid::kAcross == 2 ? group : 0) * KTile::kPanelBytes, 16),
-                                             DsTile::k_major(ds + (DqGrid::kDown == 2 ? group : 0) * DqGrid::kRows * 128));
+            wgmma_at<Element, KTile, DsTile>(
+                dq, KTile::descriptor(start + (DqGrid::kAcross == 2 ? group : 0) * KTile::kPanelBytes, 16),
+                DsTile::k_major(ds + (DqGrid::kDown == 2 ? group : 0) * DqGrid::kRows * 128));
             wgmma_pv<Element, QTile>(dk, ds_operand, QTile::mn_major(q));
             wgmma_wait_group<1>();
             wgmma_pin(dq.data);
@@ -500,8 +509,8 @@ struct BackwardSm90 {
             if constexpr (Config::kQuerySplit) {
                 const long long head_rows = Config::kPacked ? p.total_k : p.seqlen_k, heads_kv = p.num_heads / p.group;
                 const long long row = w.q_split * g.rows_kv +
-                                      ((Config::kPacked ? 0 : w.at.batch) * heads_kv + w.head_kv) * head_rows +
-                                      w.seq.token_k + start;
+                                      ((Config::kPacked ? 0 : w.at.batch) * heads_kv + w.head_kv) * head_rows + w.seq.token_k +
+                                      start;
                 store_partial(dk, scale, static_cast<float*>(g.partial_dk) + row * p.head_dim, rows, p.head_dim);
                 store_partial(dv, scale_v, static_cast<float*>(g.partial_dv) + row * p.head_dim_v, rows, p.head_dim_v);
             } else {
@@ -550,7 +559,7 @@ struct BackwardSm90 {
             consumer.store();
         });
         if constexpr (Config::kBulkDq) {
-            if (Consumer::leads()) cp_async_bulk_wait_read();  // shared memory lives until then
+            if (Consumer::leads()) cp_async_bulk_wait();
         }
         if constexpr (kForeignRows && !Config::kQuerySplit) store_padding();
     }

@@ -22,13 +22,13 @@ struct QuerySlab {
 
     // Where warps are contiguous, they can add their elements by one bulk operation each.
     static constexpr int kWarpElements = 32 * Sums::kSize;
-    __device__ __forceinline__ static int place(int x) {
-        if constexpr (Config::kWarpSlabs) {
-            const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-            return warp * kWarpElements + (x / kVec * 32 + lane) * kVec + x % kVec;
-        } else {
-            return (x / kVec * kThreads + static_cast<int>(threadIdx.x)) * kVec + x % kVec;
-        }
+    // Of this thread's element x: where its first one lies, and how far from there.
+    __device__ __forceinline__ static int start() {
+        const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+        return Config::kWarpSlabs ? warp * kWarpElements + lane * kVec : static_cast<int>(threadIdx.x) * kVec;
+    }
+    __device__ __forceinline__ static constexpr int place(int x) {
+        return x / kVec * (Config::kWarpSlabs ? 32 : kThreads) * kVec + x % kVec;
     }
     // Slabs before that of query tile m.
     __device__ __forceinline__ static long long number(const ForwardParams& p, const BackwardParams& g, const Sequence& seq,
@@ -43,6 +43,7 @@ struct QuerySlab {
     }
 
     __device__ __forceinline__ static void add(Real* to, Sums& sums) {
+        to += start();
 #pragma unroll
         for (int x = 0; x < Sums::kSize; x += kVec) {
             if constexpr (kVec == 4) {
@@ -55,6 +56,7 @@ struct QuerySlab {
 
     // Adds a slab to `sums`.
     __device__ __forceinline__ static void take(Sums& sums, const Real* from) {
+        from += start();
         struct alignas(kVec * sizeof(Real)) Vector {
             Real data[kVec];
         };

@@ -29,7 +29,9 @@ __device__ __forceinline__ void cp_reduce_async_bulk_add(float* to, unsigned sme
                  : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// Waits until this thread's groups have read shared memory.
+// Waits until this thread's groups are done.
+__device__ __forceinline__ void cp_async_bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// Waits until they have read shared memory.
 __device__ __forceinline__ void cp_async_bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 }  // namespace cuattn

@@ -64,8 +64,8 @@ __device__ __forceinline__ void wgmma_pv(WgmmaTile<VTile::kCols>& o, const unsig
     wgmma_commit_group();
 }
 
-// Starts sums = A^T B^T; `a` is the MN-major descriptor of a panel of 64 columns of ATile, `b` the K-major one of a BTile, whose
-// columns are the rows of A.
+// Starts sums = A^T B^T; `a` is the MN-major descriptor of a panel of 64 columns of ATile, `b` the K-major one of a BTile,
+// whose columns are the rows of A.
 template <class Element, class ATile, class BTile, class Sums>
 __device__ __forceinline__ void wgmma_at(Sums& sums, unsigned long long a, unsigned long long b) {
 #pragma unroll
