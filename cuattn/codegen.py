@@ -79,7 +79,7 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
     }
     tma = attends and plan.uses_tma
     if tma:
-        constants["kBiasStages"] = plan.bias_stages
+        constants |= {"kBiasStages": plan.bias_stages, "kQStages": t.q_stages}
         flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong, "kPersistent": t.persistent, "kLateWait": t.late_wait}
     mods = mod_type(plan) if attends else "NoScoreMod"
     lines = [

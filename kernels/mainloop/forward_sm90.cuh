@@ -5,7 +5,7 @@
 // Roles       consumers: kConsumers warpgroups, 64 query rows each; S, P and O stay in their registers
 //             producer: the last warpgroup, of which one thread issues all loads
 // Registers   a CTA's share is 65536 / kMinBlocks; the producer hands all but kProducerRegisters over
-// Memory      sQ (kBlockM x D) | kStages x sK (kBlockN x D) | kStages x sV (kBlockN x Dv) | kBiasStages x bias tile
+// Memory      kQStages x sQ (kBlockM x D) | kStages x sK (kBlockN x D) | kStages x sV (kBlockN x Dv) | kBiasStages x bias tile
 //             (kBlockM x kBlockN) | barriers; D, Dv and the columns of a bias tile padded to 64
 // Barriers    name            arrives                         count            waits
 //             full (q, k, v)  the producer, and the bytes     1                consumers
@@ -71,14 +71,18 @@ struct ForwardSm90 {
     using Tiles = KeyTiles<Mask, kBlockM, kBlockN>;
     using Schedule = TileSchedule<Config>;
     using Slot = RingSlot<kStages>;
+    // Two buffers for Q let a warpgroup begin its next query tile before the last one's output is done.
+    static constexpr int kQStages = Config::kQStages;
+    static constexpr bool kCrosses = Config::kOverlap && Config::kPersistent && kQStages > 1;
+    using QSlot = RingSlot<kQStages>;
     // A bias that TMA can load comes in tiles like K; kBiasStages 0: there is none, or it is read from global memory.
     static constexpr int kBiasStages = Config::kBiasStages;
     using BiasTile = PanelTile<kBlockM, kBlockN>;
     using BiasSlot = RingSlot<kBiasStages>;
-    static constexpr int kOffsetK = QTile::kBytes, kOffsetV = kOffsetK + kStages * KTile::kBytes;
+    static constexpr int kOffsetK = kQStages * QTile::kBytes, kOffsetV = kOffsetK + kStages * KTile::kBytes;
     static constexpr int kOffsetBias = kOffsetV + kStages * VTile::kBytes;
     static constexpr int kOffsetBarriers = kOffsetBias + kBiasStages * BiasTile::kBytes;
-    static constexpr int kBarriers = 4 + 4 * kStages + 2 * kBiasStages;
+    static constexpr int kBarriers = 2 + 2 * kQStages + 4 * kStages + 2 * kBiasStages;
     static constexpr int kOffsetTile = kOffsetBarriers + 8 * kBarriers;  // the number of the tile after this one
     // The dynamic shared memory of a CTA is aligned by hand.
     static_assert(kOffsetTile + 8 + QTile::kAlignment <= Config::kSmemBytes, "the plan's shared memory is too small");
@@ -94,45 +98,55 @@ struct ForwardSm90 {
 
     __device__ __forceinline__ const ForwardParams& params() const { return arguments.variant.base; }
     __device__ __forceinline__ unsigned barrier(int number) const { return base + kOffsetBarriers + 8 * number; }
-    __device__ __forceinline__ unsigned q_full() const { return barrier(0); }
-    __device__ __forceinline__ unsigned q_empty() const { return barrier(1); }
-    __device__ __forceinline__ unsigned tile_full() const { return barrier(2); }
-    __device__ __forceinline__ unsigned tile_empty() const { return barrier(3); }
-    __device__ __forceinline__ unsigned k_full(int stage) const { return barrier(4 + stage); }
-    __device__ __forceinline__ unsigned k_empty(int stage) const { return barrier(4 + kStages + stage); }
-    __device__ __forceinline__ unsigned v_full(int stage) const { return barrier(4 + 2 * kStages + stage); }
-    __device__ __forceinline__ unsigned v_empty(int stage) const { return barrier(4 + 3 * kStages + stage); }
-    __device__ __forceinline__ unsigned bias_full(int stage) const { return barrier(4 + 4 * kStages + stage); }
-    __device__ __forceinline__ unsigned bias_empty(int stage) const { return barrier(4 + 4 * kStages + kBiasStages + stage); }
+    __device__ __forceinline__ unsigned tile_full() const { return barrier(0); }
+    __device__ __forceinline__ unsigned tile_empty() const { return barrier(1); }
+    __device__ __forceinline__ unsigned q_full(int stage) const { return barrier(2 + stage); }
+    __device__ __forceinline__ unsigned q_empty(int stage) const { return barrier(2 + kQStages + stage); }
+    __device__ __forceinline__ unsigned ring(int number) const { return barrier(2 + 2 * kQStages + number); }
+    __device__ __forceinline__ unsigned k_full(int stage) const { return ring(stage); }
+    __device__ __forceinline__ unsigned k_empty(int stage) const { return ring(kStages + stage); }
+    __device__ __forceinline__ unsigned v_full(int stage) const { return ring(2 * kStages + stage); }
+    __device__ __forceinline__ unsigned v_empty(int stage) const { return ring(3 * kStages + stage); }
+    __device__ __forceinline__ unsigned bias_full(int stage) const { return ring(4 * kStages + stage); }
+    __device__ __forceinline__ unsigned bias_empty(int stage) const { return ring(4 * kStages + kBiasStages + stage); }
     __device__ __forceinline__ volatile int& next_tile() const { return *reinterpret_cast<int*>(smem + kOffsetTile); }
 
     // ---------------------------------------------------------------------------------------------------------- producer
 
     __device__ __forceinline__ void produce() const {
         const ForwardParams& p = params();
-        const Schedule schedule = Schedule::of(p);
+        Schedule schedule = Schedule::of(p);
         Slot k, v;
+        QSlot q;
         BiasSlot bias;
-        unsigned q_parity = 0, tile_parity = 0;
+        unsigned tile_parity = 0;
         if constexpr (Config::kPersistent) schedule.open(p);
         for (int tile = static_cast<int>(blockIdx.x); tile < schedule.count;) {
-            const Work w = schedule.work(p, tile);
-            load(w, k, v, bias, q_parity);
+            // NOTE: drawn when all but the last load is issued. Earlier, the CTA with the longest tile would hold back the
+            // longest of those left; later, the loads of the next tile would wait for the counter.
+            int drawn = 0;
+            load(schedule.work(p, tile), q, k, v, bias, [&] {
+                if constexpr (Config::kPersistent) drawn = schedule.draw(p);
+            });
             if constexpr (!Config::kPersistent) break;
-            // NOTE: not before, or the CTA with the longest tile holds back the longest of those left.
-            tile = schedule.draw(p);
+            tile = schedule.drawn_tile(p, drawn);
             mbarrier_wait(tile_empty(), tile_parity ^ 1);
             next_tile() = tile;
             mbarrier_arrive(tile_full());
             tile_parity ^= 1;
         }
     }
-    // Loads what a query tile needs.
-    __device__ __forceinline__ void load(const Work& w, Slot& k, Slot& v, BiasSlot& bias, unsigned& q_parity) const {
+    // Loads what a query tile needs, and calls `before_last` once.
+    template <class BeforeLast>
+    __device__ __forceinline__ void load(const Work& w, QSlot& q, Slot& k, Slot& v, BiasSlot& bias,
+                                         BeforeLast before_last) const {
         const ForwardParams& p = params();
         const Tiles tiles = Tiles::of(p, arguments.variant.mask, w);
         int n = tiles.next(tiles.blocks.start);
-        if (n >= tiles.blocks.stop) return;
+        if (n >= tiles.blocks.stop) {
+            before_last();
+            return;
+        }
         // Packed sequences share one axis of tokens.
         const int batch = Config::kPacked ? 0 : w.at.batch;
         const int row_q = (Config::kPacked ? p.cu_seqlens_q[w.at.batch] : 0) + w.m_block * kBlockM;
@@ -160,9 +174,9 @@ struct ForwardSm90 {
             }
         };
         load_k(n);
-        mbarrier_wait(q_empty(), q_parity ^ 1);
-        QTile::load(base, arguments.maps[kMapQ], q_full(), 0, row_q, w.at.head, batch);
-        q_parity ^= 1;
+        mbarrier_wait(q_empty(q.stage), q.parity ^ 1);
+        QTile::load(base + q.stage * QTile::kBytes, arguments.maps[kMapQ], q_full(q.stage), 0, row_q, w.at.head, batch);
+        q.advance();
         load_bias(n);
         for (int following = tiles.next(n + 1); following < tiles.blocks.stop; following = tiles.next(n + 1)) {
             load_k(following);
@@ -170,6 +184,7 @@ struct ForwardSm90 {
             load_v(n);
             n = following;
         }
+        before_last();
         load_v(n);
     }
 
@@ -178,11 +193,14 @@ struct ForwardSm90 {
     struct Consumer {
         const ForwardSm90& kernel;
         int wg;
+        QSlot q;
         Slot k, v;
         BiasSlot bias;
-        unsigned q_parity = 0;
+        unsigned tile_parity = 0;
         float factor;  // turns a score into the exponent of 2
         unsigned long long desc_q, desc_k, desc_v;
+        WgmmaTile<kBlockN> s;
+        unsigned probabilities[kBlockN / 4];
         WgmmaTile<kHeadDimV> o;
         RowState<float> rows[2];  // max: of the row; sum: over this thread's keys
 
@@ -190,6 +208,11 @@ struct ForwardSm90 {
         __device__ __forceinline__ const ForwardParams& params() const { return kernel.params(); }
         __device__ __forceinline__ int first_row(const Work& w) const { return w.m_block * kBlockM + 64 * wg; }
 
+        __device__ __forceinline__ void wait_q() const { mbarrier_wait(kernel.q_full(q.stage), q.parity); }
+        __device__ __forceinline__ void release_q() {
+            if (leads()) mbarrier_arrive(kernel.q_empty(q.stage));
+            q.advance();
+        }
         __device__ __forceinline__ void release_k() {
             if (leads()) mbarrier_arrive(kernel.k_empty(k.stage));
             k.advance();
@@ -218,7 +241,8 @@ struct ForwardSm90 {
             }
         }
         __device__ __forceinline__ void issue_s(WgmmaTile<kBlockN>& s) const {
-            wgmma_qk<Element, kHeadDim, QTile, KTile>(s, desc_q, desc_k + k.stage * KTile::kTileStep);
+            wgmma_qk<Element, kHeadDim, QTile, KTile>(s, desc_q + q.stage * QTile::kTileStep,
+                                                      desc_k + k.stage * KTile::kTileStep);
         }
         __device__ __forceinline__ void issue_o(const unsigned (&probabilities)[kBlockN / 4]) {
             wgmma_pv<Element, VTile>(o, probabilities, desc_v + v.stage * VTile::kTileStep);
@@ -307,10 +331,30 @@ struct ForwardSm90 {
             if constexpr (Config::kPingPong) bar_arrive(kTurnBarrier + (wg + 1 == kConsumers ? 0 : wg + 1), 256);
         }
 
-        __device__ __forceinline__ void visit_overlapped(const Work& w, const Tiles& tiles, int n) {
-            WgmmaTile<kBlockN> s;
-            unsigned probabilities[kBlockN / 4];
+        // One query tile's keys: which tiles of them, and the one whose probabilities wait for their product with V.
+        struct Visit {
+            Work w;
+            Tiles tiles;
+            int n;
+            __device__ __forceinline__ bool any() const { return n < tiles.blocks.stop; }
+        };
+        __device__ __forceinline__ Visit visit(const Work& w) const {
+            Tiles tiles = Tiles::of(params(), kernel.arguments.variant.mask, w);
+            const int n = tiles.next(tiles.blocks.start);
+            // From here on only this warpgroup's rows matter, of which some always exist as far as covers() is asked.
+            tiles.rows = {first_row(w), max(min(first_row(w) + 64, w.at.seqlen_q), first_row(w) + 1)};
+            return {w, tiles, n};
+        }
+        __device__ __forceinline__ void reset() {
+#pragma unroll
+            for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
+            rows[0] = rows[1] = RowState<float>();
+        }
+
+        // Scores and probabilities of a query tile's first keys, with nothing else in flight.
+        __device__ __forceinline__ void begin(const Visit& at) {
             float shrink[2];
+            wait_q();
             wait_k();
             wgmma_pin(s.data);
             wgmma_fence();
@@ -318,40 +362,53 @@ struct ForwardSm90 {
             wgmma_wait_group<0>();
             wgmma_pin(s.data);
             release_k();
-            modify(s, w, tiles, n);
-            take_maxima(s, shrink);
-            exponentiate<false>(s, probabilities, shrink, w, n);
-            wait_v(v, w, n, false);
-            for (int following = tiles.next(n + 1); following < tiles.blocks.stop; following = tiles.next(n + 1)) {
-                n = following;
-                wait_k();
-                take_turn();
-                wgmma_pin(s.data);
-                wgmma_pin(o.data);
-                wgmma_pin(probabilities);
-                wgmma_fence();
-                issue_s(s);
-                issue_o(probabilities);
-                pass_turn();
-                wgmma_wait_group<1>();
-                wgmma_pin(s.data);
-                release_k();
-                modify(s, w, tiles, n);
-                // By the end of the maxima O is all but done, and if it is waited for there, the compiler hides the conversions
-                // and the scaling of O among the exponentials. NOTE: it would move that wait up, over the maxima, were it not
-                // for a dependency: on the first row's maximum, so that the second one's hide its latency. V must have come
-                // before its products are issued, not between two of them, which would serialise them.
-                shrink[0] = take_maximum(s, 0);
-                if constexpr (Config::kLateWait) wait_v(next_v(), w, n, shrink[0] < 0.0f);
-                shrink[1] = take_maximum(s, 1);
-                wgmma_wait_group<0>();
-                wgmma_pin(o.data);
-                wgmma_pin(probabilities);
-                release_v();
-                exponentiate<true>(s, probabilities, shrink, w, n);
-                if constexpr (!Config::kLateWait) wait_v(v, w, n, false);
+            modify(s, at.w, at.tiles, at.n);
+            shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+            exponentiate<false>(s, probabilities, shrink, at.w, at.n);
+            wait_v(v, at.w, at.n, false);
+        }
+        // Scores and probabilities of `at`, and the output of the keys before. kCross: those belong to the query tile `last`,
+        // whose output is stored then.
+        template <bool kCross>
+        __device__ __forceinline__ void step(const Visit& at, const Schedule& schedule, int last) {
+            float shrink[2];
+            if constexpr (kCross) wait_q();
+            wait_k();
+            take_turn();
+            wgmma_pin(s.data);
+            wgmma_pin(o.data);
+            wgmma_pin(probabilities);
+            wgmma_fence();
+            issue_s(s);
+            issue_o(probabilities);
+            pass_turn();
+            wgmma_wait_group<1>();
+            wgmma_pin(s.data);
+            release_k();
+            modify(s, at.w, at.tiles, at.n);
+            const RowState<float> done[2] = {rows[0], rows[1]};
+            if constexpr (kCross) rows[0] = rows[1] = RowState<float>();
+            // By the end of the maxima O is all but done, and if it is waited for there, the compiler hides the conversions and
+            // the scaling of O among the exponentials. NOTE: it would move that wait up, over the maxima, were it not for a
+            // dependency: on the first row's maximum, so that the second one's hide its latency. V must have come before its
+            // products are issued, not between two of them, which would serialise them.
+            shrink[0] = take_maximum(s, 0);
+            if constexpr (Config::kLateWait) wait_v(next_v(), at.w, at.n, shrink[0] < 0.0f);
+            shrink[1] = take_maximum(s, 1);
+            wgmma_wait_group<0>();
+            wgmma_pin(o.data);
+            wgmma_pin(probabilities);
+            release_v();
+            if constexpr (kCross) {
+                store(schedule.work(params(), opaque(last)), done);
+#pragma unroll
+                for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
             }
-            if (leads()) mbarrier_arrive(kernel.q_empty());
+            exponentiate<!kCross>(s, probabilities, shrink, at.w, at.n);
+            if constexpr (!Config::kLateWait) wait_v(v, at.w, at.n, false);
+        }
+        // The output of the last keys.
+        __device__ __forceinline__ void drain() {
             wgmma_pin(o.data);
             wgmma_pin(probabilities);
             wgmma_fence();
@@ -360,11 +417,9 @@ struct ForwardSm90 {
             wgmma_pin(o.data);
             release_v();
         }
-
-        __device__ __forceinline__ void visit_serially(const Work& w, const Tiles& tiles, int n) {
-            for (; n < tiles.blocks.stop; n = tiles.next(n + 1)) {
-                WgmmaTile<kBlockN> s;
-                unsigned probabilities[kBlockN / 4];
+        __device__ __forceinline__ void visit_serially(Visit& at) {
+            wait_q();
+            for (; at.any(); at.n = at.tiles.next(at.n + 1)) {
                 float shrink[2];
                 wait_k();
                 take_turn();
@@ -375,45 +430,32 @@ struct ForwardSm90 {
                 wgmma_wait_group<0>();
                 wgmma_pin(s.data);
                 release_k();
-                modify(s, w, tiles, n);
-                take_maxima(s, shrink);
-                exponentiate<true>(s, probabilities, shrink, w, n);
-                wait_v(v, w, n, false);
-                wgmma_pin(o.data);
-                wgmma_pin(probabilities);
-                wgmma_fence();
-                issue_o(probabilities);
-                wgmma_wait_group<0>();
-                wgmma_pin(o.data);
-                release_v();
+                modify(s, at.w, at.tiles, at.n);
+                shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+                exponentiate<true>(s, probabilities, shrink, at.w, at.n);
+                wait_v(v, at.w, at.n, false);
+                drain();
             }
-            if (leads()) mbarrier_arrive(kernel.q_empty());
+            release_q();
+        }
+        // The number of the tile after this one, or at least the number of tiles.
+        __device__ __forceinline__ int receive_tile() {
+            mbarrier_wait(kernel.tile_full(), tile_parity);
+            const int tile = uniform(kernel.next_tile());
+            __syncwarp();
+            if (leads()) mbarrier_arrive(kernel.tile_empty());
+            tile_parity ^= 1;
+            return tile;
         }
 
-        __device__ __forceinline__ void visit_keys(const Work& w) {
-#pragma unroll
-            for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
-            rows[0] = rows[1] = RowState<float>();
-            Tiles tiles = Tiles::of(params(), kernel.arguments.variant.mask, w);
-            const int n = tiles.next(tiles.blocks.start);
-            if (n >= tiles.blocks.stop) return;
-            // From here on only this warpgroup's rows matter, of which some always exist as far as covers() is asked.
-            tiles.rows = {first_row(w), max(min(first_row(w) + 64, w.at.seqlen_q), first_row(w) + 1)};
-            mbarrier_wait(kernel.q_full(), q_parity);
-            q_parity ^= 1;
-            if constexpr (Config::kOverlap) {
-                visit_overlapped(w, tiles, n);
-            } else {
-                visit_serially(w, tiles, n);
-            }
-        }
-
-        __device__ __forceinline__ void store(const Work& w) {
+        // Stores the output of a query tile, whose rows' statistics are `state`.
+        __device__ __forceinline__ void store(const Work& w, const RowState<float> (&state)[2]) {
             const ForwardParams& p = params();
+            if (w.m_block * kBlockM >= w.at.seqlen_q) return;
             Element* out = static_cast<Element*>(p.out) + w.seq.out + w.at.head * p.out_head;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                RowState<float>& row = rows[half];
+                RowState<float> row = state[half];
                 row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 1);
                 row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 2);
                 const float top = row.max == negative_infinity<float>() ? row.max : row.max * factor;
@@ -433,24 +475,44 @@ struct ForwardSm90 {
         consumer.desc_k = KTile::k_major(base + kOffsetK);
         consumer.desc_v = VTile::mn_major(base + kOffsetV);
         if (Config::kPingPong && wg == kConsumers - 1) bar_arrive(kTurnBarrier, 256);  // the first turn is free
-        unsigned tile_parity = 0;
-        for (int tile = static_cast<int>(blockIdx.x); tile < schedule.count;) {
-            // Before O takes its registers.
-            if constexpr (kForeignRows) {
-                store_padding<Element, float, kBlockM, 128 * kConsumers>(p, schedule.work(p, tile), p.head_dim_v);
+        using Visit = typename Consumer::Visit;
+        auto arrive = [&](int tile) {
+            const Work w = schedule.work(p, tile);
+            if constexpr (kForeignRows) store_padding<Element, float, kBlockM, 128 * kConsumers>(p, w, p.head_dim_v);
+            return consumer.visit(w);
+        };
+        for (int tile = static_cast<int>(blockIdx.x), next = schedule.count; tile < schedule.count; tile = next) {
+            Visit at = arrive(tile);
+            bool pending = Config::kOverlap && at.any();
+            consumer.reset();
+            if (pending) {
+                consumer.begin(at);
+            } else if (at.any()) {
+                consumer.visit_serially(at);
             }
-            consumer.visit_keys(schedule.work(p, tile));
+            for (bool crossed = true; crossed;) {
+                crossed = false;
+                if (pending) {
+                    for (int n = at.tiles.next(at.n + 1); n < at.tiles.blocks.stop; n = at.tiles.next(n + 1)) {
+                        at.n = n;
+                        consumer.template step<false>(at, schedule, 0);
+                    }
+                    consumer.release_q();
+                }
+                if constexpr (Config::kPersistent) next = consumer.receive_tile();
+                if constexpr (kCrosses) {
+                    if (pending && next < schedule.count) {
+                        const Visit after = arrive(next);
+                        if (after.any()) {
+                            consumer.template step<true>(after, schedule, tile);
+                            at = after, tile = next, crossed = true;
+                        }
+                    }
+                }
+            }
+            if (pending) consumer.drain();
             // Worked out again rather than kept in registers that the loop over the keys needs.
-            const Work w = schedule.work(p, opaque(tile));
-            if constexpr (Config::kPersistent) {
-                mbarrier_wait(tile_full(), tile_parity);
-                tile = uniform(next_tile());
-                __syncwarp();
-                if (consumer.leads()) mbarrier_arrive(tile_empty());
-                tile_parity ^= 1;
-            }
-            if (w.m_block * kBlockM < w.at.seqlen_q) consumer.store(w);
-            if constexpr (!Config::kPersistent) break;
+            consumer.store(schedule.work(p, opaque(tile)), consumer.rows);
         }
     }
 
@@ -459,10 +521,12 @@ struct ForwardSm90 {
     __device__ __forceinline__ void run() const {
         const int warp = uniform(static_cast<int>(threadIdx.x / 32)), wg = warp / 4;
         if (threadIdx.x == 0) {
-            mbarrier_init(q_full(), 1);
-            mbarrier_init(q_empty(), 4 * kConsumers);
             mbarrier_init(tile_full(), 1);
             mbarrier_init(tile_empty(), 4 * kConsumers);
+            for (int stage = 0; stage < kQStages; stage++) {
+                mbarrier_init(q_full(stage), 1);
+                mbarrier_init(q_empty(stage), 4 * kConsumers);
+            }
             for (int stage = 0; stage < kStages; stage++) {
                 mbarrier_init(k_full(stage), 1);
                 mbarrier_init(v_full(stage), 1);

@@ -15,11 +15,14 @@ struct TileCounter {
 
 template <class Config>
 struct TileSchedule {
-    int pairs, count;  // of sequences and heads; of tiles
+    int pairs, count;     // of sequences and heads; of tiles
+    bool opened = false;  // as far as this thread knows
 
     __device__ __forceinline__ static TileSchedule of(const ForwardParams& p) {
         const int pairs = p.num_heads * (p.batch + (Config::kPacked ? 1 : 0));
-        return {pairs, pairs * p.m_blocks};
+        TileSchedule s;
+        s.pairs = pairs, s.count = pairs * p.m_blocks;
+        return s;
     }
     // Pairs form sections whose keys and values fit into L2 together. A section is finished before the next one begins. Within
     // it, tiles that run side by side read different heads, and the last query tiles, which under a causal mask are the
@@ -48,14 +51,18 @@ struct TileSchedule {
         counter->drawn = 0;
         st_release(&counter->call, p.call);
     }
-    // The next tile, or at least `count`. NOTE: called once for every tile; the last of these calls in a launch closes the
-    // counter, so that the same launch can be repeated (by a graph).
-    __device__ __forceinline__ int draw(const ForwardParams& p) const {
+    // Draws a number, whose tile is `drawn_tile`, or at least `count`. Apart, so that what is done in between hides the
+    // latency. NOTE: once for every tile; the last of these draws in a launch closes the counter, so that the same launch can
+    // be repeated (by a graph).
+    __device__ __forceinline__ int draw(const ForwardParams& p) {
         TileCounter* counter = static_cast<TileCounter*>(p.tile_counter);
-        while (ld_acquire(&counter->call) != p.call) {
+        while (!opened && ld_acquire(&counter->call) != p.call) {
         }
-        const int drawn = atomicAdd(&counter->drawn, 1);
-        if (drawn == count - 1) st_release(&counter->call, 0);
+        opened = true;
+        return atomicAdd(&counter->drawn, 1);
+    }
+    __device__ __forceinline__ int drawn_tile(const ForwardParams& p, int drawn) const {
+        if (drawn == count - 1) st_release(&static_cast<TileCounter*>(p.tile_counter)->call, 0);
         return drawn + static_cast<int>(gridDim.x);
     }
 };
