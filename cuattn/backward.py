@@ -438,6 +438,8 @@ _FP64 = {
     256: (Tiles(16, 16, 1, 8, 1),),
     512: (Tiles(16, 16, 1, 8, 1),),
 }
+UNSTAGED_BIAS, ORDERED_BIAS = 4, 14
+"""What a bias adds to `register_weight` where its tiles are not staged, and where its sums have a fixed order."""
 MAX_REGISTERS = 232
 """of `_registers`: the rest goes to fragments and addresses"""
 
@@ -449,7 +451,8 @@ def candidates(problem: Problem, device: Device, deterministic: bool = False) ->
     table = _FP64 if problem.dtype == "float64" else tables.get(gemm.cuda.partition("<")[0], _TF32)
     # A bias that is not staged is read by addresses in registers, or gathered there.
     biased = any(isinstance(mod, Bias) for mod in problem.mods)
-    weight = register_weight(problem) + 4 * (biased and bias_to_stage(problem) is None) + 14 * (biased and deterministic)
+    weight = register_weight(problem)
+    weight += UNSTAGED_BIAS * (biased and bias_to_stage(problem) is None) + ORDERED_BIAS * (biased and deterministic)
     widest = max(padded_dims(problem))
     tiles = next((tiles for limit, tiles in table.items() if widest <= limit), ())
     return [

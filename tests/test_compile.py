@@ -20,7 +20,7 @@ from cuattn.registry import DEVICES
 pytest.importorskip("cupy")
 
 
-def _complaints(log: str) -> list[str]:
+def complaints(log: str) -> list[str]:
     """What a compiler's log must not hold."""
     found = [f"{n} bytes spilled" for n in re.findall(r"(\d+) bytes spill stores", log) if int(n)]
     found += re.findall(r".*warning.*", log)
@@ -32,7 +32,7 @@ def test_every_plan_compiles_without_spills(arch: str) -> None:
     jobs = {unit.source: plan for plan in plans(arch, everything=True) for unit in units(plan).values()}
     assert len(jobs) > 100
     built = jit.compile_many((source, arch) for source in jobs)
-    failures = [f"{plan}: {c}" for cubin, plan in zip(built, jobs.values(), strict=True) for c in _complaints(cubin.log)]
+    failures = [f"{plan}: {c}" for cubin, plan in zip(built, jobs.values(), strict=True) for c in complaints(cubin.log)]
     assert not failures, "\n".join(failures)
 
 

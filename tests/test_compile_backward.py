@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from cuattn import jit
 from cuattn.catalogue import backward_plans, backward_problem_of, problem_of
 from cuattn.codegen import backward_units
 from cuattn.registry import DEVICES
+from tests.test_compile import complaints
 
 pytest.importorskip("cupy")
 
@@ -19,10 +18,7 @@ def test_every_plan_compiles_without_spills(arch: str) -> None:
     jobs = {unit.source: plan for plan in backward_plans(arch, everything=True) for unit in backward_units(plan).values()}
     assert len(jobs) > 100
     built = jit.compile_many((source, arch) for source in jobs)
-    failures = []
-    for cubin, plan in zip(built, jobs.values(), strict=True):
-        spilled = [n for n in re.findall(r"(\d+) bytes spill stores", cubin.log) if int(n)]
-        failures += [f"{plan}: {n} bytes spilled" for n in spilled] + re.findall(r".*warning.*", cubin.log)
+    failures = [f"{plan}: {c}" for cubin, plan in zip(built, jobs.values(), strict=True) for c in complaints(cubin.log)]
     assert not failures, "\n".join(failures)
 
 
