@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from cuattn import jit
+from cuattn import backward, jit
+from cuattn.backward import make_backward_plan
 from cuattn.catalogue import backward_plans, backward_problem_of, problem_of
 from cuattn.codegen import backward_units
+from cuattn.masks import SlidingWindow
 from cuattn.registry import DEVICES
-from tests.test_compile import complaints
+from tests.test_compile import complaints, sass
 
 pytest.importorskip("cupy")
 
@@ -22,6 +26,36 @@ def test_every_plan_compiles_without_spills(arch: str) -> None:
     assert not failures, "\n".join(failures)
 
 
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans as they are once they may choose backward_sm90."""
+    monkeypatch.setattr(backward, "USE_SM90", True)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_every_hopper_plan_compiles_without_spills() -> None:
+    plans = [plan for plan in backward_plans("sm_90a", everything=True) if plan.uses_tma]
+    assert len(plans) > 20
+    jobs = {unit.source: plan for plan in plans for unit in backward_units(plan).values()}
+    built = jit.compile_many((source, "sm_90a") for source in jobs)
+    failures = [f"{plan}: {c}" for cubin, plan in zip(built, jobs.values(), strict=True) for c in complaints(cubin.log)]
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_hopper_kernels_hold_hopper_instructions(dim: int, causal: bool, tmp_path: Path) -> None:
+    problem = problem_of("bfloat16", dims=(dim, dim), mask=SlidingWindow(None, 0) if causal else None)
+    plan = make_backward_plan(backward_problem_of(problem), DEVICES["sm_90a"])
+    assert plan.kernel == "backward_sm90"
+    text = sass(jit.build(backward_units(plan)["backward"].source, "sm_90a").image, tmp_path)
+    add = "UBLKRED" if plan.tiles.bulk else "REDG.E.ADD.F32x4"
+    for instruction in ("HGMMA", "UTMALDG", "USETMAXREG.TRY_ALLOC", "USETMAXREG.DEALLOC", "SYNCS", "MUFU.EX2", add):
+        assert instruction in text, f"{plan}: no {instruction}"
+    assert "HMMA" not in text.replace("HGMMA", "")
+
+
 def test_shared_memory_fits() -> None:
     for arch, device in DEVICES.items():
         for plan in backward_plans(arch, everything=True):
@@ -29,8 +63,6 @@ def test_shared_memory_fits() -> None:
 
 
 def test_sizes_do_not_reach_the_source() -> None:
-    from cuattn.backward import make_backward_plan
-
     sources = set()
     for seqlens in ((4096, 4096), (4096, 8192), (10000, 3333)):
         plan = make_backward_plan(backward_problem_of(problem_of("bfloat16", seqlens=seqlens)), DEVICES["sm_90a"])
