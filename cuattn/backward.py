@@ -205,6 +205,8 @@ class BackwardPlan:
     device: Device
     kernel: str
     """of kernels/<kernel>.cu: backward or backward_sm90"""
+    declined: tuple[str, ...]
+    """why not backward_sm90"""
     gemm: Gemm
     tiles: Tiles
     head_dim: int
@@ -358,10 +360,11 @@ class BackwardPlan:
         extras = f", {self.q_splits} splits of the queries" * (self.q_splits > 1)
         extras += f", {self.dq_splits} sums of dq" * (self.dq_splits > 1) + ", tile map" * bool(self.map_words)
         extras += f", bias by {self.bias_kind.name}" * (self.bias_kind is not NO_BIAS)
+        instead = f" instead of {SM90}: {'; '.join(self.declined)}" * (bool(self.declined) and self.device.arch == "sm_90a")
         return (
             f"Plan({self.kernel} for {self.device.arch}: {self.gemm.cuda}, {t.block_m}x{t.block_n} x{t.stages}, "
             f"d{self.head_dim}/{self.head_dim_v}, {self.threads} threads, {self.smem_bytes} B shared, "
-            f"{self.shares * self.q_splits} CTAs a head{extras}, workspace {sum(self.workspace)} B)"
+            f"{self.shares * self.q_splits} CTAs a head{extras}, workspace {sum(self.workspace)} B){instead}"
         )
 
 
@@ -497,8 +500,6 @@ def candidates(problem: Problem, device: Device, deterministic: bool = False) ->
 # On Hopper: wgmma and TMA (kernels/backward_sm90.cu) --------------------------------------------------------------------
 
 SM90 = "backward_sm90"
-USE_SM90 = False
-"""Whether plans choose it: not before the GPU suite has passed with it."""
 PRODUCER_THREADS = 128
 L2_BYTES = 32 << 20
 """Of an H200's 50 MB, what may be counted on."""
@@ -508,9 +509,9 @@ def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
     """Reasons why backward.cu, which serves everything, runs a problem instead."""
     p, reasons = backward.forward, []
     if device.arch != "sm_90a":
-        reasons.append(f"needs sm_90a, got {device.arch}")
+        return [f"needs sm_90a, got {device.arch}"]
     if p.dtype not in ("float16", "bfloat16"):
-        reasons.append(f"multiplies float16 and bfloat16, got {p.dtype}")
+        return [f"multiplies float16 and bfloat16, got {p.dtype}"]
     if max(p.head_dim, p.head_dim_v) > 128:
         reasons.append(f"serves head dimensions to 128, got {p.head_dim} and {p.head_dim_v}")
     for name, alignment in zip(("q", "k", "v"), p.vectors, strict=False):
@@ -519,6 +520,8 @@ def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
     reasons += [f"{name} is empty" for name, n in (("q", p.total_q), ("k", p.total_k)) if n == 0]
     if _bias_kind(backward) is ROWS:
         reasons.append("does not sum a bias over keys")
+    if not reasons and not sm90_candidates(backward):
+        reasons.append("has no registers left for these modifications")
     return reasons
 
 
@@ -591,9 +594,10 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
         reasons.append("adds up gradients of user parameters by atomics, which deterministic=True forbids")
     if reasons:
         raise NotImplementedError(f"no kernel serves {backward} on {device.arch}:\n  backward: " + "; ".join(reasons))
-    hopper = sm90_candidates(backward) if USE_SM90 and not sm90_declines(backward, device) else ()
+    declined = sm90_declines(backward, device)
+    hopper = not declined
     gemm = _sm90_gemm(p) if hopper else gemm_of(p, device)
-    tiles = (hopper or candidates(p, device, backward.deterministic))[0]
+    tiles = (sm90_candidates(backward) if hopper else candidates(p, device, backward.deterministic))[0]
     longest_q, longest_k = min(p.seqlen_q, p.total_q), min(p.seqlen_k, p.total_k)
     m_blocks, n_blocks = -(-longest_q // tiles.block_m), max(1, -(-longest_k // tiles.block_n))
     if p.packed:
@@ -615,6 +619,7 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
         backward=backward,
         device=device,
         kernel=SM90 if hopper else "backward",
+        declined=tuple(declined),
         gemm=gemm,
         tiles=tiles,
         head_dim=dims[0],
