@@ -93,6 +93,7 @@ struct BackwardSm90 {
     static constexpr int kOffsetDo = kOffsetQ + kStages * QTile::kBytes, kOffsetDs = kOffsetDo + kStages * DoTile::kBytes;
     static constexpr int kOffsetDq = kOffsetDs + 2 * DsTile::kBytes, kOffsetStats = kOffsetDq + 8 * kDqWarpBytes;
     static constexpr int kStatsBytes = kBlockM * static_cast<int>(sizeof(Stats));
+    static_assert(sizeof(Stats) == 8);
     static constexpr int kOffsetVisits = kOffsetStats + kStages * kStatsBytes;
     static constexpr int kOffsetBarriers = kOffsetVisits + kStages * static_cast<int>(sizeof(Visit));
     static constexpr int kBarriers = 3 + 5 * kStages;
@@ -120,8 +121,27 @@ struct BackwardSm90 {
     __device__ __forceinline__ unsigned do_full(int stage) const { return barrier(3 + 2 * kStages + stage); }
     __device__ __forceinline__ unsigned do_empty(int stage) const { return barrier(3 + 3 * kStages + stage); }
     __device__ __forceinline__ unsigned visit_full(int stage) const { return barrier(3 + 4 * kStages + stage); }
-    __device__ __forceinline__ Stats* stats(int stage) const {
-        return reinterpret_cast<Stats*>(smem + kOffsetStats + stage * kStatsBytes);
+    __device__ __forceinline__ float* stats(int stage) const {
+        return reinterpret_cast<float*>(smem + kOffsetStats + stage * kStatsBytes);
+    }
+    // Row statistics of a tile: lse of all rows, then delta, in an order in which the four of 16 rows that a thread's elements
+    // lie in are neighbours.
+    __device__ __forceinline__ static int stats_place(int row) {
+        return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;
+    }
+    struct StatsReader {
+        const float4* own;  // of this thread
+
+        __device__ __forceinline__ float at(int r) const {
+            const float4 four = own[r / 4 * 4];
+            return r % 4 == 0 ? four.x : r % 4 == 1 ? four.y : r % 4 == 2 ? four.z : four.w;
+        }
+        __device__ __forceinline__ float lse(int r) const { return at(r); }
+        __device__ __forceinline__ float delta(int r) const { return at(r + kBlockM / 4); }
+        __device__ __forceinline__ Stats operator()(int r) const { return {lse(r), delta(r)}; }
+    };
+    __device__ __forceinline__ StatsReader read_stats(int stage) const {
+        return {reinterpret_cast<const float4*>(stats(stage)) + threadIdx.x % 4};
     }
     __device__ __forceinline__ Visit& visit(int stage) const { return reinterpret_cast<Visit*>(smem + kOffsetVisits)[stage]; }
 
@@ -245,7 +265,10 @@ struct BackwardSm90 {
                 const long long slab = Slab::number(p, g, w.seq, at, here.m);
                 mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
 #pragma unroll
-                for (int x = 0; x < kBlockM / 32; x++) stats(slot.stage)[lane + 32 * x] = own[x];
+                for (int x = 0; x < kBlockM / 32; x++) {
+                    float* to = stats(slot.stage) + stats_place(lane + 32 * x);
+                    to[0] = own[x].lse, to[kBlockM] = own[x].delta;
+                }
                 publish({here.head, here.m, full, 0, slab, 0});
             }
             mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
@@ -280,9 +303,9 @@ struct BackwardSm90 {
             const Visit& visit = kernel.visit(next.stage);
             m = uniform(visit.m), full = uniform(visit.full);
             if constexpr (kStatsAhead) {
-                const Stats* own = kernel.stats(next.stage);
+                const StatsReader stats = kernel.read_stats(next.stage);
 #pragma unroll
-                for (int r = 0; r < Scores::kThreadRows; r++) lse[r] = own[Scores::row_at(r)].lse;
+                for (int r = 0; r < Scores::kThreadRows; r++) lse[r] = stats.lse(r);
             }
             return first_head + uniform(visit.head);
         }
@@ -343,8 +366,7 @@ struct BackwardSm90 {
         // P and the gradients of the scores, in place of the products.
         __device__ __forceinline__ void differentiate(Scores& s, Scores& dp) {
             const ForwardParams& p = params();
-            const Stats* own = kernel.stats(slot.stage);
-            const auto stats = [&](int r) { return own[Scores::row_at(r)]; };
+            const StatsReader stats = kernel.read_stats(slot.stage);
             const float scale = static_cast<float>(p.scale), dropout_scale = static_cast<float>(p.dropout_scale);
             const auto& score_mod = kernel.arguments.variant.score_mod;
             sums.clear_tile();
@@ -362,10 +384,8 @@ struct BackwardSm90 {
             }
         }
         __device__ __forceinline__ void find_probabilities(Scores& s) const {
-            const Stats* own = kernel.stats(slot.stage);
-            const auto stats = [&](int r) {
-                return kStatsAhead ? Stats{lse[kStatsAhead ? r : 0], 0.0f} : own[Scores::row_at(r)];
-            };
+            const StatsReader reader = kernel.read_stats(slot.stage);
+            const auto stats = [&](int r) { return Stats{kStatsAhead ? lse[kStatsAhead ? r : 0] : reader.lse(r), 0.0f}; };
             if (full) {
                 score_probabilities<false>(s, at, m * kBlockM, first_key(), factor, mask(), stats);
             } else {
@@ -373,8 +393,7 @@ struct BackwardSm90 {
             }
         }
         __device__ __forceinline__ void find_gradients(Scores& dp, Scores& p) const {
-            const Stats* own = kernel.stats(slot.stage);
-            const auto stats = [&](int r) { return own[Scores::row_at(r)]; };
+            const StatsReader stats = kernel.read_stats(slot.stage);
             if (full) {
                 probability_gradients<false>(dp, p, at, m * kBlockM, first_key(), mask(), stats);
             } else {
