@@ -512,22 +512,26 @@ def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
         return [f"needs sm_90a, got {device.arch}"]
     if p.dtype not in ("float16", "bfloat16"):
         return [f"multiplies float16 and bfloat16, got {p.dtype}"]
-    if max(p.head_dim, p.head_dim_v) > 128:
-        reasons.append(f"serves head dimensions to 128, got {p.head_dim} and {p.head_dim_v}")
+    widest = max(p.head_dim, p.head_dim_v)
+    if widest > 256:
+        reasons.append(f"serves head dimensions to 256, got {p.head_dim} and {p.head_dim_v}")
     for name, alignment in zip(("q", "k", "v"), p.vectors, strict=False):
         reasons += tma_obstacles(name, p.operand(name), alignment)
     reasons += tma_obstacles("dout", backward.dout, backward.vector_dout)
     reasons += [f"{name} is empty" for name, n in (("q", p.total_q), ("k", p.total_k)) if n == 0]
     if _bias_kind(backward) is ROWS:
         reasons.append("does not sum a bias over keys")
+    if _bias_kind(backward) is COLUMNS and widest > 128:
+        reasons.append("sums a bias over queries for head dimensions to 128")
     if not reasons and not sm90_candidates(backward):
         reasons.append("has no registers left for these modifications")
     return reasons
 
 
 def sm90_dims(problem: Problem) -> tuple[int, int]:
-    """Head dimensions in whole panels of 64 columns."""
-    return round_up(problem.head_dim, 64), round_up(problem.head_dim_v, 64)
+    """Head dimensions in whole panels of 64 columns, beyond 128 for each of two warpgroups."""
+    unit = 64 if max(problem.head_dim, problem.head_dim_v) <= 128 else 128
+    return round_up(problem.head_dim, unit), round_up(problem.head_dim_v, unit)
 
 
 def sm90_smem_bytes(problem: Problem, tiles: Tiles) -> int:
@@ -536,7 +540,8 @@ def sm90_smem_bytes(problem: Problem, tiles: Tiles) -> int:
     m, n, stages = tiles.block_m, tiles.block_n, tiles.stages
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
     bulk = 4 * m * dim if tiles.bulk else 0
-    return 2 * n * (dim + dim_v) + stages * stage + 2 * 2 * m * n + bulk + 8 * (3 + 5 * stages) + 1024
+    through = 2 if n == 64 else 1  # dS, and P where the warpgroups share their keys
+    return 2 * n * (dim + dim_v) + stages * stage + through * 2 * 2 * m * n + bulk + 8 * (3 + 5 * stages) + 1024
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four
@@ -547,6 +552,7 @@ _SM90 = {  # by the wider head dimension; warps include the producer's four
         Tiles(32, 128, 2, 12, max_weight=17),
     ),
     128: (Tiles(64, 128, 2, 12, max_weight=5), Tiles(32, 128, 2, 12, max_weight=13)),
+    256: (Tiles(64, 64, 2, 12, max_weight=17),),
 }
 
 
@@ -557,9 +563,9 @@ def sm90_candidates(backward: BackwardProblem) -> Sequence[Tiles]:
     weight += backward.deterministic + 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
     widest = max(sm90_dims(problem))
     tiles = next((tiles for limit, tiles in _SM90.items() if widest <= limit), ())
-    # Under a causal mask additions to dq spread by themselves. Where all key tiles add to the same dq at once, the copy engine
-    # waits instead of the consumers.
-    bulk = isinstance(problem.mask, Full)
+    # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
+    # spread by themselves, and at 256 there is no shared memory left to stage them.
+    bulk = widest == 128 or (widest == 64 and isinstance(problem.mask, Full))
     return [replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight]
 
 

@@ -151,8 +151,8 @@ def backward_plans(arch: str, everything: bool = False) -> list[BackwardPlan]:
 
 
 def _hopper_plans(device: Device) -> Iterator[BackwardPlan]:
-    """Every option at both widths of backward_sm90, and deterministic calls."""
-    for dtype, dims in itertools.product(("float16", "bfloat16"), ((64, 64), (128, 128))):
+    """Every option at every width of backward_sm90, and deterministic calls."""
+    for dtype, dims in itertools.product(("float16", "bfloat16"), ((64, 64), (128, 128), (256, 256), (192, 128))):
         problems = [(problem_of(dtype, dims=dims, mask=mask), True) for mask in (Full(), SlidingWindow(None, 0))]
         problems += [(problem_of(dtype, dims=dims, **options), False) for options in ({}, *_features(dtype))]
         for problem, deterministic in problems:

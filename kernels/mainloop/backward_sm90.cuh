@@ -1,19 +1,22 @@
 // Backward on Hopper: dk and dv of a key tile, and its share of dq, by TMA loads, wgmma products and warpgroups with roles.
-// 16-bit elements, head dimensions to 128, sm_90a. Formulas, slabs of dq, deterministic mode and query splits: see
+// 16-bit elements, head dimensions to 256, sm_90a. Formulas, slabs of dq, deterministic mode and query splits: see
 // backward.cuh.
 //
 // Products    scores are transposed, so P^T and dS^T are operands in the registers that hold them:
 //                 S^T = K Q^T    dP^T = V dO^T    64 keys a warpgroup x kBlockM
 //                 dV += P^T dO   dK += dS^T Q     64 keys x D, A in registers
 //                 dQ^T = K^T dS^T                 dS from shared memory, where both warpgroups write it; see WarpgroupHalf
-// Roles       consumers: warpgroups 0 and 1, 64 keys each
+// (kWide)     beyond 128 columns dk and dv of 64 keys take the registers of both warpgroups. A warpgroup then holds the scores
+// of
+//             half the queries, and half the columns of dk, dv and dq; P goes through shared memory as dS does
+// Roles       consumers: warpgroups 0 and 1, 64 keys each (kWide: the same 64 keys)
 //             loader: one thread of warp 8 issues all tile loads
 //             guide: warp 9 says which query tile a stage holds (Visit) and brings its row statistics, which TMA cannot: their
 //             rows are neither padded nor aligned
 // Registers   the producer warpgroup hands all but kProducerRegisters over
 // Memory      sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x sQ (kBlockM x D) | kStages x sdO (kBlockM x Dv) |
-//             2 x sdS (kBlockM x kBlockN) | sdQ (kBlockM x D floats, with kBulkDq) | kStages x row statistics |
-//             kStages x Visit | barriers
+//             2 x sdS (kBlockM x kBlockN) | 2 x sP (likewise, kWide) | sdQ (kBlockM x D floats, with kBulkDq) | kStages x row
+//             statistics | kStages x Visit | barriers
 // Barriers    name             arrives                         count   waits
 //             full (k, v, q, do)  the loader, and the bytes    1       consumers
 //             visit_full       the guide                       32      consumers
@@ -57,26 +60,34 @@ struct BackwardSm90 {
     static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kStages = Config::kStages;
     static constexpr int kHeadDim = Config::kHeadDim, kHeadDimV = Config::kHeadDimV;
     static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
-    static_assert(Config::kThreads == kConsumerThreads + 128 && kBlockN == 64 * kConsumers && kBlockM % 32 == 0);
+    static constexpr bool kWide = kBlockN == 64;
+    static_assert(Config::kThreads == kConsumerThreads + 128 && kBlockM % 32 == 0);
+    static_assert(kWide ? kHeadDim % 128 == 0 && kHeadDimV % 128 == 0 : kBlockN == 64 * kConsumers);
+    // Of a warpgroup: rows of its scores, columns of dk and dv.
+    static constexpr int kScoreRows = kWide ? kBlockM / 2 : kBlockM;
+    static constexpr int kKeyCols = kWide ? kHeadDim / 2 : kHeadDim, kValueCols = kWide ? kHeadDimV / 2 : kHeadDimV;
     // Two buffers of dS let one barrier a tile do.
     static_assert(kStages == 2);
     // Per thread; 504 for a thread of each warpgroup. Small sums leave more to the guide, who asks the mask.
-    static constexpr bool kSmallSums = kBlockM + (kHeadDim + kHeadDimV) / 2 <= 160;
-    static constexpr int kProducerRegisters = kSmallSums ? 72 : 40, kConsumerRegisters = kSmallSums ? 216 : 232;
+    static constexpr bool kSmallSums = kScoreRows + (kKeyCols + kValueCols) / 2 <= 160 && !kWide;
+    static constexpr int kProducerRegisters = kSmallSums ? 72 : Mask::kTiled && kWide ? 56 : 40;
+    static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
 
     using QTile = PanelTile<kBlockM, kHeadDim>;
     using DoTile = PanelTile<kBlockM, kHeadDimV>;
     using KTile = PanelTile<kBlockN, kHeadDim>;
     using VTile = PanelTile<kBlockN, kHeadDimV>;
     using DsTile = PanelTile<kBlockM, kBlockN>;
-    using Scores = WgmmaTransposedTile<kBlockM>;
+    using Scores = WgmmaTransposedTile<kScoreRows>;
     using Slab = QuerySlab<Config>;
     using DqGrid = typename Slab::Grid;
+    static constexpr int kDqPanels = DqGrid::kCols / 64;
+    static_assert(kDqPanels <= 2);
     using Stats = RowStats<Config>;
     using Sums = ModSums<Config, Scores>;
     using Slot = RingSlot<kStages>;
     using Tiles = QueryTiles<Mask, kBlockM, kBlockN>;
-    static_assert(Sums::kKind != kBiasRows);
+    static_assert(Sums::kKind != kBiasRows && !(kWide && Sums::kKind == kBiasColumns));
     // A part of dQ^T starts at a multiple of 8 rows of a panel of dS.
     static_assert(DqGrid::kRows % 8 == 0);
 
@@ -87,11 +98,12 @@ struct BackwardSm90 {
     };
     static constexpr bool kEarly = Config::kEarly;
     // Of 128 rows they take registers that the products need.
-    static constexpr bool kStatsAhead = kEarly && kBlockM <= 64;
+    static constexpr bool kStatsAhead = kEarly && kScoreRows <= 64;
     static constexpr int kDqWarpBytes = Config::kBulkDq ? Slab::kWarpElements * 4 : 0;
     static constexpr int kOffsetV = KTile::kBytes, kOffsetQ = kOffsetV + VTile::kBytes;
     static constexpr int kOffsetDo = kOffsetQ + kStages * QTile::kBytes, kOffsetDs = kOffsetDo + kStages * DoTile::kBytes;
-    static constexpr int kOffsetDq = kOffsetDs + 2 * DsTile::kBytes, kOffsetStats = kOffsetDq + 8 * kDqWarpBytes;
+    static constexpr int kOffsetP = kOffsetDs + 2 * DsTile::kBytes, kOffsetDq = kOffsetP + (kWide ? 2 * DsTile::kBytes : 0);
+    static constexpr int kOffsetStats = kOffsetDq + 8 * kDqWarpBytes;
     static constexpr int kStatsBytes = kBlockM * static_cast<int>(sizeof(Stats));
     static_assert(sizeof(Stats) == 8);
     static constexpr int kOffsetVisits = kOffsetStats + kStages * kStatsBytes;
@@ -104,7 +116,7 @@ struct BackwardSm90 {
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
     // Named barriers; 0 is __syncthreads.
-    static constexpr int kDsBarrier = 1, kClearBarrier = 2;
+    static constexpr int kDsBarrier = 1, kPBarrier = 2, kClearBarrier = 3;
 
     const BackwardTmaArguments<Config>& arguments;
     char* smem;  // aligned
@@ -141,7 +153,8 @@ struct BackwardSm90 {
         __device__ __forceinline__ Stats operator()(int r) const { return {lse(r), delta(r)}; }
     };
     __device__ __forceinline__ StatsReader read_stats(int stage) const {
-        return {reinterpret_cast<const float4*>(stats(stage)) + threadIdx.x % 4};
+        const int first = kWide ? static_cast<int>(threadIdx.x / 128) * kScoreRows / 4 : 0;
+        return {reinterpret_cast<const float4*>(stats(stage)) + first + threadIdx.x % 4};
     }
     __device__ __forceinline__ Visit& visit(int stage) const { return reinterpret_cast<Visit*>(smem + kOffsetVisits)[stage]; }
 
@@ -264,11 +277,9 @@ struct BackwardSm90 {
                 const bool full = tiles.full(arguments.variant.mask, at, here);
                 const long long slab = Slab::number(p, g, w.seq, at, here.m);
                 mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
+                float* to = stats(slot.stage) + stats_place(lane);
 #pragma unroll
-                for (int x = 0; x < kBlockM / 32; x++) {
-                    float* to = stats(slot.stage) + stats_place(lane + 32 * x);
-                    to[0] = own[x].lse, to[kBlockM] = own[x].delta;
-                }
+                for (int x = 0; x < kBlockM / 32; x++) to[32 * x] = own[x].lse, to[32 * x + kBlockM] = own[x].delta;
                 publish({here.head, here.m, full, 0, slab, 0});
             }
             mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
@@ -286,8 +297,8 @@ struct BackwardSm90 {
         int first_head, n, m, full;  // of the visit at hand
         float factor;                // turns a score into the exponent of 2
         float lse[kStatsAhead ? Scores::kThreadRows : 1];
-        WgmmaTile<kHeadDim> dk;
-        WgmmaTile<kHeadDimV> dv;
+        WgmmaTile<kKeyCols> dk;
+        WgmmaTile<kValueCols> dv;
         Sums sums;
         float columns[Sums::kKind == kBiasColumns ? Scores::kThreadCols : 1];  // sums over the tiles of a head
 
@@ -295,7 +306,8 @@ struct BackwardSm90 {
         __device__ __forceinline__ const ForwardParams& params() const { return kernel.params(); }
         __device__ __forceinline__ const BackwardParams& grads() const { return kernel.grads(); }
         __device__ __forceinline__ const Mask& mask() const { return kernel.arguments.variant.mask; }
-        __device__ __forceinline__ int first_key() const { return n * kBlockN + 64 * wg; }
+        __device__ __forceinline__ int first_key() const { return n * kBlockN + (kWide ? 0 : 64 * wg); }
+        __device__ __forceinline__ int first_query() const { return m * kBlockM + (kWide ? kScoreRows * wg : 0); }
 
         // Takes over what the guide says of a stage.
         __device__ __forceinline__ int read_visit(const Slot& next) {
@@ -311,9 +323,9 @@ struct BackwardSm90 {
         }
         __device__ __forceinline__ void clear_sums() {
 #pragma unroll
-            for (int x = 0; x < kHeadDim / 2; x++) dk[x] = 0;
+            for (int x = 0; x < kKeyCols / 2; x++) dk[x] = 0;
 #pragma unroll
-            for (int x = 0; x < kHeadDimV / 2; x++) dv[x] = 0;
+            for (int x = 0; x < kValueCols / 2; x++) dv[x] = 0;
             clear_head();
         }
         __device__ __forceinline__ void clear_head() {
@@ -371,13 +383,13 @@ struct BackwardSm90 {
             const auto& score_mod = kernel.arguments.variant.score_mod;
             sums.clear_tile();
             if (full) {
-                score_gradients<Config, false>(s, dp, at, m * kBlockM, first_key(), scale, factor, mask(), score_mod, stats,
+                score_gradients<Config, false>(s, dp, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
                                                sums, p.seed, p.dropout_threshold, dropout_scale);
             } else {
-                score_gradients<Config, true>(s, dp, at, m * kBlockM, first_key(), scale, factor, mask(), score_mod, stats,
+                score_gradients<Config, true>(s, dp, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
                                               sums, p.seed, p.dropout_threshold, dropout_scale);
             }
-            sums.write_cells(grads(), at, m * kBlockM, first_key());
+            sums.write_cells(grads(), at, first_query(), first_key());
             if constexpr (Sums::kKind == kBiasColumns) {
 #pragma unroll
                 for (int c = 0; c < Scores::kThreadCols; c++) columns[c] += sums.columns[c];
@@ -387,31 +399,38 @@ struct BackwardSm90 {
             const StatsReader reader = kernel.read_stats(slot.stage);
             const auto stats = [&](int r) { return Stats{kStatsAhead ? lse[kStatsAhead ? r : 0] : reader.lse(r), 0.0f}; };
             if (full) {
-                score_probabilities<false>(s, at, m * kBlockM, first_key(), factor, mask(), stats);
+                score_probabilities<false>(s, at, first_query(), first_key(), factor, mask(), stats);
             } else {
-                score_probabilities<true>(s, at, m * kBlockM, first_key(), factor, mask(), stats);
+                score_probabilities<true>(s, at, first_query(), first_key(), factor, mask(), stats);
             }
         }
         __device__ __forceinline__ void find_gradients(Scores& dp, Scores& p) const {
             const StatsReader stats = kernel.read_stats(slot.stage);
             if (full) {
-                probability_gradients<false>(dp, p, at, m * kBlockM, first_key(), mask(), stats);
+                probability_gradients<false>(dp, p, at, first_query(), first_key(), mask(), stats);
             } else {
-                probability_gradients<true>(dp, p, at, m * kBlockM, first_key(), mask(), stats);
+                probability_gradients<true>(dp, p, at, first_query(), first_key(), mask(), stats);
             }
         }
 
-        __device__ __forceinline__ void add_dq(typename Slab::Sums& dq, unsigned start) const {
+        // Where dq of the tile at hand lies.
+        __device__ __forceinline__ float* dq_target() const {
             const BackwardParams& g = grads();
             float* to = static_cast<float*>(g.dq_sum) + kernel.visit(slot.stage).slab * Slab::kElements;
             if constexpr (Config::kDeterministic) to += Work::of(params(), g).share * g.dq_split;
+            return to;
+        }
+        // kPanel: of the 64 columns that a product of dq has.
+        template <int kPanel>
+        __device__ __forceinline__ void add_dq(float* to, typename Slab::Sums::Panel& dq, unsigned start) const {
             if constexpr (Config::kBulkDq) {
+                static_assert(sizeof(dq) == sizeof(typename Slab::Sums));
                 const int warp = uniform(static_cast<int>(threadIdx.x / 32));
                 if (leads()) cp_async_bulk_wait_read();
                 __syncwarp();
                 float4* staged = reinterpret_cast<float4*>(kernel.smem + kOffsetDq + warp * kDqWarpBytes) + lane_index();
 #pragma unroll
-                for (int x = 0; x < Slab::Sums::kSize; x += 4) {
+                for (int x = 0; x < dq.kSize; x += 4) {
                     staged[x / 4 * 32] = make_float4(dq.data[x], dq.data[x + 1], dq.data[x + 2], dq.data[x + 3]);
                 }
                 fence_proxy_async();
@@ -421,7 +440,7 @@ struct BackwardSm90 {
                                              kDqWarpBytes);
                 }
             } else {
-                Slab::add(to, dq);
+                Slab::template add<kPanel * Slab::Sums::Panel::kSize>(to, dq);
             }
         }
 
@@ -436,14 +455,19 @@ struct BackwardSm90 {
             typename Slab::Sums dq;
             unsigned p_operand[Scores::kSize / 2], ds_operand[Scores::kSize / 2];
             mbarrier_wait(kernel.q_full(stage), slot.parity);
-            mbarrier_wait(kernel.do_full(stage), slot.parity);
-            clear_queries();
+            if constexpr (kForeignRows) {
+                mbarrier_wait(kernel.do_full(stage), slot.parity);
+                clear_queries();
+            }
             wgmma_pin(s.data);
+            wgmma_fence();
+            const int keys = kWide ? 0 : group * 64 * 128, queries = kWide ? group * kScoreRows * 128 : 0;
+            wgmma_qk<Element, kHeadDim, KTile, QTile>(s, KTile::k_major(start + keys), QTile::k_major(q + queries));
+            if constexpr (!kForeignRows) mbarrier_wait(kernel.do_full(stage), slot.parity);
             wgmma_pin(dp.data);
             wgmma_fence();
-            wgmma_qk<Element, kHeadDim, KTile, QTile>(s, KTile::k_major(start + group * 64 * 128), QTile::k_major(q));
-            wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(start + kOffsetV + group * 64 * 128),
-                                                        DoTile::k_major(dout));
+            wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(start + kOffsetV + keys),
+                                                        DoTile::k_major(dout + queries));
             if constexpr (kEarly) {
                 wgmma_wait_group<1>();
                 wgmma_pin(s.data);
@@ -456,39 +480,69 @@ struct BackwardSm90 {
                 pack_operand<Element>(ds_operand, dp);
             }
             pack_operand<Element>(p_operand, s);
-            wgmma_pin(p_operand);
-            wgmma_pin(dv.data);
-            wgmma_fence();
-            wgmma_pv<Element, DoTile>(dv, p_operand, DoTile::mn_major(dout));
+            const unsigned p = start + kOffsetP + stage * DsTile::kBytes;
+            if constexpr (kWide) {
+                store_panel(p + queries, p_operand);
+                if constexpr (!kEarly) store_panel(ds + queries, ds_operand);
+                fence_proxy_async();
+                bar_sync(kPBarrier, kConsumerThreads);
+                wgmma_pin(dv.data);
+                wgmma_fence();
+                wgmma_atb<Element, DsTile, DoTile>(dv, DsTile::descriptor(p, 16),
+                                                   DoTile::mn_major(dout + group * (kValueCols / 64) * DoTile::kPanelBytes));
+            } else {
+                wgmma_pin(p_operand);
+                wgmma_pin(dv.data);
+                wgmma_fence();
+                wgmma_pv<Element, DoTile>(dv, p_operand, DoTile::mn_major(dout));
+            }
             if constexpr (kEarly) {
                 wgmma_wait_group<1>();
                 wgmma_pin(dp.data);
                 find_gradients(dp, s);
                 pack_operand<Element>(ds_operand, dp);
             }
-            store_panel(ds + group * DsTile::kPanelBytes, ds_operand);
-            fence_proxy_async();
-            bar_sync(kDsBarrier, kConsumerThreads);
-            wgmma_pin(dq.data);
+            if constexpr (!kWide || kEarly) {
+                store_panel(ds + (kWide ? queries : group * DsTile::kPanelBytes), ds_operand);
+                fence_proxy_async();
+                bar_sync(kDsBarrier, kConsumerThreads);
+            }
+            const unsigned dq_keys = start + (DqGrid::kAcross == 2 ? group * kDqPanels : 0) * KTile::kPanelBytes;
+            const unsigned dq_rows = ds + (DqGrid::kDown == 2 ? group : 0) * DqGrid::kRows * 128;
+#pragma unroll
+            for (int panel = 0; panel < kDqPanels; panel++) wgmma_pin(dq.panels[panel].data);
             wgmma_pin(dk.data);
-            wgmma_pin(ds_operand);
+            if constexpr (!kWide) wgmma_pin(ds_operand);
             wgmma_fence();
-            wgmma_at<Element, KTile, DsTile>(
-                dq, KTile::descriptor(start + (DqGrid::kAcross == 2 ? group : 0) * KTile::kPanelBytes, 16),
-                DsTile::k_major(ds + (DqGrid::kDown == 2 ? group : 0) * DqGrid::kRows * 128));
-            wgmma_pv<Element, QTile>(dk, ds_operand, QTile::mn_major(q));
-            wgmma_wait_group<1>();
-            wgmma_pin(dq.data);
+#pragma unroll
+            for (int panel = 0; panel < kDqPanels; panel++) {
+                wgmma_at<Element, KTile, DsTile>(dq.panels[panel], KTile::descriptor(dq_keys + panel * KTile::kPanelBytes, 16),
+                                                 DsTile::k_major(dq_rows));
+            }
+            if constexpr (kWide) {
+                wgmma_atb<Element, DsTile, QTile>(dk, DsTile::descriptor(ds, 16),
+                                                  QTile::mn_major(q + group * (kKeyCols / 64) * QTile::kPanelBytes));
+            } else {
+                wgmma_pv<Element, QTile>(dk, ds_operand, QTile::mn_major(q));
+            }
+            wgmma_wait_group<kDqPanels>();
+            wgmma_pin(dq.panels[0].data);
             wgmma_pin(dv.data);
-            wgmma_pin(p_operand);
+            if constexpr (!kWide) wgmma_pin(p_operand);
             if (leads()) mbarrier_arrive(kernel.do_empty(stage));
             Slot next = slot;
             next.advance();
             const int head = read_visit(next);
-            add_dq(dq, start);
+            float* const to = dq_target();
+            add_dq<0>(to, dq.panels[0], start);
+            if constexpr (kDqPanels == 2) {
+                wgmma_wait_group<1>();
+                wgmma_pin(dq.panels[1].data);
+                add_dq<1>(to, dq.panels[1], start);
+            }
             wgmma_wait_group<0>();
             wgmma_pin(dk.data);
-            wgmma_pin(ds_operand);
+            if constexpr (!kWide) wgmma_pin(ds_operand);
             if (leads()) mbarrier_arrive(kernel.q_empty(stage));
             slot = next;
             return head;
@@ -524,9 +578,10 @@ struct BackwardSm90 {
         template <int kCols>
         __device__ __forceinline__ void store_partial(const WgmmaTile<kCols>& gradient, float scale, float* target, int rows,
                                                       int cols) const {
+            const int first = kWide ? kCols * wg : 0;
 #pragma unroll
             for (int x = 0; x < kCols / 2; x++) {
-                const int j = gradient.row(x), col = gradient.col(x);
+                const int j = gradient.row(x), col = first + gradient.col(x);
                 if (j < rows && col < cols) target[static_cast<long long>(j) * cols + col] = gradient.data[x] * scale;
             }
         }
@@ -546,13 +601,16 @@ struct BackwardSm90 {
                 store_partial(dv, scale_v, static_cast<float*>(g.partial_dv) + row * p.head_dim_v, rows, p.head_dim_v);
             } else {
                 const long long row = w.seq.token_k + start;
+                const int first = kWide ? kKeyCols * wg : 0, first_v = kWide ? kValueCols * wg : 0;
                 Element* dk_to = static_cast<Element*>(g.dk) + w.at.batch * g.dk_batch + w.head_kv * g.dk_head + row * g.dk_row;
                 Element* dv_to = static_cast<Element*>(g.dv) + w.at.batch * g.dv_batch + w.head_kv * g.dv_head + row * g.dv_row;
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int j = dk.row(2 * half);
-                    store_row<Element, Config::kVecDk>(dk, half, scale, dk_to + j * g.dk_row, p.head_dim, j < rows);
-                    store_row<Element, Config::kVecDv>(dv, half, scale_v, dv_to + j * g.dv_row, p.head_dim_v, j < rows);
+                    store_row<Element, Config::kVecDk>(dk, half, scale, dk_to + j * g.dk_row + first, p.head_dim - first,
+                                                       j < rows);
+                    store_row<Element, Config::kVecDv>(dv, half, scale_v, dv_to + j * g.dv_row + first_v,
+                                                       p.head_dim_v - first_v, j < rows);
                 }
             }
         }
