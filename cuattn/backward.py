@@ -25,12 +25,13 @@ POINTERS = (
     "dbias",
     "row_stats",
     "dq_sum",
+    "turns",
     "partial_dk",
     "partial_dv",
     "bias_sum",
 )
 """The first words of BackwardParams; the gradients of the parameters of user code take the slots after."""
-ZEROED = ("dq_sum", "bias_sum")
+ZEROED = ("dq_sum", "turns", "bias_sum")
 """Parts of the workspace that kernels add to."""
 WORKSPACE = (*ZEROED, "row_stats", "partial_dk", "partial_dv", "tile_map")
 """Parts of the workspace, in order."""
@@ -254,16 +255,19 @@ class BackwardPlan:
         return not p.mods and p.scale > 0 and p.dropout == 0 and not p.mask.tiled
 
     @property
-    def rotates(self) -> bool:
-        """backward_sm90: key tiles, which all visit the same queries, begin with different ones."""
-        return self.tiles.rotate and isinstance(self.problem.mask, Full) and self.q_splits == 1
+    def takes_turns(self) -> bool:
+        """backward_sm90, deterministic: key tiles add to dq in their order."""
+        return self.uses_tma and self.backward.deterministic
 
     @property
     def section(self) -> int:
-        """backward_sm90: pairs of sequences and KV heads whose queries and sums of dq fit into L2 together."""
+        """backward_sm90: pairs of sequences and KV heads whose key tiles take turns: as many as have their queries and sums of dq
+        in L2 together, but enough of them to keep the GPU busy to the end.
+        """
         p = self.problem
         row = 2 * self.head_dim + 2 * self.head_dim_v + 4 * self.head_dim
-        return max(1, L2_BYTES // max(1, row * min(p.seqlen_q, p.total_q) * p.group))
+        in_cache = L2_BYTES // max(1, row * min(p.seqlen_q, p.total_q) * p.group)
+        return max(1, in_cache, -(-2 * self.device.num_sms // self.n_blocks))
 
     @property
     def batches(self) -> int:
@@ -283,7 +287,7 @@ class BackwardPlan:
 
     @property
     def shares(self) -> int:
-        return self.dq_splits if self.backward.deterministic else self.n_blocks
+        return self.dq_splits if self.backward.deterministic and not self.takes_turns else self.n_blocks
 
     @property
     def launches(self) -> tuple[tuple[int, int, int, int], ...]:
@@ -347,6 +351,7 @@ class BackwardPlan:
         sums = splits * rest[0] * rest[1] * rest[2] * rest[3]
         sizes = (
             size * self.dq_splits * self.dq_elements,
+            4 * self.dq_elements // (self.tiles.block_m * self.head_dim) if self.takes_turns else 0,
             size * sums,
             stats_bytes(p) * self.partial_rows,
             size * partial * p.head_dim,
@@ -541,7 +546,7 @@ def sm90_smem_bytes(problem: Problem, tiles: Tiles) -> int:
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
     bulk = 4 * m * dim if tiles.bulk else 0
     through = 2 if n == 64 else 1  # dS, and P where the warpgroups share their keys
-    return 2 * n * (dim + dim_v) + stages * stage + through * 2 * 2 * m * n + bulk + 8 * (3 + 5 * stages) + 1024
+    return 2 * n * (dim + dim_v) + stages * stage + through * 2 * 2 * m * n + bulk + 8 * (2 + 6 * stages) + 1024
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four
@@ -616,9 +621,10 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
     resident = max(1, min(tiles.min_blocks, device.smem_per_sm // (smem + 1024)))
     slots, heads = resident * device.num_sms, max(1, p.num_heads_kv * p.batch)
     dq_splits = 1
-    if backward.deterministic:
+    in_turn = backward.deterministic and not hopper
+    if in_turn:
         dq_splits = min(n_blocks, max(1, slots // heads))
-    ctas = heads * (dq_splits if backward.deterministic else n_blocks)
+    ctas = heads * (dq_splits if in_turn else n_blocks)
     per_batch, per_head = p.mask.varies(p.mask_operands)
     own_lengths = p.packed or p.operand("q_lens") is not None or p.operand("kv_lens") is not None
     return BackwardPlan(

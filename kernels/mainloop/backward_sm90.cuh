@@ -13,6 +13,7 @@
 //             loader: one thread of warp 8 issues all tile loads
 //             guide: warp 9 says which query tile a stage holds (Visit) and brings its row statistics, which TMA cannot: their
 //             rows are neither padded nor aligned
+//             doorman: warp 10, deterministic: lets the consumers add to dq once the key tiles before have
 // Registers   the producer warpgroup hands all but kProducerRegisters over
 // Memory      sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x sQ (kBlockM x D) | kStages x sdO (kBlockM x Dv) |
 //             2 x sdS (kBlockM x kBlockN) | 2 x sP (likewise, kWide) | sdQ (kBlockM x D floats, with kBulkDq) | kStages x row
@@ -20,8 +21,9 @@
 // Barriers    name             arrives                         count   waits
 //             full (k, v, q, do)  the loader, and the bytes    1       consumers
 //             visit_full       the guide                       32      consumers
+//             turn             the doorman                     1       consumers
 //             q_empty          one lane of each consumer warp  8       the loader, the guide
-//             kv_empty, do_empty  likewise                     8       the loader
+//             do_empty         likewise                        8       the loader
 // Loop        wait; issue S, dP; P and dS; issue dV; dS to shared memory; barrier of the consumers; issue dQ, dK; wait dQ;
 //             add it to memory; wait dK
 // (kEarly)    where P needs no dP: issue S, dP; wait S; P; issue dV; wait dP; dS, which thus runs under dV; ...; row statistics
@@ -86,7 +88,9 @@ struct BackwardSm90 {
     using Stats = RowStats<Config>;
     using Sums = ModSums<Config, Scores>;
     using Slot = RingSlot<kStages>;
-    using Tiles = QueryTiles<Mask, kBlockM, kBlockN>;
+    // Deterministic: key tiles add to a query tile's dq in their order. All begin with the last query tiles, which under a
+    // causal mask they share, so that none waits for long.
+    using Tiles = QueryTiles<Mask, kBlockM, kBlockN, Config::kDeterministic>;
     static_assert(Sums::kKind != kBiasRows && !(kWide && Sums::kKind == kBiasColumns));
     // A part of dQ^T starts at a multiple of 8 rows of a panel of dS.
     static_assert(DqGrid::kRows % 8 == 0);
@@ -108,7 +112,7 @@ struct BackwardSm90 {
     static_assert(sizeof(Stats) == 8);
     static constexpr int kOffsetVisits = kOffsetStats + kStages * kStatsBytes;
     static constexpr int kOffsetBarriers = kOffsetVisits + kStages * static_cast<int>(sizeof(Visit));
-    static constexpr int kBarriers = 3 + 5 * kStages;
+    static constexpr int kBarriers = 2 + 6 * kStages;
     // The dynamic shared memory of a CTA is aligned by hand.
     static_assert(kOffsetBarriers + 8 * kBarriers + QTile::kAlignment <= Config::kSmemBytes,
                   "the plan's shared memory is too small");
@@ -127,12 +131,12 @@ struct BackwardSm90 {
     __device__ __forceinline__ unsigned barrier(int number) const { return base + kOffsetBarriers + 8 * number; }
     __device__ __forceinline__ unsigned k_full() const { return barrier(0); }
     __device__ __forceinline__ unsigned v_full() const { return barrier(1); }
-    __device__ __forceinline__ unsigned kv_empty() const { return barrier(2); }
-    __device__ __forceinline__ unsigned q_full(int stage) const { return barrier(3 + stage); }
-    __device__ __forceinline__ unsigned q_empty(int stage) const { return barrier(3 + kStages + stage); }
-    __device__ __forceinline__ unsigned do_full(int stage) const { return barrier(3 + 2 * kStages + stage); }
-    __device__ __forceinline__ unsigned do_empty(int stage) const { return barrier(3 + 3 * kStages + stage); }
-    __device__ __forceinline__ unsigned visit_full(int stage) const { return barrier(3 + 4 * kStages + stage); }
+    __device__ __forceinline__ unsigned q_full(int stage) const { return barrier(2 + stage); }
+    __device__ __forceinline__ unsigned q_empty(int stage) const { return barrier(2 + kStages + stage); }
+    __device__ __forceinline__ unsigned do_full(int stage) const { return barrier(2 + 2 * kStages + stage); }
+    __device__ __forceinline__ unsigned do_empty(int stage) const { return barrier(2 + 3 * kStages + stage); }
+    __device__ __forceinline__ unsigned visit_full(int stage) const { return barrier(2 + 4 * kStages + stage); }
+    __device__ __forceinline__ unsigned turn(int stage) const { return barrier(2 + 5 * kStages + stage); }
     __device__ __forceinline__ float* stats(int stage) const {
         return reinterpret_cast<float*>(smem + kOffsetStats + stage * kStatsBytes);
     }
@@ -163,18 +167,18 @@ struct BackwardSm90 {
     struct Work {
         Coord at;  // head: the first of the group
         Sequence seq;
-        int head_kv, share, q_split;
+        int head_kv, n, q_split;
 
         // Pairs of KV heads (and parts of their queries) and sequences form sections whose queries and sums of dq fit into L2
         // together. Within a section, key tiles that run side by side belong to different pairs, and the first ones, which
         // under a causal mask are the longest, go first.
         __device__ __forceinline__ static Work of(const ForwardParams& p, const BackwardParams& g) {
-            const int index = static_cast<int>(cta_index()), shares = Config::kDeterministic ? g.dq_splits : g.n_blocks;
+            const int index = static_cast<int>(cta_index()), shares = g.n_blocks;
             const int pairs = g.q_splits * g.heads_kv * g.batches, first = index / (p.section * shares) * p.section;
             const int size = min(p.section, pairs - first), rest = index - first * shares;
             int pair = first + rest % size;
             Work w;
-            w.share = rest / size;
+            w.n = rest / size;
             w.q_split = pair % g.q_splits;
             pair /= g.q_splits;
             w.head_kv = g.first_head_kv + pair % g.heads_kv;
@@ -186,65 +190,38 @@ struct BackwardSm90 {
         }
     };
 
-    // Calls visitor(n) for each key tile of this CTA.
+    // Calls visitor(place) for each query tile that this CTA visits.
     template <class Visitor>
-    __device__ __forceinline__ void for_key_tiles(const Visitor& visitor) const {
-        const ForwardParams& p = params();
-        const BackwardParams& g = grads();
-        if constexpr (Config::kDeterministic) {
-            for (int turn = 0; turn * g.dq_splits < g.n_blocks; turn++) {  // back and forth, which balances causal masks
-                const Work w = Work::of(p, g);
-                const int n = turn * g.dq_splits + (turn % 2 == 0 ? w.share : g.dq_splits - 1 - w.share);
-                if (n * kBlockN < w.at.seqlen_k) visitor(n);
-            }
-        } else {
-            const Work w = Work::of(p, g);
-            if (w.share * kBlockN < w.at.seqlen_k) visitor(w.share);
+    __device__ __forceinline__ static void for_places(const Work& w, const Tiles& tiles, const Visitor& visitor) {
+        for (Place place = tiles.after({0, tiles.first}, w.q_split); !tiles.is_end(place);
+             place = tiles.after(place, tiles.step)) {
+            visitor(tiles.at(place));
         }
     }
-    // Where every key tile visits all query tiles, each starts elsewhere, so that not all add to the same dq at once.
-    __device__ __forceinline__ static int query_tile(const Tiles& tiles, Place place) {
-        if constexpr (!Config::kRotate) return place.m;
-        const int m = place.m + tiles.n % tiles.count;
-        return m >= tiles.first + tiles.count ? m - tiles.count : m;
+    __device__ __forceinline__ Tiles tiles_of(const Work& w, int n) const {
+        return Tiles::of(params(), grads(), arguments.variant.mask, w.at, n);
     }
 
     // ---------------------------------------------------------------------------------------------------------- producers
 
     __device__ __forceinline__ void load_tiles() const {
-        const ForwardParams& p = params();
         Slot slot;
-        unsigned parity = 0;
-        for_key_tiles([&](int n) {
-            const Work w = Work::of(p, grads());
-            const Tiles tiles = Tiles::of(p, grads(), arguments.variant.mask, w.at, n);
-            Place place = tiles.after({0, tiles.first}, w.q_split);
-            if (!tiles.is_end(place)) {
-                // Packed sequences share one axis of tokens.
-                const int batch = Config::kPacked ? 0 : w.at.batch, row_k = w.seq.token_k + n * kBlockN;
-                mbarrier_wait(kv_empty(), parity ^ 1);
-                KTile::load(base, arguments.maps[kBackwardMapK], k_full(), 0, row_k, w.head_kv, batch);
-                for (bool first = true; !tiles.is_end(place); place = tiles.after(place, tiles.step)) {
-                    const int row = w.seq.token_q + query_tile(tiles, place) * kBlockM, head = w.at.head + place.head;
-                    mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
-                    QTile::load(base + kOffsetQ + slot.stage * QTile::kBytes, arguments.maps[kBackwardMapQ], q_full(slot.stage),
-                                0, row, head, batch);
-                    if (first) {
-                        VTile::load(base + kOffsetV, arguments.maps[kBackwardMapV], v_full(), 0, row_k, w.head_kv, batch);
-                        first = false;
-                    }
-                    mbarrier_wait(do_empty(slot.stage), slot.parity ^ 1);
-                    DoTile::load(base + kOffsetDo + slot.stage * DoTile::kBytes, arguments.maps[kBackwardMapDout],
-                                 do_full(slot.stage), 0, row, head, batch);
-                    slot.advance();
-                }
-                parity ^= 1;
-            }
-            // The visit that says it is the end takes a place in the ring too: its phases pass empty.
+        const Work w = Work::of(params(), grads());
+        const Tiles tiles = tiles_of(w, w.n);
+        // Packed sequences share one axis of tokens.
+        const int batch = Config::kPacked ? 0 : w.at.batch, row_k = w.seq.token_k + w.n * kBlockN;
+        bool first = true;
+        for_places(w, tiles, [&](Place here) {
+            const int row = w.seq.token_q + here.m * kBlockM, head = w.at.head + here.head;
+            if (first) KTile::load(base, arguments.maps[kBackwardMapK], k_full(), 0, row_k, w.head_kv, batch);
             mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
-            mbarrier_arrive(q_full(slot.stage));
+            QTile::load(base + kOffsetQ + slot.stage * QTile::kBytes, arguments.maps[kBackwardMapQ], q_full(slot.stage), 0, row,
+                        head, batch);
+            if (first) VTile::load(base + kOffsetV, arguments.maps[kBackwardMapV], v_full(), 0, row_k, w.head_kv, batch);
+            first = false;
             mbarrier_wait(do_empty(slot.stage), slot.parity ^ 1);
-            mbarrier_arrive(do_full(slot.stage));
+            DoTile::load(base + kOffsetDo + slot.stage * DoTile::kBytes, arguments.maps[kBackwardMapDout], do_full(slot.stage),
+                         0, row, head, batch);
             slot.advance();
         });
     }
@@ -259,31 +236,53 @@ struct BackwardSm90 {
             mbarrier_arrive(visit_full(slot.stage));
             slot.advance();
         };
-        for_key_tiles([&](int n) {
-            const Work w = Work::of(p, g);
-            const Tiles tiles = Tiles::of(p, g, arguments.variant.mask, w.at, n);
-            const Stats* from = static_cast<const Stats*>(g.row_stats) + w.seq.row + w.at.head * w.seq.head_rows;
-            Place place = tiles.after({0, tiles.first}, w.q_split);
-            for (; !tiles.is_end(place); place = tiles.after(place, tiles.step)) {
-                const Place here{place.head, query_tile(tiles, place)};
-                const int row = here.m * kBlockM + lane;
-                Stats own[kBlockM / 32];
+        const Work w = Work::of(p, g);
+        const Tiles tiles = tiles_of(w, w.n);
+        const Stats* from = static_cast<const Stats*>(g.row_stats) + w.seq.row + w.at.head * w.seq.head_rows;
+        for_places(w, tiles, [&](Place here) {
+            const int row = here.m * kBlockM + lane;
+            Stats own[kBlockM / 32];
 #pragma unroll
-                for (int x = 0; x < kBlockM / 32; x++) {
-                    own[x] = row + 32 * x < w.at.seqlen_q ? from[here.head * w.seq.head_rows + row + 32 * x] : Stats::nothing();
-                }
-                Coord at = w.at;
-                at.head += here.head;
-                const bool full = tiles.full(arguments.variant.mask, at, here);
-                const long long slab = Slab::number(p, g, w.seq, at, here.m);
-                mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
-                float* to = stats(slot.stage) + stats_place(lane);
-#pragma unroll
-                for (int x = 0; x < kBlockM / 32; x++) to[32 * x] = own[x].lse, to[32 * x + kBlockM] = own[x].delta;
-                publish({here.head, here.m, full, 0, slab, 0});
+            for (int x = 0; x < kBlockM / 32; x++) {
+                own[x] = row + 32 * x < w.at.seqlen_q ? from[here.head * w.seq.head_rows + row + 32 * x] : Stats::nothing();
             }
+            Coord at = w.at;
+            at.head += here.head;
+            const bool full = tiles.full(arguments.variant.mask, at, here);
+            const long long slab = Slab::number(p, g, w.seq, at, here.m);
             mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
-            publish({0, -1, 0, 0, 0, 0});
+            float* to = stats(slot.stage) + stats_place(lane);
+#pragma unroll
+            for (int x = 0; x < kBlockM / 32; x++) to[32 * x] = own[x].lse, to[32 * x + kBlockM] = own[x].delta;
+            publish({here.head, here.m, full, 0, slab, 0});
+        });
+        mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
+        publish({0, -1, 0, 0, 0, 0});
+    }
+
+    // Key tiles before this one that visit a query tile: their number, found by all lanes of a warp.
+    __device__ __forceinline__ int tiles_before(const Work& w, Place here) const {
+        int count = 0;
+        for (int start = 0; start < w.n; start += 32) {
+            const int other = start + lane_index();
+            count += __popc(__ballot_sync(0xffffffffu, other < w.n && tiles_of(w, other).visits(here)));
+        }
+        return count;
+    }
+    __device__ __forceinline__ void keep_order() const {
+        const Work w = Work::of(params(), grads());
+        Slot slot;
+        for_places(w, tiles_of(w, w.n), [&](Place here) {
+            Coord at = w.at;
+            at.head += here.head;
+            const unsigned* counter = grads().turns + Slab::number(params(), grads(), w.seq, at, here.m);
+            const unsigned before = 4 * kConsumers * tiles_before(w, here);
+            mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
+            while (count_acquire(counter) < before) {
+            }
+            __syncwarp();
+            if (lane_index() == 0) mbarrier_arrive(turn(slot.stage));
+            slot.advance();
         });
     }
 
@@ -295,6 +294,7 @@ struct BackwardSm90 {
         Slot slot;
         Coord at;
         int first_head, n, m, full;  // of the visit at hand
+        long long last_slab = -1;    // deterministic: to which this one has added without having told
         float factor;                // turns a score into the exponent of 2
         float lse[kStatsAhead ? Scores::kThreadRows : 1];
         WgmmaTile<kKeyCols> dk;
@@ -415,10 +415,15 @@ struct BackwardSm90 {
 
         // Where dq of the tile at hand lies.
         __device__ __forceinline__ float* dq_target() const {
-            const BackwardParams& g = grads();
-            float* to = static_cast<float*>(g.dq_sum) + kernel.visit(slot.stage).slab * Slab::kElements;
-            if constexpr (Config::kDeterministic) to += Work::of(params(), g).share * g.dq_split;
-            return to;
+            return static_cast<float*>(grads().dq_sum) + kernel.visit(slot.stage).slab * Slab::kElements;
+        }
+        // Deterministic: lets the next key tile add to where this one did. Called a tile later, when the additions are done.
+        __device__ __forceinline__ void pass_turn() const {
+            if constexpr (Config::kBulkDq) {
+                if (leads()) cp_async_bulk_wait();
+            }
+            __syncwarp();
+            if (leads() && last_slab >= 0) count_release(grads().turns + last_slab);
         }
         // kPanel: of the 64 columns that a product of dq has.
         template <int kPanel>
@@ -533,6 +538,11 @@ struct BackwardSm90 {
             Slot next = slot;
             next.advance();
             const int head = read_visit(next);
+            if constexpr (Config::kDeterministic) {
+                pass_turn();
+                last_slab = kernel.visit(slot.stage).slab;
+                mbarrier_wait(kernel.turn(stage), slot.parity);
+            }
             float* const to = dq_target();
             add_dq<0>(to, dq.panels[0], start);
             if constexpr (kDqPanels == 2) {
@@ -548,30 +558,22 @@ struct BackwardSm90 {
             return head;
         }
 
-        // Returns whether there was any query tile.
-        __device__ __forceinline__ bool visit_queries(unsigned parity) {
+        __device__ __forceinline__ void visit_queries() {
             clear_sums();
             at.head = read_visit(slot);
-            const bool any = m >= 0;
-            if (any) {
-                mbarrier_wait(kernel.k_full(), parity);
-                mbarrier_wait(kernel.v_full(), parity);
-                clear_keys();
-                while (m >= 0) {
-                    const int head = step();
-                    if (head != at.head && m >= 0) {
-                        finish_head();
-                        at.head = head;
-                    }
+            if (m < 0) return;
+            mbarrier_wait(kernel.k_full(), 0);
+            mbarrier_wait(kernel.v_full(), 0);
+            clear_keys();
+            while (m >= 0) {
+                const int head = step();
+                if (head != at.head && m >= 0) {
+                    finish_head();
+                    at.head = head;
                 }
-                finish_head();
-                if (leads()) mbarrier_arrive(kernel.kv_empty());
             }
-            __syncwarp();
-            if (leads()) mbarrier_arrive(kernel.do_empty(slot.stage));
-            if (leads()) mbarrier_arrive(kernel.q_empty(slot.stage));
-            slot.advance();
-            return any;
+            finish_head();
+            if constexpr (Config::kDeterministic) pass_turn();
         }
 
         // In the dtype of the scores, for backward_combine.cu.
@@ -621,8 +623,7 @@ struct BackwardSm90 {
         const ForwardParams& p = params();
         const BackwardParams& g = grads();
         const Work w = Work::of(p, g);
-        const int shares = Config::kDeterministic ? g.dq_splits : g.n_blocks;
-        for (int block = w.share; block * kBlockN < w.seq.rows_k; block += shares) {
+        for (int block = w.n; block * kBlockN < w.seq.rows_k; block += g.n_blocks) {
             const int start = max(block * kBlockN, w.at.seqlen_k), stop = min((block + 1) * kBlockN, w.seq.rows_k);
             const long long row = w.seq.token_k + start;
             Element* dk_to = static_cast<Element*>(g.dk) + w.at.batch * g.dk_batch + w.head_kv * g.dk_head + row * g.dk_row;
@@ -640,13 +641,12 @@ struct BackwardSm90 {
         const ForwardParams& p = params();
         Consumer consumer{*this, wg};
         consumer.factor = static_cast<float>(Config::kFoldScale ? p.scale * kLog2e : kLog2e);
-        unsigned parity = 0;
-        for_key_tiles([&](int n) {
-            const Work w = Work::of(p, grads());
-            consumer.at = w.at, consumer.first_head = w.at.head, consumer.n = n;
-            if (consumer.visit_queries(parity)) parity ^= 1;
+        const Work w = Work::of(p, grads());
+        if (w.n * kBlockN < w.at.seqlen_k) {
+            consumer.at = w.at, consumer.first_head = w.at.head, consumer.n = w.n;
+            consumer.visit_queries();
             consumer.store();
-        });
+        }
         if constexpr (Config::kBulkDq) {
             if (Consumer::leads()) cp_async_bulk_wait();
         }
@@ -660,11 +660,11 @@ struct BackwardSm90 {
         if (threadIdx.x == 0) {
             mbarrier_init(k_full(), 1);
             mbarrier_init(v_full(), 1);
-            mbarrier_init(kv_empty(), 4 * kConsumers);
             for (int stage = 0; stage < kStages; stage++) {
                 mbarrier_init(q_full(stage), 1);
                 mbarrier_init(do_full(stage), 1);
                 mbarrier_init(visit_full(stage), 32);
+                mbarrier_init(turn(stage), 1);
                 mbarrier_init(q_empty(stage), 4 * kConsumers);
                 mbarrier_init(do_empty(stage), 4 * kConsumers);
             }
@@ -673,8 +673,11 @@ struct BackwardSm90 {
         __syncthreads();
         if (wg == kConsumers) {
             setmaxnreg_dec<kProducerRegisters>();
+            const Work w = Work::of(params(), grads());
+            if (w.n * kBlockN >= w.at.seqlen_k) return;
             if (warp == 4 * kConsumers && elect_sync()) load_tiles();
             if (warp == 4 * kConsumers + 1) guide();
+            if (Config::kDeterministic && warp == 4 * kConsumers + 2) keep_order();
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
             consume(wg);
