@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from cuattn.arrays import View
 from cuattn.fields import ITEMSIZE, Operand
-from cuattn.masks import Full
+from cuattn.masks import Full, SlidingWindow
 from cuattn.problem import Problem, vector_bytes
 from cuattn.registry import Device, Tiles, register_weight, round_up
 from cuattn.score_mods import Bias, UserMod
@@ -261,8 +261,8 @@ class BackwardPlan:
 
     @property
     def section(self) -> int:
-        """backward_sm90: pairs of sequences and KV heads whose key tiles take turns: as many as have their queries and sums of dq
-        in L2 together, but enough of them to keep the GPU busy to the end.
+        """backward_sm90: pairs of sequences and KV heads whose key tiles take turns: as many as have their queries and sums of
+        dq in L2 together, but enough of them to keep the GPU busy to the end.
         """
         p = self.problem
         row = 2 * self.head_dim + 2 * self.head_dim_v + 4 * self.head_dim
@@ -510,6 +510,18 @@ L2_BYTES = 32 << 20
 """Of an H200's 50 MB, what may be counted on."""
 
 
+LEAST_WINDOW = 256
+"""Keys of a window from which its few query tiles a key tile outweigh what a CTA costs before and after them."""
+
+
+def _window(problem: Problem) -> int | None:
+    """Keys that a query of a window sees, None without one."""
+    mask = problem.mask
+    if not isinstance(mask, SlidingWindow) or mask.left is None or mask.right is None:
+        return None
+    return mask.left + mask.right + 1
+
+
 def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
     """Reasons why backward.cu, which serves everything, runs a problem instead."""
     p, reasons = backward.forward, []
@@ -528,6 +540,11 @@ def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
         reasons.append("does not sum a bias over keys")
     if _bias_kind(backward) is COLUMNS and widest > 128:
         reasons.append("sums a bias over queries for head dimensions to 128")
+    if bias_to_stage(p) is not None:
+        reasons.append("reads a bias element by element, not in tiles")
+    window = _window(p)
+    if window is not None and window < LEAST_WINDOW:
+        reasons.append(f"does not repay its start in windows of less than {LEAST_WINDOW} keys, got {window}")
     if not reasons and not sm90_candidates(backward):
         reasons.append("has no registers left for these modifications")
     return reasons
@@ -571,7 +588,9 @@ def sm90_candidates(backward: BackwardProblem) -> Sequence[Tiles]:
     # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
     # spread by themselves, and at 256 there is no shared memory left to stage them.
     bulk = widest == 128 or (widest == 64 and isinstance(problem.mask, Full))
-    return [replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight]
+    # The rows that a window shows to 128 keys begin and end at multiples of 64 more often than of 96.
+    rows = 128 if _window(problem) is None else 64
+    return [replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight and t.block_m <= rows]
 
 
 def _sm90_gemm(problem: Problem) -> Gemm:

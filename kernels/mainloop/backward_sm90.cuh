@@ -1,33 +1,34 @@
 // Backward on Hopper: dk and dv of a key tile, and its share of dq, by TMA loads, wgmma products and warpgroups with roles.
-// 16-bit elements, head dimensions to 256, sm_90a. Formulas, slabs of dq, deterministic mode and query splits: see
-// backward.cuh.
+// 16-bit elements, head dimensions to 256, sm_90a. Formulas, slabs of dq and query splits: see backward.cuh.
 //
 // Products    scores are transposed, so P^T and dS^T are operands in the registers that hold them:
 //                 S^T = K Q^T    dP^T = V dO^T    64 keys a warpgroup x kBlockM
 //                 dV += P^T dO   dK += dS^T Q     64 keys x D, A in registers
 //                 dQ^T = K^T dS^T                 dS from shared memory, where both warpgroups write it; see WarpgroupHalf
 // (kWide)     beyond 128 columns dk and dv of 64 keys take the registers of both warpgroups. A warpgroup then holds the scores
-// of
-//             half the queries, and half the columns of dk, dv and dq; P goes through shared memory as dS does
+//             of half the queries, and half the columns of dk, dv and dq; P goes through shared memory as dS does
 // Roles       consumers: warpgroups 0 and 1, 64 keys each (kWide: the same 64 keys)
 //             loader: one thread of warp 8 issues all tile loads
 //             guide: warp 9 says which query tile a stage holds (Visit) and brings its row statistics, which TMA cannot: their
 //             rows are neither padded nor aligned
-//             doorman: warp 10, deterministic: lets the consumers add to dq once the key tiles before have
+//             doorman: warp 10, deterministic: lets the consumers add to dq once all key tiles before have
 // Registers   the producer warpgroup hands all but kProducerRegisters over
 // Memory      sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x sQ (kBlockM x D) | kStages x sdO (kBlockM x Dv) |
-//             2 x sdS (kBlockM x kBlockN) | 2 x sP (likewise, kWide) | sdQ (kBlockM x D floats, with kBulkDq) | kStages x row
-//             statistics | kStages x Visit | barriers
+//             2 x sdS (kBlockM x kBlockN) | 2 x sP (likewise, kWide) | sdQ (kBlockM x D floats, with kBulkDq) |
+//             kStages x row statistics | kStages x Visit | barriers
 // Barriers    name             arrives                         count   waits
 //             full (k, v, q, do)  the loader, and the bytes    1       consumers
 //             visit_full       the guide                       32      consumers
 //             turn             the doorman                     1       consumers
-//             q_empty          one lane of each consumer warp  8       the loader, the guide
+//             q_empty          one lane of each consumer warp  8       the loader, the guide, the doorman
 //             do_empty         likewise                        8       the loader
 // Loop        wait; issue S, dP; P and dS; issue dV; dS to shared memory; barrier of the consumers; issue dQ, dK; wait dQ;
 //             add it to memory; wait dK
 // (kEarly)    where P needs no dP: issue S, dP; wait S; P; issue dV; wait dP; dS, which thus runs under dV; ...; row statistics
 //             of the next tile are read before dq is added: behind the additions they would wait in the same queue
+// Order       deterministic: a key tile adds to dq of a query tile after all key tiles before it have. CTAs start in that
+// order,
+//             so none waits for one that has not started
 #pragma once
 #include "attention/mod_sums.cuh"
 #include "attention/row_stats.cuh"
