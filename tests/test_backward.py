@@ -148,7 +148,8 @@ def test_errors(numpy_backend: Any, change: dict[str, Any], error: type[Exceptio
 @pytest.mark.gpu
 def test_strided_and_broadcast_cotangents(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """dout of stride 0 (the gradient of a sum), lse and dlse of any strides: the same bits as from contiguous arrays on the
-    kernel that takes them, and close to those of any other."""
+    kernel that takes them, and close to those of any other.
+    """
     import cupy
 
     case = Case("bfloat16", mask="causal")
