@@ -267,7 +267,8 @@ class BackwardPlan:
         p = self.problem
         row = 2 * self.head_dim + 2 * self.head_dim_v + 4 * self.head_dim
         in_cache = L2_BYTES // max(1, row * min(p.seqlen_q, p.total_q) * p.group)
-        return max(1, in_cache, -(-2 * self.device.num_sms // self.n_blocks))
+        pairs = self.q_splits * p.num_heads_kv * self.batches
+        return min(max(1, in_cache, -(-2 * self.device.num_sms // self.n_blocks)), max(1, pairs))
 
     @property
     def batches(self) -> int:
