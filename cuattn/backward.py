@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from cuattn.arrays import View
 from cuattn.fields import ITEMSIZE, Operand
-from cuattn.masks import Full
+from cuattn.masks import Full, SlidingWindow
 from cuattn.problem import Problem, vector_bytes
 from cuattn.registry import Device, Tiles, register_weight, round_up
 from cuattn.score_mods import Bias, UserMod
@@ -25,12 +25,13 @@ POINTERS = (
     "dbias",
     "row_stats",
     "dq_sum",
+    "turns",
     "partial_dk",
     "partial_dv",
     "bias_sum",
 )
 """The first words of BackwardParams; the gradients of the parameters of user code take the slots after."""
-ZEROED = ("dq_sum", "bias_sum")
+ZEROED = ("dq_sum", "turns", "bias_sum")
 """Parts of the workspace that kernels add to."""
 WORKSPACE = (*ZEROED, "row_stats", "partial_dk", "partial_dv", "tile_map")
 """Parts of the workspace, in order."""
@@ -254,16 +255,20 @@ class BackwardPlan:
         return not p.mods and p.scale > 0 and p.dropout == 0 and not p.mask.tiled
 
     @property
-    def rotates(self) -> bool:
-        """backward_sm90: key tiles, which all visit the same queries, begin with different ones."""
-        return self.tiles.rotate and isinstance(self.problem.mask, Full) and self.q_splits == 1
+    def takes_turns(self) -> bool:
+        """backward_sm90, deterministic: key tiles add to dq in their order."""
+        return self.uses_tma and self.backward.deterministic
 
     @property
     def section(self) -> int:
-        """backward_sm90: pairs of sequences and KV heads whose queries and sums of dq fit into L2 together."""
+        """backward_sm90: pairs of sequences and KV heads whose key tiles take turns: as many as have their queries and sums of
+        dq in L2 together, but enough of them to keep the GPU busy to the end.
+        """
         p = self.problem
         row = 2 * self.head_dim + 2 * self.head_dim_v + 4 * self.head_dim
-        return max(1, L2_BYTES // max(1, row * min(p.seqlen_q, p.total_q) * p.group))
+        in_cache = L2_BYTES // max(1, row * min(p.seqlen_q, p.total_q) * p.group)
+        pairs = self.q_splits * p.num_heads_kv * self.batches
+        return min(max(1, in_cache, -(-2 * self.device.num_sms // self.n_blocks)), max(1, pairs))
 
     @property
     def batches(self) -> int:
@@ -283,7 +288,7 @@ class BackwardPlan:
 
     @property
     def shares(self) -> int:
-        return self.dq_splits if self.backward.deterministic else self.n_blocks
+        return self.dq_splits if self.backward.deterministic and not self.takes_turns else self.n_blocks
 
     @property
     def launches(self) -> tuple[tuple[int, int, int, int], ...]:
@@ -347,6 +352,7 @@ class BackwardPlan:
         sums = splits * rest[0] * rest[1] * rest[2] * rest[3]
         sizes = (
             size * self.dq_splits * self.dq_elements,
+            4 * self.dq_elements // (self.tiles.block_m * self.head_dim) if self.takes_turns else 0,
             size * sums,
             stats_bytes(p) * self.partial_rows,
             size * partial * p.head_dim,
@@ -505,6 +511,18 @@ L2_BYTES = 32 << 20
 """Of an H200's 50 MB, what may be counted on."""
 
 
+LEAST_WINDOW = 256
+"""Keys of a window from which its few query tiles a key tile outweigh what a CTA costs before and after them."""
+
+
+def _window(problem: Problem) -> int | None:
+    """Keys that a query of a window sees, None without one."""
+    mask = problem.mask
+    if not isinstance(mask, SlidingWindow) or mask.left is None or mask.right is None:
+        return None
+    return mask.left + mask.right + 1
+
+
 def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
     """Reasons why backward.cu, which serves everything, runs a problem instead."""
     p, reasons = backward.forward, []
@@ -512,22 +530,31 @@ def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
         return [f"needs sm_90a, got {device.arch}"]
     if p.dtype not in ("float16", "bfloat16"):
         return [f"multiplies float16 and bfloat16, got {p.dtype}"]
-    if max(p.head_dim, p.head_dim_v) > 128:
-        reasons.append(f"serves head dimensions to 128, got {p.head_dim} and {p.head_dim_v}")
+    widest = max(p.head_dim, p.head_dim_v)
+    if widest > 256:
+        reasons.append(f"serves head dimensions to 256, got {p.head_dim} and {p.head_dim_v}")
     for name, alignment in zip(("q", "k", "v"), p.vectors, strict=False):
         reasons += tma_obstacles(name, p.operand(name), alignment)
     reasons += tma_obstacles("dout", backward.dout, backward.vector_dout)
     reasons += [f"{name} is empty" for name, n in (("q", p.total_q), ("k", p.total_k)) if n == 0]
     if _bias_kind(backward) is ROWS:
         reasons.append("does not sum a bias over keys")
+    if _bias_kind(backward) is COLUMNS and widest > 128:
+        reasons.append("sums a bias over queries for head dimensions to 128")
+    if bias_to_stage(p) is not None:
+        reasons.append("reads a bias element by element, not in tiles")
+    window = _window(p)
+    if window is not None and window < LEAST_WINDOW:
+        reasons.append(f"does not repay its start in windows of less than {LEAST_WINDOW} keys, got {window}")
     if not reasons and not sm90_candidates(backward):
         reasons.append("has no registers left for these modifications")
     return reasons
 
 
 def sm90_dims(problem: Problem) -> tuple[int, int]:
-    """Head dimensions in whole panels of 64 columns."""
-    return round_up(problem.head_dim, 64), round_up(problem.head_dim_v, 64)
+    """Head dimensions in whole panels of 64 columns, beyond 128 for each of two warpgroups."""
+    unit = 64 if max(problem.head_dim, problem.head_dim_v) <= 128 else 128
+    return round_up(problem.head_dim, unit), round_up(problem.head_dim_v, unit)
 
 
 def sm90_smem_bytes(problem: Problem, tiles: Tiles) -> int:
@@ -536,7 +563,8 @@ def sm90_smem_bytes(problem: Problem, tiles: Tiles) -> int:
     m, n, stages = tiles.block_m, tiles.block_n, tiles.stages
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
     bulk = 4 * m * dim if tiles.bulk else 0
-    return 2 * n * (dim + dim_v) + stages * stage + 2 * 2 * m * n + bulk + 8 * (3 + 5 * stages) + 1024
+    through = 2 if n == 64 else 1  # dS, and P where the warpgroups share their keys
+    return 2 * n * (dim + dim_v) + stages * stage + through * 2 * 2 * m * n + bulk + 8 * (2 + 6 * stages) + 1024
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four
@@ -547,6 +575,7 @@ _SM90 = {  # by the wider head dimension; warps include the producer's four
         Tiles(32, 128, 2, 12, max_weight=17),
     ),
     128: (Tiles(64, 128, 2, 12, max_weight=5), Tiles(32, 128, 2, 12, max_weight=13)),
+    256: (Tiles(64, 64, 2, 12, max_weight=17),),
 }
 
 
@@ -557,10 +586,12 @@ def sm90_candidates(backward: BackwardProblem) -> Sequence[Tiles]:
     weight += backward.deterministic + 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
     widest = max(sm90_dims(problem))
     tiles = next((tiles for limit, tiles in _SM90.items() if widest <= limit), ())
-    # Under a causal mask additions to dq spread by themselves. Where all key tiles add to the same dq at once, the copy engine
-    # waits instead of the consumers.
-    bulk = isinstance(problem.mask, Full)
-    return [replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight]
+    # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
+    # spread by themselves, and at 256 there is no shared memory left to stage them.
+    bulk = widest == 128 or (widest == 64 and isinstance(problem.mask, Full))
+    # The rows that a window shows to 128 keys begin and end at multiples of 64 more often than of 96.
+    rows = 128 if _window(problem) is None else 64
+    return [replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight and t.block_m <= rows]
 
 
 def _sm90_gemm(problem: Problem) -> Gemm:
@@ -610,9 +641,10 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
     resident = max(1, min(tiles.min_blocks, device.smem_per_sm // (smem + 1024)))
     slots, heads = resident * device.num_sms, max(1, p.num_heads_kv * p.batch)
     dq_splits = 1
-    if backward.deterministic:
+    in_turn = backward.deterministic and not hopper
+    if in_turn:
         dq_splits = min(n_blocks, max(1, slots // heads))
-    ctas = heads * (dq_splits if backward.deterministic else n_blocks)
+    ctas = heads * (dq_splits if in_turn else n_blocks)
     per_batch, per_head = p.mask.varies(p.mask_operands)
     own_lengths = p.packed or p.operand("q_lens") is not None or p.operand("kv_lens") is not None
     return BackwardPlan(

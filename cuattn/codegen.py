@@ -245,8 +245,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
     size = backward_parameter_bytes(plan, attends)
     if attends:
         if plan.uses_tma:
-            bulk = plan.tiles.bulk and not backward.deterministic
-            flags |= {"kEarly": plan.early, "kRotate": plan.rotates, "kBulkDq": bulk}
+            flags |= {"kEarly": plan.early, "kBulkDq": plan.tiles.bulk}
         arguments = "BackwardTmaArguments" if plan.uses_tma else "BackwardArguments"
         return _translation_unit(plan, kernel, arguments, size, types, constants, flags, True)
     sinks = p.operand("sinks")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import cuattn
+from cuattn import backward
 from tests.cases import CORNERS, FEATURES, KINDS, REGULAR, SMALL, Case
 from tests.tolerance import verify_gradients
 
@@ -22,6 +23,9 @@ RERUNS = (
     Case("float32", "tf32x3", 3, 260, 303, 4, 2, 64, mods=("bias_pairs",)),
     Case("float64", "ieee", 2, 170, 190, 2, 1, 64, mask="window", mods=("bias_queries",)),
     Case("bfloat16", "ieee", 5, 400, 500, 4, 2, 96, mask="causal", sequences="packed", mods=("bias_queries",)),
+    Case("bfloat16", "ieee", 4, 400, 500, 6, 2, 64, mask="causal", sequences="lens"),
+    Case("bfloat16", "ieee", 2, 300, 700, 4, 1, 128, mask="block_sparse"),
+    Case("float16", "ieee", 2, 500, 600, 4, 2, 256, mask="causal"),
 )
 """Several key tiles, shared heads, and every way in which a bias is summed."""
 
@@ -65,6 +69,16 @@ def test_deterministic(cupy_backend: Any, case: Case) -> None:
     )
     assert all(other == first for other in others)
     check(cupy_backend, case, deterministic=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_narrow_windows(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, head_dim: int, deterministic: bool) -> None:
+    """On the kernel that wide ones run on."""
+    monkeypatch.setattr(backward, "LEAST_WINDOW", 0)
+    case = Case("bfloat16", "ieee", 3, 410, 520 + 8 * deterministic, 4, 2, head_dim, mask="window")
+    check(cupy_backend, case, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
@@ -132,8 +146,10 @@ def test_errors(numpy_backend: Any, change: dict[str, Any], error: type[Exceptio
 
 
 @pytest.mark.gpu
-def test_strided_and_broadcast_cotangents(cupy_backend: Any) -> None:
-    """dout of stride 0 (the gradient of a sum), lse and dlse of any strides."""
+def test_strided_and_broadcast_cotangents(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dout of stride 0 (the gradient of a sum), lse and dlse of any strides: the same bits as from contiguous arrays on the
+    kernel that takes them, and close to those of any other.
+    """
     import cupy
 
     case = Case("bfloat16", mask="causal")
@@ -141,6 +157,7 @@ def test_strided_and_broadcast_cotangents(cupy_backend: Any) -> None:
     out, lse = case.run(cupy_backend.put, return_lse=True)
     ones = cupy.broadcast_to(cupy.ones((1, 1, 1, out.shape[-1]), out.dtype), out.shape)
     plain = cuattn.attention_backward(cupy.ones_like(out), **arguments, out=out, lse=lse, dlse=cupy.ones_like(lse))
+    monkeypatch.setattr(backward, "sm90_declines", lambda *_: ["as if no array were one that TMA takes"])
     turned = cupy.ascontiguousarray(lse.transpose(2, 0, 1)).transpose(1, 2, 0)
     dlse = cupy.broadcast_to(cupy.ones((1, 1, 1), lse.dtype), lse.shape)
     strided = cuattn.attention_backward(ones, **arguments, out=out, lse=turned, dlse=dlse, deterministic=True)
