@@ -641,7 +641,7 @@ def _prepare_backward(
     by_slot = [(backward.slot(name), shape, dtype, added) for name, shape, dtype, added in gradients]
     start = backward.first_slot + len(BACKWARD_POINTERS)
     by_slot += [(start + n, op.shape, "float64", True) for n, op in enumerate(backward.parameters)]
-    slots = [SLOT[name] if name == "tile_map" else backward.slot(name) for name in WORKSPACE]
+    slots = [SLOT[name] if name in SLOT else backward.slot(name) for name in WORKSPACE]
     prepared = _PreparedBackward(
         plan,
         () if plan.empty else _backward_steps(plan),
@@ -656,6 +656,8 @@ def _prepare_backward(
 def _backward_steps(plan: BackwardPlan) -> tuple[_Step, ...]:
     p, bias = plan.problem, plan.backward.bias
     grids = {
+        "magnitude": plan.split_grid,
+        "split": plan.split_grid,
         "tile_map": -(-plan.map_batches * plan.map_heads * plan.m_blocks * plan.map_words // WARPS_PER_TILE_MAP),
         "prepare": -(-plan.partial_rows * plan.prepare_lanes // PREPARE_THREADS),
         "sinks": p.num_heads,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cuattn import jit
-from cuattn.catalogue import backward_plans, backward_problem_of, problem_of
+from cuattn.backward import make_backward_plan
+from cuattn.catalogue import COMMON_DIMS, backward_plans, backward_problem_of, problem_of
 from cuattn.codegen import backward_units
 from cuattn.registry import DEVICES
 from tests.test_compile import complaints
@@ -28,9 +29,21 @@ def test_shared_memory_fits() -> None:
             assert plan.smem_bytes <= device.smem_per_block, str(plan)
 
 
-def test_sizes_do_not_reach_the_source() -> None:
-    from cuattn.backward import make_backward_plan
+@pytest.mark.parametrize("arch", DEVICES)
+def test_pairs_serve_what_is_large_enough(arch: str) -> None:
+    """tf32x3 of every head dimension that the architecture has room for, and no element of them for each score."""
+    for dims in COMMON_DIMS:
+        plan, longer = (
+            make_backward_plan(backward_problem_of(problem_of("float32", "tf32x3", dims, seqlens=(n, n))), DEVICES[arch])
+            for n in (4096, 8192)
+        )
+        assert plan.split_inputs and list(backward_units(plan))[:2] == ["magnitude", "split"]
+        assert sum(longer.workspace) <= 2 * sum(plan.workspace)
+    few = problem_of("float32", "tf32x3", seqlens=(100, 4096), heads=(8, 8))
+    assert not make_backward_plan(backward_problem_of(few), DEVICES[arch]).split_inputs
 
+
+def test_sizes_do_not_reach_the_source() -> None:
     sources = set()
     for seqlens in ((4096, 4096), (4096, 8192), (10000, 3333)):
         plan = make_backward_plan(backward_problem_of(problem_of("bfloat16", seqlens=seqlens)), DEVICES["sm_90a"])

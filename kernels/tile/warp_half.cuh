@@ -15,6 +15,7 @@ template <class Element_>
 struct WarpHalf {
     using Element = Element_;
     using Accum = float;
+    static constexpr int kParts = 1;
     using Mma = MmaHalf<Element>;
     using Fragment = typename Mma::Fragment;
     template <bool kTransA, bool kTransB, int kRows, int kCols, int kWarps>
