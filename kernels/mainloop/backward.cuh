@@ -14,8 +14,8 @@
 //
 // Shared memory   sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x { sQ (kBlockM x D), sdO (kBlockM x Dv), stats } | sP | sdS |
 //                 sSums (where a bias is differentiated); dk and dv are staged over the front at the end
-// Loop            wait Q, dO; load the next ones; S = Q K^T, dP = dO V^T; P and dS to shared memory; barrier;
-//                 dQ = dS K, added to dq_sum; dV += P^T dO; dK += dS^T Q
+// Loop            wait Q, dO; load the next ones; S = Q K^T, dP = dO V^T; (of pairs: the largest magnitudes of P and dS;
+//                 barrier;) P and dS to shared memory; barrier; dQ = dS K, added to dq_sum; dV += P^T dO; dK += dS^T Q
 #pragma once
 #include "attention/mod_sums.cuh"
 #include "attention/row_stats.cuh"
