@@ -9,6 +9,7 @@ from typing import NamedTuple
 from cuattn.arrays import View
 from cuattn.fields import ITEMSIZE, Operand
 from cuattn.masks import Full, SlidingWindow
+from cuattn.plan import SPLIT_PARTS
 from cuattn.problem import Problem, vector_bytes
 from cuattn.registry import Device, Tiles, register_weight, round_up
 from cuattn.score_mods import Bias, UserMod
@@ -29,11 +30,13 @@ POINTERS = (
     "partial_dk",
     "partial_dv",
     "bias_sum",
+    "split_dout",
 )
 """The first words of BackwardParams; the gradients of the parameters of user code take the slots after."""
 ZEROED = ("dq_sum", "turns", "bias_sum")
 """Parts of the workspace that kernels add to."""
-WORKSPACE = (*ZEROED, "row_stats", "partial_dk", "partial_dv", "tile_map")
+SPLIT = ("split_q", "split_k", "split_v", "split_dout", "magnitudes")
+WORKSPACE = (*ZEROED, "row_stats", "partial_dk", "partial_dv", "tile_map", *SPLIT)
 """Parts of the workspace, in order."""
 
 
@@ -160,10 +163,17 @@ class Gemm:
     """columns of a panel where tiles are swizzled instead"""
     lanes_across: int = 4
     """lanes that share the columns of a warp's scores"""
+    trailer: int = 0
+    """bytes after a tile"""
+
+    @property
+    def splits_inputs(self) -> bool:
+        """Whether q, k, v and dout are first written as pairs of fp16 numbers (kernels/mainloop/split_input.cuh)."""
+        return self.cuda == "WarpSplit"
 
     def tile_bytes(self, rows: int, cols: int, scores: bool = False) -> int:
         pitch = round_up(cols, self.panel) + self.pads[scores]
-        return rows * pitch * self.itemsize
+        return rows * pitch * self.itemsize + self.trailer
 
 
 SPLIT_LEAST = 512
@@ -182,7 +192,10 @@ def gemm_of(problem: Problem, device: Device) -> Gemm:
     few = queries * problem.group < SPLIT_LEAST or keys < SPLIT_LEAST
     if problem.precision == "ieee" or (problem.precision == "tf32x3" and few):
         return Gemm("WarpSimt", 4, (4, 16), (16, 32), (4, 32), (4, 8), lanes_across=8)
-    return Gemm(f"WarpTf32<{2 if problem.precision == 'tf32x3' else 1}>", 4, (16, 16), (16, 16), (16, 16), panel=32)
+    units = ((16, 16), (16, 16), (16, 16))
+    if problem.precision == "tf32x3":
+        return Gemm("WarpSplit", 4, *units, panel=32, trailer=4 * SPLIT_PARTS)
+    return Gemm("WarpTf32", 4, *units, panel=32)
 
 
 def warp_grid(rows: int, cols: int, warps: int, units: tuple[int, int]) -> tuple[int, int]:
@@ -228,7 +241,6 @@ class BackwardPlan:
     smem_bytes: int
     num_splits: int = field(default=1, init=False)
     dv_chunks: int = field(default=1, init=False)
-    split_inputs: bool = field(default=False, init=False)
     bias_stages: int = field(default=0, init=False)
 
     @property
@@ -269,6 +281,16 @@ class BackwardPlan:
         in_cache = L2_BYTES // max(1, row * min(p.seqlen_q, p.total_q) * p.group)
         pairs = self.q_splits * p.num_heads_kv * self.batches
         return min(max(1, in_cache, -(-2 * self.device.num_sms // self.n_blocks)), max(1, pairs))
+
+    @property
+    def split_inputs(self) -> bool:
+        return self.gemm.splits_inputs
+
+    @property
+    def split_grid(self) -> int:
+        """CTAs of magnitude.cu and split.cu, and words of magnitudes."""
+        p = self.problem
+        return SPLIT_PARTS * (1 if p.packed else p.batch) * 2 * (p.num_heads + p.num_heads_kv)
 
     @property
     def batches(self) -> int:
@@ -358,8 +380,16 @@ class BackwardPlan:
             size * partial * p.head_dim,
             size * partial * p.head_dim_v,
             4 * self.map_batches * self.map_heads * self.m_blocks * 2 * self.map_words,
+            *self._split_workspace(),
         )
         return tuple(round_up(n, 256) for n in sizes)
+
+    def _split_workspace(self) -> tuple[int, ...]:
+        if not self.split_inputs:
+            return (0,) * len(SPLIT)
+        size, size_v = 4 * self.head_dim, 4 * self.head_dim_v
+        rows_q, rows_kv = self.partial_rows, self.rows_kv
+        return rows_q * size, rows_kv * size, rows_kv * size_v, rows_q * size_v, 4 * self.split_grid
 
     def __str__(self) -> str:
         t = self.tiles
@@ -367,6 +397,7 @@ class BackwardPlan:
         extras += f", {self.dq_splits} sums of dq" * (self.dq_splits > 1) + ", tile map" * bool(self.map_words)
         extras += f", bias by {self.bias_kind.name}" * (self.bias_kind is not NO_BIAS)
         instead = f" instead of {SM90}: {'; '.join(self.declined)}" * (bool(self.declined) and self.device.arch == "sm_90a")
+        extras += ", inputs as fp16 pairs" * self.split_inputs
         return (
             f"Plan({self.kernel} for {self.device.arch}: {self.gemm.cuda}, {t.block_m}x{t.block_n} x{t.stages}, "
             f"d{self.head_dim}/{self.head_dim_v}, {self.threads} threads, {self.smem_bytes} B shared, "
@@ -410,7 +441,7 @@ def smem_bytes(problem: Problem, tiles: Tiles, gemm: Gemm, staged: Operand | Non
     # Column sums of each warp and thread, or row sums of each warp.
     columns = down * n + 32 * tiles.warps * (n // max(1, across) // gemm.lanes_across)
     sums = real * max(columns, across * m) if any(isinstance(mod, Bias) for mod in problem.mods) else 0
-    results = n * (max(dim, dim_v) * gemm.itemsize + 16)
+    results = n * (max(dim, dim_v) * ITEMSIZE[problem.dtype] + 16)
     return max(keys + tiles.stages * stage + 2 * gemm.tile_bytes(m, n, scores=True) + sums, results)
 
 
@@ -470,6 +501,26 @@ _TF32 = {
     256: (Tiles(32, 32, 1, 8, 1), Tiles(16, 32, 1, 8, 1)),
     512: (Tiles(16, 32, 1, 8, 1, 15), Tiles(16, 16, 1, 8, 1)),
 }
+_SPLIT = {
+    64: (
+        Tiles(64, 64, 1, 4, 2, 5, "two CTAs hide each other's barriers", (90, 100)),
+        Tiles(64, 64, 1, 8, 1, 15),
+        Tiles(32, 64, 1, 8, 1),
+    ),
+    128: (
+        Tiles(64, 64, 2, 8, 1, 15),
+        Tiles(64, 64, 1, 8, 1, 15),
+        Tiles(32, 64, 1, 8, 1, 15),
+        Tiles(32, 32, 1, 8, 1),
+    ),
+    256: (
+        Tiles(64, 32, 1, 8, 1, archs=(80, 90)),
+        Tiles(32, 32, 1, 8, 1, archs=(80, 90)),
+        Tiles(16, 32, 1, 8, 1),
+        Tiles(16, 16, 1, 8, 1),
+    ),
+    512: (Tiles(16, 16, 1, 8, 1),),
+}
 _FP64 = {
     64: (Tiles(16, 64, 1, 4, 2, 5), Tiles(16, 64, 1, 8, 1), Tiles(16, 32, 1, 8, 1)),
     128: (Tiles(16, 32, 1, 4, 2, 5), Tiles(16, 32, 1, 8, 1), Tiles(16, 16, 1, 8, 1)),
@@ -485,8 +536,8 @@ MAX_REGISTERS = 232
 def candidates(problem: Problem, device: Device, deterministic: bool = False) -> Sequence[Tiles]:
     """Tiles that fit shared memory and registers, best first."""
     gemm = gemm_of(problem, device)
-    tables = {"WarpHalf": _16BIT, "WarpSimt": _FP32}
-    table = _FP64 if problem.dtype == "float64" else tables.get(gemm.cuda.partition("<")[0], _TF32)
+    tables = {"WarpHalf": _16BIT, "WarpSimt": _FP32, "WarpSplit": _SPLIT, "WarpTf32": _TF32, "WarpWide": _FP64}
+    table = tables[gemm.cuda.partition("<")[0]]
     # A bias that is not staged is read by addresses in registers, or gathered there.
     biased = any(isinstance(mod, Bias) for mod in problem.mods)
     weight = register_weight(problem)

@@ -663,6 +663,8 @@ def _prepare_backward(
 def _backward_steps(plan: BackwardPlan) -> tuple[_Step, ...]:
     p, bias = plan.problem, plan.backward.bias
     grids = {
+        "magnitude": plan.split_grid,
+        "split": plan.split_grid,
         "tile_map": -(-plan.map_batches * plan.map_heads * plan.m_blocks * plan.map_words // WARPS_PER_TILE_MAP),
         "prepare": -(-plan.partial_rows * plan.prepare_lanes // PREPARE_THREADS),
         "sinks": p.num_heads,

@@ -152,7 +152,7 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
         **{f"kVec{name}": n for name, n in zip(("Q", "K", "V", "Out"), vectors, strict=True)},
     }
     types = {"Mma": plan.mma} if attends and plan.mma else {}
-    flags = {"kOneChunk": plan.dv_chunks == 1, "kSplit": plan.num_splits > 1}
+    flags = {"kOneChunk": plan.dv_chunks == 1, "kSplit": plan.num_splits > 1, "kPairRuns": False}
     tma = attends and plan.uses_tma
     if tma:
         constants["kBiasStages"] = plan.bias_stages
@@ -172,11 +172,15 @@ COMBINE_THREADS = 128
 
 
 def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
-    """By role, in launch order: tile_map (if the mask needs one), prepare, sinks (if there are), backward, convert, combine (if
-    CTAs shared queries), bias (unless there is none, or it is stored as it comes).
+    """By role, in launch order: magnitude and split (if inputs become pairs of fp16 numbers), tile_map (if the mask needs one),
+    prepare, sinks (if there are), backward, convert, combine (if CTAs shared queries), bias (unless there is none, or it is
+    stored as it comes).
     """
     p, bias = plan.problem, plan.backward.bias
     result = {}
+    if plan.split_inputs:
+        result["magnitude"] = _backward_unit(plan, "magnitude", SPLIT_THREADS, 0)
+        result["split"] = _backward_unit(plan, "split", SPLIT_THREADS, 0)
     if plan.map_words:
         constants = {
             **_constants(plan, 32 * WARPS_PER_TILE_MAP, 0, 1),
@@ -189,7 +193,7 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
     if p.operand("sinks") is not None:
         result["sinks"] = _backward_unit(plan, "backward_sinks", SINKS_THREADS, 0)
     result["backward"] = _backward_unit(plan, plan.kernel, plan.threads, plan.smem_bytes)
-    staged = plan.tiles.block_m * (plan.head_dim * plan.gemm.itemsize + 16)
+    staged = plan.tiles.block_m * (plan.head_dim * ITEMSIZE[p.dtype] + 16)
     result["convert"] = _backward_unit(plan, "backward_convert", plan.slab_threads, staged)
     if plan.q_splits > 1:
         result["combine"] = _backward_unit(plan, "backward_combine", COMBINE_THREADS, 0)
@@ -198,7 +202,10 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
     return result
 
 
+_SPLIT_NEEDS = ("kHeadDim", "kHeadDimV", "kVecQ", "kVecK", "kVecV", "kVecDout", "kPairRuns")
 NEEDS = {
+    "magnitude": _SPLIT_NEEDS,
+    "split": _SPLIT_NEEDS,
     "backward_prepare": ("kPrepareLanes", "kVecOut", "kVecDout", "kTf32"),
     "backward_sinks": ("Sink",),
     "backward_convert": ("Gemm", "kHeadDim", "kBlockM", "kBlockN", "kSlabThreads", "kVecDq", "kVectorRed", "kWarpSlabs"),
@@ -214,7 +221,10 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
     attends = kernel == plan.kernel
     size = ITEMSIZE[p.dtype]
     ours = [math.gcd(16, dim * size) for dim in (p.head_dim, p.head_dim, p.head_dim_v)]  # contiguous, at an aligned address
-    vectors = (*p.vectors, backward.vector_dout, *ours)
+    theirs = (*p.vectors, backward.vector_dout)
+    if attends and plan.split_inputs:
+        theirs = (16, 16, 16, p.vectors[3], 16)  # the workspace is aligned
+    vectors = (*theirs, *ours)
     constants = {
         **_constants(plan, threads, smem_bytes, plan.tiles.min_blocks if attends else 1),
         "kSlabThreads": plan.slab_threads,
@@ -233,6 +243,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
     }
     flags = {
         "kTf32": p.precision == "tf32",
+        "kPairRuns": True,
         "kDeterministic": backward.deterministic,
         "kQuerySplit": plan.q_splits > 1,
         "kVectorRed": plan.device.number >= 90,

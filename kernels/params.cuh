@@ -77,6 +77,7 @@ struct BackwardParams {
     void* partial_dk;  // (q_splits, B, Hkv, Sk, D), packed: (q_splits, Hkv, Tk, D); null where q_splits is 1
     void* partial_dv;  // likewise with Dv
     void* bias_sum;    // see attention/mod_sums.cuh
+    void* split_dout;  // dout as pairs of fp16 numbers, see mainloop/split_input.cuh; null without
     long long dout_batch, dout_row, dout_head;
     long long lse_batch, lse_head, lse_row;
     long long dlse_batch, dlse_head, dlse_row;

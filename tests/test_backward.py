@@ -122,6 +122,50 @@ def test_vjp(backend: Any) -> None:
         cuattn.vjp(**arguments, out=out)
 
 
+def _pairs(*sizes: int, **options: Any) -> Case:
+    return Case("float32", "tf32x3", *sizes, **options)
+
+
+PAIRS = (
+    _pairs(2, 530, 700, 4, 2, 64, mask="causal", mods=("softcap", "alibi"), dropout=0.2),
+    _pairs(4, 600, 650, 4, 2, 128, mask="boolean", sequences="lens", mods=("bias",), sinks=True),
+    _pairs(4, 600, 700, 2, 1, 96, mask="window", sequences="packed", mods=("bias_keys",)),
+    _pairs(1, 520, 600, 2, 1, 256, mask="causal", mods=("user_params",)),
+    _pairs(1, 530, 520, 2, 1, 40, 72, mask="composed", mods=("bias_pairs",), layout="mixed"),
+    _pairs(1, 600, 520, 2, 2, 33, mods=("user",), layout="broadcast"),
+    _pairs(1, 520, 530, 2, 1, 512),
+    _pairs(1, 300, 777, 4, 1, 192, 128, mask="block_sparse"),
+    _pairs(1, 600, 520, 2, 1, 64, nonfinite="nan q"),
+    _pairs(1, 600, 520, 2, 1, 64, nonfinite="nan v"),
+)
+"""Enough queries and keys for pairs of fp16 numbers, with every option that meets them."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_pairs(cupy_backend: Any, case: Case) -> None:
+    plan = cuattn.explain(**case.arguments(cupy_backend.put), backward=True)
+    assert plan.split_inputs
+    check(cupy_backend, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("of_dout", "of_q"), [(40, 0), (-60, 0), (100, 0), (0, 50), (-30, -40)])
+def test_pairs_have_no_range(cupy_backend: Any, of_dout: int, of_q: int) -> None:
+    """Powers of two on the cotangents, or moved from k to q, come out of the gradients as they went in, to the last bit."""
+    case = _pairs(1, 600, 700, 2, 1, 64, mask="causal")
+    arguments = case.arguments(cupy_backend.put)
+    out, lse = case.run(cupy_backend.put, return_lse=True)
+    dout, dlse = (cupy_backend.put(x) for x in case.cotangents())
+    plain = cuattn.attention_backward(dout, **arguments, out=out, lse=lse, dlse=dlse, deterministic=True)
+    one, other = np.float32(2.0**of_dout), np.float32(2.0**of_q)
+    moved = {**arguments, "q": arguments["q"] * other, "k": arguments["k"] / other}
+    scaled = cuattn.attention_backward(dout * one, **moved, out=out, lse=lse, dlse=dlse * one, deterministic=True)
+    for name, power in (("dq", one / other), ("dk", one * other), ("dv", one)):
+        x, y = (cupy_backend.get(getattr(g, name)) for g in (plain, scaled))
+        assert x.any() and (x * power).tobytes() == y.tobytes(), name
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -9,7 +9,7 @@ import pytest
 
 from cuattn import jit
 from cuattn.backward import make_backward_plan
-from cuattn.catalogue import backward_plans, backward_problem_of, problem_of, view
+from cuattn.catalogue import COMMON_DIMS, backward_plans, backward_problem_of, problem_of, view
 from cuattn.codegen import backward_units
 from cuattn.masks import SlidingWindow
 from cuattn.registry import DEVICES
@@ -62,6 +62,20 @@ def test_shared_memory_fits() -> None:
     for arch, device in DEVICES.items():
         for plan in backward_plans(arch, everything=True):
             assert plan.smem_bytes <= device.smem_per_block, str(plan)
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+def test_pairs_serve_what_is_large_enough(arch: str) -> None:
+    """tf32x3 of every head dimension that the architecture has room for, and no element of them for each score."""
+    for dims in COMMON_DIMS:
+        plan, longer = (
+            make_backward_plan(backward_problem_of(problem_of("float32", "tf32x3", dims, seqlens=(n, n))), DEVICES[arch])
+            for n in (4096, 8192)
+        )
+        assert plan.split_inputs and list(backward_units(plan))[:2] == ["magnitude", "split"]
+        assert sum(longer.workspace) <= 2 * sum(plan.workspace)
+    few = problem_of("float32", "tf32x3", seqlens=(100, 4096), heads=(8, 8))
+    assert not make_backward_plan(backward_problem_of(few), DEVICES[arch]).split_inputs
 
 
 def test_sizes_do_not_reach_the_source() -> None:
