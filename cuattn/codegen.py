@@ -155,8 +155,8 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
     flags = {"kOneChunk": plan.dv_chunks == 1, "kSplit": plan.num_splits > 1}
     tma = attends and plan.uses_tma
     if tma:
-        constants["kBiasStages"] = plan.bias_stages
         t = plan.tiles
+        constants |= {"kBiasStages": plan.bias_stages, "kQStages": t.q_stages}
         flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong, "kPersistent": t.persistent, "kLateWait": t.late_wait}
     arguments = "TmaArguments" if tma else "ForwardArguments"
     size = parameter_bytes(plan, attends)

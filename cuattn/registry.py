@@ -60,6 +60,8 @@ class Tiles:
     """forward_sm90: warpgroups take turns at the tensor cores"""
     persistent: bool = False
     """forward_sm90: one CTA per slot of the GPU works through the query tiles, where there are more of them"""
+    q_stages: int = 1
+    """forward_sm90: buffers for q; with two, a CTA begins its next query tile before the last one's output is done"""
     late_wait: bool = True
     """forward_sm90: the compiler may not wait for the output before the maxima of the next scores"""
 
@@ -132,7 +134,8 @@ def _smem_sm90(problem: Problem, tiles: Tiles, device: Device) -> int:
     rings = tiles.stages * tiles.block_n * (width + width_v)
     bias_stages = BIAS_STAGES if staged_bias(problem) else 0
     rings += bias_stages * tiles.block_m * 2 * round_up(tiles.block_n, 64)
-    return tiles.block_m * width + rings + 8 * (5 + 4 * tiles.stages + 2 * bias_stages) + 1024
+    barriers = 4 + 2 * tiles.q_stages * tiles.block_m // 64 + 4 * tiles.stages + 2 * bias_stages
+    return tiles.q_stages * tiles.block_m * width + rings + 8 * barriers + 32 + 1024
 
 
 def _weight_sm90(problem: Problem) -> int:
@@ -170,12 +173,13 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
 
 _TILES_SM90 = {  # by the wider of head_dim and head_dim_v; warps include the producer's four
     64: (
-        Tiles(192, 128, 2, 16, persistent=True, max_weight=2),
+        Tiles(192, 128, 2, 16, persistent=True, max_weight=2, q_stages=2),
         Tiles(128, 128, 2, 12, persistent=True, max_weight=6),
         Tiles(128, 96, 2, 12, persistent=True, max_weight=8),
         Tiles(128, 64, 2, 12, persistent=True),
     ),
     128: (
+        Tiles(128, 128, 2, 12, persistent=True, max_weight=2, q_stages=2),
         Tiles(128, 128, 2, 12, persistent=True, max_weight=2),
         Tiles(128, 96, 2, 12, persistent=True, max_weight=8),
         Tiles(128, 64, 2, 12, persistent=True),
