@@ -62,6 +62,8 @@ class Tiles:
     """forward_sm90: one CTA per slot of the GPU works through the query tiles, where there are more of them"""
     q_stages: int = 1
     """forward_sm90: buffers for q; with two, a CTA begins its next query tile before the last one's output is done"""
+    keep_maxima: bool = False
+    """forward_sm90: a row keeps the maximum of its first keys until a sum grows too large; for bfloat16, whose probabilities may"""
     late_wait: bool = True
     """forward_sm90: the compiler may not wait for the output before the maxima of the next scores"""
 
@@ -167,7 +169,8 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     if 64 < widest <= 128 and min(problem.seqlen_k, problem.total_k) >= LONG and keys >= LONG // 2:
         tiles.insert(0, Tiles(128, 176, 2, 12, persistent=True, max_weight=0))
     # Beside more columns of out the compiler has no room for what a late wait lets it interleave.
-    tiles = [replace(t, late_wait=problem.head_dim_v <= 128) for t in tiles]
+    keep_maxima = problem.dtype == "bfloat16" and not problem.mods and problem.scale > 0
+    tiles = [replace(t, late_wait=problem.head_dim_v <= 128, keep_maxima=keep_maxima) for t in tiles]
     return _allowed(tiles, weight, device)
 
 

@@ -22,7 +22,9 @@
 #include "attention/softmax.cuh"
 #include "mainloop/epilogue.cuh"
 #include "mainloop/schedule_sm90.cuh"
+#include "ptx/ldmatrix.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/mma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/panel_tile.cuh"
 #include "tile/wgmma_tile.cuh"
@@ -89,6 +91,11 @@ struct ForwardSm90 {
     // The dynamic shared memory of a CTA is aligned by hand.
     static_assert(kOffsetBarriers + 8 * kBarriers + QTile::kAlignment <= Config::kSmemBytes,
                   "the plan's shared memory is too small");
+
+    // A row keeps its first maximum while the sums of its probabilities stay below kLargestSum.
+    static constexpr bool kKeepsMaxima = Config::kKeepsMaxima;
+    static constexpr float kLargestSum = 1099511627776.0f;  // 2^40: far from what bfloat16 holds, and so is O
+    static_assert(!kKeepsMaxima || Config::kFoldScale);
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
@@ -326,25 +333,77 @@ struct ForwardSm90 {
             both = maximum(both, __shfl_xor_sync(0xffffffffu, both, 2));
             return rows[half].advance(both, factor);
         }
-        __device__ __forceinline__ void take_maxima(WgmmaTile<kBlockN>& s, float (&shrink)[2]) {
-            shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+        // Whether some row of this warp has seen no key yet.
+        __device__ __forceinline__ bool unset() const {
+            const float none = negative_infinity<float>();
+            return __any_sync(0xffffffffu, rows[0].max == none || rows[1].max == none);
+        }
+        // Gives those rows the maxima of a tile; their sums and outputs are still 0.
+        __device__ __forceinline__ void set_maxima(WgmmaTile<kBlockN>& s) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const RowState<float> old = rows[half];
+                take_maximum(s, half);
+                if (old.max != negative_infinity<float>()) rows[half] = old;
+            }
+        }
+        // S = Q K^T of the current tile once more, by each warp for itself.
+        __device__ __forceinline__ void recompute_scores(WgmmaTile<kBlockN>& s) const {
+            const unsigned q_tile = kernel.base + (q.stage * kConsumers + wg) * QTile::kBytes;
+            const unsigned k_tile = kernel.base + kOffsetK + k.stage * KTile::kBytes;
+            const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x % 128 / 32);
+#pragma unroll
+            for (int x = 0; x < kBlockN / 2; x++) s[x] = 0;
+#pragma unroll 1
+            for (int step = 0; step < kHeadDim / 16; step++) {
+                unsigned a[4];
+                ldmatrix_x4(a, q_tile + QTile::offset(16 * warp + lane % 16, 2 * step + lane / 16));
+#pragma unroll
+                for (int u = 0; u < kBlockN / 8; u += 2) {
+                    unsigned b[4];
+                    ldmatrix_x4(b, k_tile + KTile::offset(8 * u + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        float(&d)[4] = reinterpret_cast<float(&)[4]>(s.data[4 * (u + half)]);
+                        mma_m16n8k16(d, a, b[2 * half], b[2 * half + 1], Element());
+                    }
+                }
+            }
+        }
+        // After a tile without a look at its maxima: where sums have become too large, back to before it, whose sums were
+        // `before`, and with maxima this time. O belongs to the tiles before.
+        __device__ __forceinline__ void check_sums(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4], const Work& w,
+                                                   const Tiles& tiles, int n, const float (&before)[2]) {
+            const bool fits = rows[0].sum <= kLargestSum && rows[1].sum <= kLargestSum;
+            if (__all_sync(0xffffffffu, fits)) return;
+            recompute_scores(s);
+            modify(s, w, tiles, n);
+            rows[0].sum = before[0], rows[1].sum = before[1];
+            const float shrink[2] = {take_maximum(s, 0), take_maximum(s, 1)};
+            exponentiate<true>(s, probabilities, shrink, w, n, [](float) {});
         }
         // Scores to probabilities as operands; the sums; and, 16 columns at a time in between, O times `shrink`: the
-        // multiplications fit into the issue slots that the exponentials leave.
-        template <bool kShrink>
+        // multiplications fit into the issue slots that the exponentials leave. `when_free` is called with a sum, which is
+        // never negative, before anything is written to `probabilities`, kEarly columns after the start.
+        template <bool kShrink, int kEarly = 0, class WhenFree>
         __device__ __forceinline__ void exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
-                                                     const float (&shrink)[2], const Work& w, int n) {
+                                                     const float (&shrink)[2], const Work& w, int n, WhenFree when_free) {
             const float offset[2] = {rows[0].offset(factor), rows[1].offset(factor)};
             float sum[4] = {rows[0].sum, 0.0f, rows[1].sum, 0.0f};
             constexpr int kSteps = kBlockN / 8, kSizeO = kHeadDimV / 2, kEach = (kSizeO + kSteps - 1) / kSteps;
 #pragma unroll
             for (int u = 0; u < kSteps; u++) {
+                if (u == kEarly / 8) {
+                    when_free(sum[0]);
+#pragma unroll
+                    for (int early = 0; early < u && !Config::kDropout; early++) pack(s, probabilities, early);
+                }
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     s[4 * u + e] = exp2_fast(s[4 * u + e] * factor - offset[e / 2]);
                     sum[e] += s[4 * u + e];
                 }
-                if constexpr (!Config::kDropout) pack(s, probabilities, u);
+                if (!Config::kDropout && u >= kEarly / 8) pack(s, probabilities, u);
                 if constexpr (kShrink) {
 #pragma unroll
                     for (int x = u * kEach; x < (u + 1) * kEach && x < kSizeO; x++) o[x] *= shrink[x % 4 / 2];
@@ -413,7 +472,7 @@ struct ForwardSm90 {
             release_k();
             modify(s, at.w, at.tiles, at.n);
             shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
-            exponentiate<false>(s, probabilities, shrink, at.w, at.n);
+            exponentiate<false>(s, probabilities, shrink, at.w, at.n, [](float) {});
             wait_v(v, at.w, at.n, false);
         }
         // Scores and probabilities of `at`, and the output of the keys before. kCross: those belong to the query tile before,
@@ -433,15 +492,30 @@ struct ForwardSm90 {
             pass_turn();
             wgmma_wait_group<1>();
             wgmma_pin(s.data);
+            // By the end of the maxima, or of some exponentials, O is all but done, and if it is waited for there, the compiler
+            // hides the conversions and the scaling of O among the exponentials. NOTE: it would move that wait up were it not
+            // for a dependency. V must have come before its products are issued, not between two of them, which would
+            // serialise them.
+            if constexpr (kKeepsMaxima && !kCross) {
+                modify(s, at.w, at.tiles, at.n);
+                if (unset()) set_maxima(s);
+                const float before[2] = {rows[0].sum, rows[1].sum};
+                exponentiate<false, kBlockN / 32 * 8>(s, probabilities, shrink, at.w, at.n, [&](float sum) {
+                    wait_v(next_v(), at.w, at.n, sum < 0.0f);
+                    wgmma_wait_group<0>();
+                    wgmma_pin(o.data);
+                    wgmma_pin(probabilities);
+                    release_v();
+                });
+                check_sums(s, probabilities, at.w, at.tiles, at.n, before);
+                release_k();
+                return;
+            }
             release_k();
             modify(s, at.w, at.tiles, at.n);
             const RowState<float> done[2] = {rows[0], rows[1]};
             if constexpr (kCross) rows[0] = rows[1] = RowState<float>();
-            // By the end of the maxima O is all but done, and if it is waited for there, the compiler hides the conversions and
-            // the scaling of O among the exponentials. NOTE: it would move that wait up, over the maxima, were it not for a
-            // dependency: on the first row's maximum, so that the second one's hide its latency. V must have come before its
-            // products are issued, not between two of them, which would serialise them.
-            shrink[0] = take_maximum(s, 0);
+            shrink[0] = take_maximum(s, 0);  // the dependency, so that the second row's maximum hides the latency of it
             if constexpr (Config::kLateWait) {
                 if constexpr (kCross) {  // this one has come; the next may need the buffer that O still reads
                     mbarrier_wait(kernel.v_full(v.stage), v.parity ^ (shrink[0] < 0.0f ? 1 : 0));
@@ -460,7 +534,7 @@ struct ForwardSm90 {
 #pragma unroll
                 for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
             }
-            exponentiate<!kCross>(s, probabilities, shrink, at.w, at.n);
+            exponentiate<!kCross>(s, probabilities, shrink, at.w, at.n, [](float) {});
             if constexpr (kCross || !Config::kLateWait) wait_v(v, at.w, at.n, false);
         }
         // The output of the last keys.
@@ -484,10 +558,19 @@ struct ForwardSm90 {
                 pass_turn();
                 wgmma_wait_group<0>();
                 wgmma_pin(s.data);
-                release_k();
-                modify(s, at.w, at.tiles, at.n);
-                shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
-                exponentiate<true>(s, probabilities, shrink, at.w, at.n);
+                if constexpr (kKeepsMaxima) {
+                    modify(s, at.w, at.tiles, at.n);
+                    if (unset()) set_maxima(s);
+                    const float before[2] = {rows[0].sum, rows[1].sum};
+                    exponentiate<false>(s, probabilities, shrink, at.w, at.n, [](float) {});
+                    check_sums(s, probabilities, at.w, at.tiles, at.n, before);
+                    release_k();
+                } else {
+                    release_k();
+                    modify(s, at.w, at.tiles, at.n);
+                    shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+                    exponentiate<true>(s, probabilities, shrink, at.w, at.n, [](float) {});
+                }
                 wait_v(v, at.w, at.n, false);
                 drain();
             }
