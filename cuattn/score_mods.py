@@ -341,9 +341,9 @@ class UserMod(ScoreMod):
             methods.append(self._method(signature, "\n        ".join(pull), sums))
             methods.append(self._method("void flush(Sums& sums, const Coord& at)", "\n        ".join(flush), sums))
         return (
-            f"struct alignas(8) {self.cuda_type(operands, uniform)} {{\n"
+            f"struct alignas(8) {self.cuda_type(operands, uniform)} : Functions {{\n"
             + "\n".join(members or ["    long long unused;"])
-            + "\n    static constexpr bool kIdentity = false, kReadsMemory = true;\n"
+            + f"\n    static constexpr bool kIdentity = false, kReadsMemory = {'true' if self._array_names else 'false'};\n"
             + "\n".join(methods)
             + "\n};\n"
         )

@@ -347,26 +347,33 @@ struct ForwardSm90 {
                 if (old.max != negative_infinity<float>()) rows[half] = old;
             }
         }
-        // S = Q K^T of the current tile once more, by each warp for itself.
-        __device__ __forceinline__ void recompute_scores(WgmmaTile<kBlockN>& s) const {
+        // S = Q K^T of a tile once more, by each warp for itself, with keys from global memory: their buffer has been released.
+        __device__ __forceinline__ void recompute_scores(WgmmaTile<kBlockN>& s, const Work& w, int n) const {
+            const ForwardParams& p = params();
             const unsigned q_tile = kernel.base + (q.stage * kConsumers + wg) * QTile::kBytes;
-            const unsigned k_tile = kernel.base + kOffsetK + k.stage * KTile::kBytes;
             const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x % 128 / 32);
+            const int head_kv = w.at.head / p.group, last = w.at.seqlen_k - 1;
+            const Element* keys = static_cast<const Element*>(p.k) + w.seq.k + head_kv * p.k_head;
 #pragma unroll
             for (int x = 0; x < kBlockN / 2; x++) s[x] = 0;
 #pragma unroll 1
             for (int step = 0; step < kHeadDim / 16; step++) {
                 unsigned a[4];
                 ldmatrix_x4(a, q_tile + QTile::offset(16 * warp + lane % 16, 2 * step + lane / 16));
+                const int col = 16 * step + 2 * (lane % 4);
+                int key = opaque(n * kBlockN + lane / 4);
 #pragma unroll
-                for (int u = 0; u < kBlockN / 8; u += 2) {
-                    unsigned b[4];
-                    ldmatrix_x4(b, k_tile + KTile::offset(8 * u + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+                for (int u = 0; u < kBlockN / 8; u++, key = opaque(key + 8)) {  // one after the other: registers are few
+                    const volatile Element* row = keys + min(key, last) * p.k_row;
+                    Element b[4];
 #pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        float(&d)[4] = reinterpret_cast<float(&)[4]>(s.data[4 * (u + half)]);
-                        mma_m16n8k16(d, a, b[2 * half], b[2 * half + 1], Element());
+                    for (int e = 0; e < 4; e++) {
+                        const int at = col + e / 2 * 8 + e % 2;  // past the last column Q is 0, and memory may be anything
+                        b[e] = Element(0.0f);
+                        if (at < p.head_dim) b[e] = const_cast<const Element&>(row[at]);
                     }
+                    const unsigned* pairs = reinterpret_cast<const unsigned*>(b);
+                    mma_m16n8k16(reinterpret_cast<float(&)[4]>(s.data[4 * u]), a, pairs[0], pairs[1], Element());
                 }
             }
         }
@@ -376,7 +383,7 @@ struct ForwardSm90 {
                                                    const Tiles& tiles, int n, const float (&before)[2]) {
             const bool fits = rows[0].sum <= kLargestSum && rows[1].sum <= kLargestSum;
             if (__all_sync(0xffffffffu, fits)) return;
-            recompute_scores(s);
+            recompute_scores(s, w, n);
             modify(s, w, tiles, n);
             rows[0].sum = before[0], rows[1].sum = before[1];
             const float shrink[2] = {take_maximum(s, 0), take_maximum(s, 1)};
@@ -496,6 +503,7 @@ struct ForwardSm90 {
             // hides the conversions and the scaling of O among the exponentials. NOTE: it would move that wait up were it not
             // for a dependency. V must have come before its products are issued, not between two of them, which would
             // serialise them.
+            release_k();
             if constexpr (kKeepsMaxima && !kCross) {
                 modify(s, at.w, at.tiles, at.n);
                 if (unset()) set_maxima(s);
@@ -508,10 +516,8 @@ struct ForwardSm90 {
                     release_v();
                 });
                 check_sums(s, probabilities, at.w, at.tiles, at.n, before);
-                release_k();
                 return;
             }
-            release_k();
             modify(s, at.w, at.tiles, at.n);
             const RowState<float> done[2] = {rows[0], rows[1]};
             if constexpr (kCross) rows[0] = rows[1] = RowState<float>();
@@ -558,16 +564,14 @@ struct ForwardSm90 {
                 pass_turn();
                 wgmma_wait_group<0>();
                 wgmma_pin(s.data);
+                release_k();
+                modify(s, at.w, at.tiles, at.n);
                 if constexpr (kKeepsMaxima) {
-                    modify(s, at.w, at.tiles, at.n);
                     if (unset()) set_maxima(s);
                     const float before[2] = {rows[0].sum, rows[1].sum};
                     exponentiate<false>(s, probabilities, shrink, at.w, at.n, [](float) {});
                     check_sums(s, probabilities, at.w, at.tiles, at.n, before);
-                    release_k();
                 } else {
-                    release_k();
-                    modify(s, at.w, at.tiles, at.n);
                     shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
                     exponentiate<true>(s, probabilities, shrink, at.w, at.n, [](float) {});
                 }
