@@ -61,9 +61,9 @@ class Tiles:
     persistent: bool = False
     """forward_sm90: one CTA per slot of the GPU works through the query tiles, where there are more of them"""
     q_stages: int = 1
-    """forward_sm90: buffers for q; with two, a CTA begins its next query tile before the last one's output is done"""
+    """forward_sm90: buffers for q; with two, the next query tile's has come before this one's is free"""
     keep_maxima: bool = False
-    """forward_sm90: a row keeps the maximum of its first keys until a sum grows too large; for bfloat16, whose probabilities may"""
+    """forward_sm90: a row keeps the maximum of its first keys until a sum exceeds 2^40, which bfloat16 probabilities may"""
     late_wait: bool = True
     """forward_sm90: the compiler may not wait for the output before the maxima of the next scores"""
 
@@ -149,7 +149,7 @@ def _weight_sm90(problem: Problem) -> int:
 
 SHORT = 2048
 """Keys up to which a row is so short that the ends of tiles count: they overlap where an SM holds two CTAs."""
-LONG = 8192
+LONG = 2048
 """Keys from which fewer, wider tiles of keys pay."""
 
 
@@ -165,12 +165,12 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
     keys = _keys_of_a_tile(problem)
     if widest <= 64 and keys <= SHORT:
-        tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False))
-    if 64 < widest <= 128 and min(problem.seqlen_k, problem.total_k) >= LONG and keys >= LONG // 2:
+        keeps = problem.dtype == "bfloat16" and not problem.mods and problem.scale > 0
+        tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False, keep_maxima=keeps))
+    if 64 < widest <= 128 and keys >= LONG and not (problem.packed or problem.mask.tiled):
         tiles.insert(0, Tiles(128, 176, 2, 12, persistent=True, max_weight=0))
     # Beside more columns of out the compiler has no room for what a late wait lets it interleave.
-    keep_maxima = problem.dtype == "bfloat16" and not problem.mods and problem.scale > 0
-    tiles = [replace(t, late_wait=problem.head_dim_v <= 128, keep_maxima=keep_maxima) for t in tiles]
+    tiles = [replace(t, late_wait=problem.head_dim_v <= 128) for t in tiles]
     return _allowed(tiles, weight, device)
 
 

@@ -5,18 +5,23 @@
 // Roles       consumers: kConsumers warpgroups, 64 query rows each; S, P and O stay in their registers
 //             producer: the last warpgroup, of which one thread issues all loads
 // Registers   a CTA's share is 65536 / kMinBlocks; the producer hands all but kProducerRegisters over
-// Memory      kQStages x sQ (kBlockM x D) | kStages x sK (kBlockN x D) | kStages x sV (kBlockN x Dv) | kBiasStages x bias tile
-//             (kBlockM x kBlockN) | barriers; D, Dv and the columns of a bias tile padded to 64
-// Barriers    name            arrives                         count            waits
-//             full (q, k, v)  the producer, and the bytes     1                consumers
-//             empty (q, k, v) one lane of each consumer warp  4 * kConsumers   the producer
-//             tile_full       the producer                    1                consumers: the number of the next tile is there
-//             tile_empty      one lane of each consumer warp  4 * kConsumers   the producer
+// Memory      kQStages x sQ (kConsumers x 64 x D) | kStages x sK (kBlockN x D) | kStages x sV (kBlockN x Dv) | kBiasStages x
+// bias
+//             tile (kBlockM x kBlockN) | query tiles | barriers; D, Dv and the columns of a bias tile padded to 64
+// Barriers    name                  arrives                         count            waits
+//             full (q of a          the producer, and the bytes     1                consumers
+//               warpgroup, k, v)
+//             empty (k, v)          one lane of each consumer warp  4 * kConsumers   the producer
+//             empty (q)             one lane of each of its warps   4                the producer
+//             tile_full             the producer                    1                consumers: the next query tile is known
+//             tile_empty            one lane of each consumer warp  4 * kConsumers   the producer
 // Loop        S of this tile and O of the last one are issued together, and the softmax of this tile runs under both that O
 // (overlap)   and the other warpgroups' products:
 //                 wait K; issue S = Q K^T; issue O += P V; wait S; release K; modify, mask, maxima; wait O; release V;
 //                 P = exp(S - max), O *= shrink; wait V
-//             Without kOverlap, O of a tile follows its softmax, which needs fewer registers.
+//             The first S of a query tile goes with the last O of the one before. A warpgroup passes over tiles of keys that
+//             none of its rows sees. Without kOverlap, O of a tile follows its softmax, which needs fewer registers.
+// Maxima      with kKeepsMaxima, a row's maximum is that of the first tile in which it sees a key, unless sums grow too large.
 #pragma once
 #include "attention/scores.cuh"
 #include "attention/softmax.cuh"
@@ -96,6 +101,9 @@ struct ForwardSm90 {
     static constexpr bool kKeepsMaxima = Config::kKeepsMaxima;
     static constexpr float kLargestSum = 1099511627776.0f;  // 2^40: far from what bfloat16 holds, and so is O
     static_assert(!kKeepsMaxima || Config::kFoldScale);
+
+    // One buffer for V is not free for the next tile before O is done.
+    static constexpr bool kLateWait = Config::kLateWait && kStages > 1;
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
@@ -373,7 +381,7 @@ struct ForwardSm90 {
                         if (at < p.head_dim) b[e] = const_cast<const Element&>(row[at]);
                     }
                     const unsigned* pairs = reinterpret_cast<const unsigned*>(b);
-                    mma_m16n8k16(reinterpret_cast<float(&)[4]>(s.data[4 * u]), a, pairs[0], pairs[1], Element());
+                    mma_m16n8k16(reinterpret_cast<float (&)[4]>(s.data[4 * u]), a, pairs[0], pairs[1], Element());
                 }
             }
         }
@@ -451,7 +459,7 @@ struct ForwardSm90 {
             const int start = tiles.next(tiles.blocks.start), stop = tiles.blocks.stop;
             // From here on only this warpgroup's rows matter, of which some always exist as far as covers() is asked.
             tiles.rows = {first_row(w), max(min(first_row(w) + 64, w.at.seqlen_q), first_row(w) + 1)};
-            if constexpr (Mask::kTiled) {
+            if constexpr (Mask::kTiled || Config::kPingPong) {  // who takes turns takes as many as the others
                 return {w, tiles, start, stop, 0, 0};
             } else {
                 Range own = mask.kv_range(w.at, tiles.rows);
@@ -509,20 +517,21 @@ struct ForwardSm90 {
                 if (unset()) set_maxima(s);
                 const float before[2] = {rows[0].sum, rows[1].sum};
                 exponentiate<false, kBlockN / 32 * 8>(s, probabilities, shrink, at.w, at.n, [&](float sum) {
-                    wait_v(next_v(), at.w, at.n, sum < 0.0f);
+                    if constexpr (kLateWait) wait_v(next_v(), at.w, at.n, sum < 0.0f);
                     wgmma_wait_group<0>();
                     wgmma_pin(o.data);
                     wgmma_pin(probabilities);
                     release_v();
                 });
                 check_sums(s, probabilities, at.w, at.tiles, at.n, before);
+                if constexpr (!kLateWait) wait_v(v, at.w, at.n, false);
                 return;
             }
             modify(s, at.w, at.tiles, at.n);
             const RowState<float> done[2] = {rows[0], rows[1]};
             if constexpr (kCross) rows[0] = rows[1] = RowState<float>();
             shrink[0] = take_maximum(s, 0);  // the dependency, so that the second row's maximum hides the latency of it
-            if constexpr (Config::kLateWait) {
+            if constexpr (kLateWait) {
                 if constexpr (kCross) {  // this one has come; the next may need the buffer that O still reads
                     mbarrier_wait(kernel.v_full(v.stage), v.parity ^ (shrink[0] < 0.0f ? 1 : 0));
                 } else {
@@ -541,7 +550,7 @@ struct ForwardSm90 {
                 for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
             }
             exponentiate<!kCross>(s, probabilities, shrink, at.w, at.n, [](float) {});
-            if constexpr (kCross || !Config::kLateWait) wait_v(v, at.w, at.n, false);
+            if constexpr (kCross || !kLateWait) wait_v(v, at.w, at.n, false);
         }
         // The output of the last keys.
         __device__ __forceinline__ void drain() {
@@ -654,9 +663,9 @@ struct ForwardSm90 {
                 }
                 if (loaded) consumer.release_q();
                 if constexpr (kCrosses) {
-                    // The producer announces the next tile when it has loaded all of this one, and a second tile of V after
+                    // The producer announces the next tile when it has loaded all of this one, and V of kStages tiles after
                     // this warpgroup's last would find no buffer before O is done.
-                    passed = pending && at.after < 2;
+                    passed = pending && at.after < kStages;
                     if (passed) {
                         consumer.skip_k(at.after);
                         TileSlot next = consumer.tile;
@@ -664,7 +673,7 @@ struct ForwardSm90 {
                         tile = consumer.receive_tile(next);
                         if (tile.m_block >= 0) {
                             const Visit then = arrive(tile);
-                            if (then.any() && at.after + then.before < 2) {
+                            if (then.any() && at.after + then.before < kStages) {
                                 consumer.skip_k(then.before);
                                 consumer.template step<true>(then, at.after + then.before);
                                 at = then, crossed = true;
