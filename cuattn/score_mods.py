@@ -190,7 +190,8 @@ class UserMod(ScoreMod):
 
     expression, gradient: C expressions over s, b, h, i, j, seqlen_q, seqlen_k and the parameters. `Real` names the type of
       the scores (float, or double for float64 inputs); use overloaded functions (tanh, exp, fabs, min) and write
-      constants as Real(0.5): a bare 0.5 makes float kernels compute in double.
+      constants as Real(0.5): a bare 0.5 makes float kernels compute in double. Beside float16 and bfloat16 arrays, exp, exp2,
+      log, log2 and tanh are short forms in float, whose error is about 2^-21 of the result or of 1.
     params: Python floats (of type Real in the expression) or one-dimensional arrays (indexed in the expression: slope[h]).
     param_gradients: for each float vector of `params` whose gradient is wanted, a pair of expressions (index, derivative): the
       element of the vector that the score reads, an integer, and d expression / d that element. `expression` may read such
