@@ -77,6 +77,9 @@ def _translation_unit(
     """The text around `struct Config`. `arguments`: name of the parameter struct in kernels/params.cuh, of so many bytes."""
     p = plan.problem
     definitions = [mod.cuda_source(operands, uniform) for mod, operands, uniform in _mods(plan)] if with_mods else []
+    if any(definitions):
+        functions = "FastFunctions" if p.dtype in ("float16", "bfloat16") else "LibraryFunctions"
+        definitions.insert(0, f"using Functions = {functions};")
     sinks = p.operand("sinks")
     lens = p.operand("q_lens") is not None or p.operand("kv_lens") is not None
     types = {
@@ -155,9 +158,10 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
     flags = {"kOneChunk": plan.dv_chunks == 1, "kSplit": plan.num_splits > 1, "kPairRuns": False}
     tma = attends and plan.uses_tma
     if tma:
-        constants["kBiasStages"] = plan.bias_stages
         t = plan.tiles
+        constants |= {"kBiasStages": plan.bias_stages, "kQStages": t.q_stages}
         flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong, "kPersistent": t.persistent, "kLateWait": t.late_wait}
+        flags["kKeepsMaxima"] = t.keep_maxima
     arguments = "TmaArguments" if tma else "ForwardArguments"
     size = parameter_bytes(plan, attends)
     return _translation_unit(plan, kernel, arguments, size, types, constants, flags, attends)

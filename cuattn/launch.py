@@ -97,9 +97,11 @@ def parameter_bytes(plan: Plan | BackwardPlan, with_mods: bool) -> int:
 
 
 def _tensor_maps(plan: Plan | BackwardPlan) -> list[TensorMap]:
-    """Of q, k and v as (head_dim, row, head, batch), in boxes of 64 columns by the rows of a tile, and of a staged bias."""
+    """Of q, k and v as (head_dim, row, head, batch), in boxes of 64 columns by the rows of a tile (of q, of those of a
+    warpgroup), and of a staged bias.
+    """
     p, tiles = plan.problem, plan.tiles
-    arrays = [(p.operand(name), rows) for name, rows in (("q", tiles.block_m), ("k", tiles.block_n), ("v", tiles.block_n))]
+    arrays = [(p.operand(name), rows) for name, rows in (("q", 64), ("k", tiles.block_n), ("v", tiles.block_n))]
     arrays += [(staged_bias(p), tiles.block_m)] if plan.bias_stages else []
     return [TensorMap(operand, (64, rows, 1, 1)) for operand, rows in arrays if operand is not None]
 
