@@ -11,6 +11,13 @@ constexpr int copy_lanes(int vecs_per_row) {
     return vecs_per_row % 8 == 0 ? 8 : vecs_per_row % 4 == 0 ? 4 : vecs_per_row % 2 == 0 ? 2 : 1;
 }
 
+// Elements that an access of so many bytes takes.
+template <class Element>
+constexpr int vec_of(int bytes) {
+    return bytes > static_cast<int>(sizeof(Element)) ? bytes / static_cast<int>(sizeof(Element)) : 1;
+}
+constexpr int lesser(int a, int b) { return a < b ? a : b; }
+
 // Loads rows [0, rows) x columns [0, cols) of a row-major array into a tile and writes zero everywhere else in it.
 // kVecBytes is what the array's alignment allows: 16, 8 or 4 (cp.async), or 2 (plain loads). The caller commits and waits.
 template <int kThreads, int kVecBytes, class Tile>
@@ -60,6 +67,36 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile:
         }
     }
 }
+
+// Loads of a tile whose rows lie anywhere: kLanes threads side by side copy one row, those of a thread are kStep apart.
+template <int kThreads, int kVecBytes, int kLanes, class Tile>
+struct TileRows {
+    using Element = typename Tile::Element;
+    static constexpr int kSize = static_cast<int>(sizeof(Element)), kVec = kVecBytes > kSize ? kVecBytes / kSize : 1;
+    static constexpr int kSpan = kLanes * kVec, kPanels = (Tile::kCopyCols + kSpan - 1) / kSpan;
+    static constexpr int kStep = kThreads / kLanes, kSteps = (Tile::kRows + kStep - 1) / kStep;
+    static_assert(kThreads % kLanes == 0);
+
+    __device__ __forceinline__ static int row(int step) { return static_cast<int>(threadIdx.x) / kLanes + step * kStep; }
+
+    // This thread's share of its row number `step`, from `source`, or as zero where that is null (`any`: an address that may
+    // be named though it is not read). Columns from `cols` on become zero. The caller commits and waits.
+    __device__ __forceinline__ static void load(const Tile& tile, int step, const Element* source, const Element* any, int cols) {
+        const int to = row(step);
+        if (Tile::kRows % kStep != 0 && to >= Tile::kRows) return;
+#pragma unroll(kPanels <= 8 ? kPanels : 8)
+        for (int panel = 0; panel < kPanels; panel++) {
+            const int col = static_cast<int>(threadIdx.x) % kLanes * kVec + panel * kSpan;
+            if (Tile::kCols % kSpan != 0 && col >= Tile::kCols) break;
+            if constexpr (kVecBytes >= 4) {
+                const int valid = source != nullptr ? max(0, min(kVecBytes, (cols - col) * kSize)) : 0;
+                cp_async<kVecBytes>(smem_address(tile.at(to, col)), valid > 0 ? source + col : any, valid);
+            } else {
+                *tile.at(to, col) = source != nullptr && col < cols ? source[col] : Element(0.0f);
+            }
+        }
+    }
+};
 
 // Stores rows [0, rows) x columns [0, cols) of a tile.
 template <int kThreads, int kVecBytes, class Tile>
