@@ -14,7 +14,8 @@ from cuattn.api import (
 )
 from cuattn.dropout import dropout_mask
 from cuattn.jit import CompileError
-from cuattn.masks import BlockSparse, BooleanMask, Causal, Full, Mask, SlidingWindow
+from cuattn.kvcache import CacheFull, PagedKVCache
+from cuattn.masks import BlockSparse, BooleanMask, Causal, Full, Mask, SlidingWindow, TreeMask
 from cuattn.score_mods import Alibi, Bias, ScoreMod, SoftCap, UserMod
 
 __version__ = "0.1.0"
@@ -24,14 +25,17 @@ __all__ = [
     "Bias",
     "BlockSparse",
     "BooleanMask",
+    "CacheFull",
     "Causal",
     "CompileError",
     "Full",
     "Gradients",
     "Mask",
+    "PagedKVCache",
     "ScoreMod",
     "SlidingWindow",
     "SoftCap",
+    "TreeMask",
     "UserMod",
     "attention",
     "attention_backward",

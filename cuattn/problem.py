@@ -13,7 +13,7 @@ from typing import Any
 
 from cuattn.arrays import View
 from cuattn.fields import ITEMSIZE, Operand
-from cuattn.masks import And, BlockSparse, BooleanMask, Full, Mask, SlidingWindow
+from cuattn.masks import And, BlockSparse, BooleanMask, Full, Mask, SlidingWindow, TreeMask
 from cuattn.score_mods import Alibi, Bias, ScoreMod, SoftCap, UserMod
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -340,6 +340,12 @@ def check_mask_arrays(mask: Mask, views: Sequence[View], full: tuple[int, int, i
             if own[0].dtype not in ("bool", "uint8"):
                 raise TypeError(f"mask: got dtype {own[0].dtype}, expected bool (True = visible) or uint8")
             _check_broadcast("mask", own[0].shape, full, "(batch, num_heads, seqlen_q, seqlen_k)")
+        elif isinstance(part, TreeMask):
+            if own[0].dtype not in ("bool", "uint8"):
+                raise TypeError(f"mask: got a tree of dtype {own[0].dtype}, expected bool (True = visible) or uint8")
+            if not own[0].shape:
+                raise ValueError("mask: got a tree without axes, expected (..., seqlen_q, columns)")
+            _check_broadcast("mask", own[0].shape, (*full[:3], own[0].shape[-1]), "(batch, num_heads, seqlen_q, columns)")
         elif isinstance(part, BlockSparse):
             _check_block_sparse(part, own, full)
 

@@ -147,6 +147,8 @@ def _options(case: Decode, rng: np.random.Generator) -> dict[str, Any]:
         options.update(causal=True, window=(37, 0))
     elif case.mask == "boolean":
         options["mask"] = rng.random((case.batch, 1, case.seqlen_q, case.capacity)) < 0.6
+    elif case.mask == "tree":
+        options["mask"] = cuattn.TreeMask(rng.random((case.batch, 1, case.seqlen_q, case.seqlen_q)) < 0.6)
     for mod in case.mods:
         if mod == "softcap":
             options["softcap"] = 2.0
@@ -181,6 +183,8 @@ def put(backend: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Arrays of the backend's kind, copies all of them; e4m3 as the bits that CuPy can hold."""
 
     def one(x: Any) -> Any:
+        if isinstance(x, cuattn.Mask):
+            return x.bind([backend.put(a) for a in x.arrays])
         if not isinstance(x, np.ndarray):
             return x
         x = x.view(np.uint8) if x.dtype == numpy_dtype("float8_e4m3fn") else x
@@ -263,6 +267,7 @@ CASES = (
     Decode(packed=True, seqlen_q=40, new=1, sinks=True, lengths=(100, 20, 7, 300), page=0),
     Decode(mask="window", lengths=(500, 33, 2), seqlen_q=3),
     Decode(mask="boolean", lengths=(300, 33), seqlen_q=3),
+    Decode(mask="tree", lengths=(300, 33), seqlen_q=7, new=7),
     Decode(mods=("softcap",), lengths=(300, 33), sinks=True),
     Decode(mods=("alibi",), lengths=(300, 33), seqlen_q=3),
     Decode(mods=("softcap", "alibi", "bias", "user"), mask="window", lengths=(300, 33), seqlen_q=5, sinks=True, packed=True),

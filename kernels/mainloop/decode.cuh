@@ -149,7 +149,7 @@ struct Decode {
         const Coord at = item.seq.at(item.batch);
         PackedRows rows_here = rows_;
         rows_here.row0 += 16 * warp_m();
-        if (!Mask::kTiled && (n + 1) * kBlockN <= at.seqlen_k && mask.covers(at, queries, {n * kBlockN, (n + 1) * kBlockN})) {
+        if ((n + 1) * kBlockN <= at.seqlen_k && mask.covers(at, queries, {n * kBlockN, (n + 1) * kBlockN})) {
             modify_packed_scores<false>(s, at, rows_here, col0, scale, mask, score_mod);
         } else {
             modify_packed_scores<true>(s, at, rows_here, col0, scale, mask, score_mod);
