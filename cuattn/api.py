@@ -207,16 +207,16 @@ def attention_with_kvcache(
       `attention_varlen`. Any number of tokens; built for one to a few dozen.
     k_cache, v_cache: (rows, seqlen, num_heads_kv, head_dim or head_dim_v), or with page_table (pages, page_size, num_heads_kv,
       ...). Of q's dtype, or under 16-bit q of 8 bits: float8_e4m3fn, uint8 that holds its bits, or int8.
-    k, v: (batch, tokens, num_heads_kv, ...), packed (total_q, num_heads_kv, ...): new tokens, written into the cache behind what
-      it holds. None: the cache holds everything already.
-    cache_seqlens: (batch,) int32 or one integer: tokens in the cache before the new ones, padding on the left included. They stay
-      on the device, unread, and are not changed.
+    k, v: (batch, tokens, num_heads_kv, ...), packed (total_q, num_heads_kv, ...): new tokens, written into the cache behind
+      what it holds. None: the cache holds everything already.
+    cache_seqlens: (batch,) int32 or one integer: tokens in the cache before the new ones, padding on the left included. They
+      stay on the device, unread, and are not changed.
     page_table: (batch, max_pages) int32: token n of a sequence lies in page page_table[b, n // page_size].
     cache_batch_idx: (batch,) int32: which row of the cache, or of the page table, is whose. Default: their own.
     cache_leftpad: (batch,) int32: tokens to skip at the start. i, j and positions count from there.
-    rotary_cos, rotary_sin: (positions, rotary_dim / 2): rotates the first rotary_dim dimensions of new keys by their position j,
-      and of query i by that of the key it is aligned with, i + seqlen_k - seqlen_q. rotary_interleaved: pairs (0, 1), (2, 3) ...,
-      otherwise (0, rotary_dim / 2), (1, rotary_dim / 2 + 1) ...
+    rotary_cos, rotary_sin: (positions, rotary_dim / 2): rotates the first rotary_dim dimensions of new keys by their position
+      j, and of query i by that of the key it is aligned with, i + seqlen_k - seqlen_q. rotary_interleaved: pairs (0, 1), (2, 3)
+      ..., otherwise (0, rotary_dim / 2), (1, rotary_dim / 2 + 1) ...
     num_splits: into how many parts a sequence's keys are divided; 0 divides all work evenly over the GPU.
     k_scale, v_scale: (num_heads_kv,) or (batch, num_heads_kv) float32: what the elements of an 8-bit cache are multiplied with,
       and new ones divided by; default 1.
@@ -225,8 +225,8 @@ def attention_with_kvcache(
     Other options are those of `attention`; seqlen_k is a sequence's length with its new tokens, and mask and bias broadcast to
     (batch, num_heads, seqlen_q, tokens that the cache has room for).
 
-    Returns out of q's shape with head_dim_v, or (out, lse). A length or page that only the device knows and that lies outside the
-    cache is neither read nor written: its keys count as zeros. Has no gradient. Raises as `attention` does.
+    Returns out of q's shape with head_dim_v, or (out, lse). A length or page that only the device knows and that lies outside
+    the cache is neither read nor written: its keys count as zeros. Has no gradient. Raises as `attention` does.
 
     >>> import numpy as np
     >>> cache_k, cache_v = np.zeros((2, 1, 16, 2, 8), np.float32)

@@ -1,7 +1,7 @@
 """Problem and plan of attention over a KV cache: what problem.py, registry.py and plan.py are for the forward.
 
-Kernels: kernels/append.cu writes new keys and values into the cache, kernels/decode.cu attends. Both find lengths and pages on the
-device; nothing here depends on them.
+Kernels: kernels/append.cu writes new keys and values into the cache, kernels/decode.cu attends. Both find lengths and pages on
+the device; nothing here depends on them.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class DecodeProblem:
 def make_decode_problem(
     views: dict[str, View], mask: Mask, mods: tuple[ScoreMod, ...], own_views: Sequence[View], scalars: Scalars
 ) -> DecodeProblem:
-    """Check a call and bring it into canonical form. views: of what is given among `POINTERS`; own_views: of mask, then mods."""
+    """Check a call and bring it into canonical form. views: by name in `POINTERS`; own_views: of the mask, then of mods."""
     packed = "cu_seqlens_q" in views
     q = canonical("q", views["q"], packed)
     caches = {name: _cache(name, views[name], q) for name in ("k_cache", "v_cache")}
@@ -329,7 +329,9 @@ def _rotary(views: dict[str, View], q: View) -> tuple[int, int]:
 
 def _check_scale(name: str, view: View, cache_dtype: str, batch: int, heads: int) -> None:
     if cache_dtype not in CACHE_DTYPES:
-        raise ValueError(f"{name}: got it with a {cache_dtype} cache, expected it with an 8-bit one ({', '.join(CACHE_DTYPES)})")
+        raise ValueError(
+            f"{name}: got it with a {cache_dtype} cache, expected it with an 8-bit one ({', '.join(CACHE_DTYPES)})"
+        )
     if view.dtype != "float32":
         raise TypeError(f"{name}: got dtype {view.dtype}, expected float32")
     if view.shape not in ((heads,), (batch, heads)):
@@ -430,8 +432,8 @@ class DecodePlan:
     def __str__(self) -> str:
         return (
             f"DecodePlan({self.device.arch}: {self.rows} rows x {self.block_n} keys x {self.stages}, "
-            f"d{self.head_dim}/{self.head_dim_v}, {self.warps_m}x{self.warps_n} warps, {self.smem_bytes} B shared, grid {self.grid}, "
-            f"workspace {sum(self.workspace)} B)"
+            f"d{self.head_dim}/{self.head_dim_v}, {self.warps_m}x{self.warps_n} warps, {self.smem_bytes} B shared, "
+            f"grid {self.grid}, workspace {sum(self.workspace)} B)"
         )
 
 
@@ -443,7 +445,9 @@ def _declines(problem: DecodeProblem, device: Device) -> list[str]:
         reasons.append(f"multiplies float32 as tf32, got precision {problem.precision}")
     widest = 128 if problem.dtype == "float64" else 256
     if max(problem.head_dim, problem.head_dim_v) > widest:
-        reasons.append(f"serves head dimensions to {widest} of {problem.dtype}, got {problem.head_dim} and {problem.head_dim_v}")
+        reasons.append(
+            f"serves head dimensions to {widest} of {problem.dtype}, got {problem.head_dim} and {problem.head_dim_v}"
+        )
     return reasons
 
 

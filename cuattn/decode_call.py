@@ -11,8 +11,9 @@ import numpy as np
 from cuattn import arrays, call
 from cuattn.arrays import Device as ArrayDevice
 from cuattn.arrays import Library, View
-from cuattn.codegen import APPEND_THREADS, decode_units
+from cuattn.codegen import decode_units
 from cuattn.decode import (
+    APPEND_THREADS,
     POINTERS,
     SLOT,
     WORKSPACE,
@@ -47,7 +48,7 @@ WRITTEN = ("k_cache", "v_cache")
 
 
 def attend(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], scalars: Scalars) -> Any:
-    """out, or (out, lse). `named`: by the names of `decode.POINTERS`, None for what is not given; cache_seqlens may be a number."""
+    """out, or (out, lse). `named`: by name in `decode.POINTERS`, None for what is not given; cache_seqlens may be a number."""
     q, length = named["q"], 0
     library = arrays.library_of(q, "q")
     device = library.device(q, "q")
@@ -60,7 +61,9 @@ def attend(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], scalar
         mask = call._place_blocks(mask, library, q, device)
     own = (*mask.arrays, *(a for mod in mods for a in mod.arrays))
     if call._check_kinds(library, device, present, mask, mods):
-        raise NotImplementedError("attention_with_kvcache: has no gradient; call it under torch.no_grad() or on detached tensors")
+        raise NotImplementedError(
+            "attention_with_kvcache: has no gradient; call it under torch.no_grad() or on detached tensors"
+        )
     if "k" in present:
         for name in WRITTEN:
             if not library.supports_out or not library.writable(present[name]):
@@ -87,7 +90,9 @@ def _check_host(host: dict[str, Any], length: int, problem: DecodeProblem) -> No
         cumulative = host["cu_seqlens_q"].astype(np.int64)
         steps = np.diff(cumulative)
         if cumulative[0] != 0 or (steps < 0).any() or cumulative[-1] > p.total_q:
-            raise ValueError(f"cu_seqlens_q: got {cumulative.tolist()}, expected a non-decreasing row from 0 to at most {p.total_q}")
+            raise ValueError(
+                f"cu_seqlens_q: got {cumulative.tolist()}, expected a non-decreasing row from 0 to at most {p.total_q}"
+            )
         if steps.size and steps.max() > p.seqlen_q:
             raise ValueError(f"max_seqlen_q: got {p.seqlen_q}, expected at least {steps.max()}, the longest sequence")
     else:
@@ -99,7 +104,9 @@ def _check_host(host: dict[str, Any], length: int, problem: DecodeProblem) -> No
     if p.batch and (pad.min() < 0 or (before < pad).any()):
         raise ValueError(f"cache_leftpad: got {pad.tolist()}, expected 0 to cache_seqlens, {before.tolist()}")
     if p.batch and after.max() > p.capacity:
-        raise ValueError(f"cache_seqlens: got {before.tolist()}, expected at most {p.capacity} with the new tokens, the cache's room")
+        raise ValueError(
+            f"cache_seqlens: got {before.tolist()}, expected at most {p.capacity} with the new tokens, the cache's room"
+        )
     if p.rotary_len and p.batch and (after - pad).max() > p.rotary_len:
         raise ValueError(f"rotary_cos: got {p.rotary_len} positions, expected at least {(after - pad).max()}")
     rows = host.get("cache_batch_idx", np.arange(p.batch))
@@ -109,7 +116,9 @@ def _check_host(host: dict[str, Any], length: int, problem: DecodeProblem) -> No
         for b in range(p.batch):
             pages = host["page_table"][rows[b], : -(-int(after[b]) // p.page_size)]
             if pages.size and (pages.min() < 0 or pages.max() >= p.pages):
-                raise ValueError(f"page_table: got page {pages.min()} to {pages.max()} in row {rows[b]}, expected 0 to {p.pages - 1}")
+                raise ValueError(
+                    f"page_table: got page {pages.min()} to {pages.max()} in row {rows[b]}, expected 0 to {p.pages - 1}"
+                )
 
 
 def _on_cpu(made: _Call) -> Any:

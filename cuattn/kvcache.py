@@ -85,7 +85,7 @@ class PagedKVCache:
 
     num_pages, page_size: of the pool and of a page, in tokens, for each of `layers`.
     dtype: of the elements: a float dtype, or an 8-bit one (`attention_with_kvcache`).
-    max_sequences, max_length: sequences at a time (default: num_pages), and tokens that one may have (default: all of the pool).
+    max_sequences, max_length: sequences at a time (default: num_pages), and tokens that one may have (default: the pool's).
     like: an array of the kind, and on the device, that the caches shall have; default: NumPy.
 
     `k_cache` and `v_cache` are (layers, num_pages, page_size, num_heads_kv, head_dim or head_dim_v), `page_table`
@@ -197,7 +197,9 @@ class PagedKVCache:
         changed, when there are not enough pages.
         """
         if len(seqs) != len(tokens) or len(set(seqs)) != len(seqs):
-            raise ValueError(f"seqs: got {list(seqs)} with {len(tokens)} lists of tokens, expected different sequences, one each")
+            raise ValueError(
+                f"seqs: got {list(seqs)} with {len(tokens)} lists of tokens, expected different sequences, one each"
+            )
         sequences = [self._get(seq) for seq in seqs]
         counts = [n if isinstance(n, int) else len(n) for n in tokens]
         if any(n < 0 for n in counts):
@@ -304,7 +306,9 @@ class PagedKVCache:
             pages = -(-(sequence.length + count) // self.page_size)
             if pages > self._max_pages:
                 room = self._max_pages * self.page_size
-                raise CacheFull(f"sequence {seq} would have {sequence.length + count} tokens, a row of the page table has {room}")
+                raise CacheFull(
+                    f"sequence {seq} would have {sequence.length + count} tokens, a row of the page table has {room}"
+                )
             needed += pages - len(sequence.pages)
             if count and sequence.length % self.page_size:
                 last = sequence.pages[-1]

@@ -288,6 +288,7 @@ def _check_qkv(q: View, k: View, v: View, packed: bool) -> None:
 
 
 def check_scalars(scale: Any, dropout: Any, precision: Any) -> None:
+    """Refuse options that are no numbers, or out of range."""
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale)):
         raise ValueError(f"scale: got {scale!r}, expected a finite number or None")
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
@@ -307,6 +308,7 @@ def _check_cu_seqlens(views: dict[str, View]) -> int:
 
 
 def max_seqlen_of(name: str, value: Any) -> int:
+    """The longest length, as an integer."""
     try:
         length = value.__index__()
     except (AttributeError, TypeError):
@@ -317,6 +319,7 @@ def max_seqlen_of(name: str, value: Any) -> int:
 
 
 def check_vector(name: str, view: View, length: int, dtypes: tuple[str, ...]) -> None:
+    """Refuse anything but a contiguous vector of `length` elements."""
     if view.dtype not in dtypes:
         raise TypeError(f"{name}: got dtype {view.dtype}, expected {' or '.join(dtypes)}")
     if view.shape != (length,):
@@ -332,6 +335,7 @@ def _check_broadcast(name: str, shape: tuple[int, ...], full: tuple[int, ...], m
 
 
 def check_mask_arrays(mask: Mask, views: Sequence[View], full: tuple[int, int, int, int]) -> None:
+    """Refuse a mask whose arrays do not fit (batch, num_heads, seqlen_q, seqlen_k)."""
     position = 0
     for part in mask.masks if isinstance(mask, And) else (mask,):
         own = views[position : position + len(part.arrays)]
@@ -376,6 +380,7 @@ def _check_packed_rows(name: str, view: View) -> None:
 
 
 def check_mod_arrays(mods: tuple[ScoreMod, ...], views: Sequence[View], full: tuple[int, int, int, int]) -> None:
+    """Refuse modifications whose arrays do not fit (batch, num_heads, seqlen_q, seqlen_k)."""
     position = 0
     for mod in mods:
         own = views[position : position + len(mod.arrays)]

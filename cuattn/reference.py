@@ -168,7 +168,7 @@ def with_kvcache(
                     return row, n
                 return int(page_table[row, n // k_cache.shape[1]]), n % k_cache.shape[1]
 
-            scales = [np.float32(1) if s is None else s[(b, ...) if s.ndim == 2 else ...] for s in (k_scale, v_scale)]
+            scales = [np.ones((), np.float32) if s is None else s[b] if s.ndim == 2 else s for s in (k_scale, v_scale)]
             for n in range(new):
                 assert k is not None and v is not None
                 token = k[at][n].astype(np.float64)
@@ -210,7 +210,7 @@ def stored(x: Array, scale: Array, dtype: np.dtype[Any]) -> Array:
     quotient = x.astype(np.float32) / np.asarray(scale, np.float32)[..., None]
     if dtype == np.int8:
         return np.clip(np.where(np.isnan(quotient), -128, np.rint(quotient)), -128, 127).astype(np.int8)
-    return np.clip(quotient, -448, 448).astype(_e4m3()).view(dtype)
+    return np.asarray(np.clip(quotient, -448, 448).astype(_e4m3()).view(dtype))
 
 
 def loaded(x: Array, scale: Array) -> Array:
@@ -224,7 +224,8 @@ def loaded(x: Array, scale: Array) -> Array:
 def _e4m3() -> np.dtype[Any]:
     import ml_dtypes
 
-    return np.dtype(ml_dtypes.float8_e4m3fn)
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.float8_e4m3fn)
+    return dtype
 
 
 class Gradients(NamedTuple):

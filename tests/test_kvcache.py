@@ -16,7 +16,7 @@ from cuattn import CacheFull, PagedKVCache
 
 
 class Model:
-    """A cache and the lists of numbers that its sequences ought to hold; a token's key is its number, its value the negative."""
+    """A cache and the numbers that its sequences ought to hold; a token's key is its number, its value the negative."""
 
     def __init__(self, pages: int, page_size: int, sequences: int, max_length: int | None = None) -> None:
         self.cache = PagedKVCache(
@@ -205,7 +205,11 @@ def test_prefixes_are_shared_and_evicted_in_order() -> None:
     model.append({first: [1, 2, 3, 4, 5]}, True)
     assert model.cache.lookup([1, 2, 3, 4, 9]) == 0  # its pages count as written from its next operation on
     model.free(first)
-    assert model.cache.lookup([1, 2, 3, 4, 9]) == 4 and model.cache.lookup([1, 2, 3, 4]) == 2 and model.cache.lookup([2, 2, 3]) == 0
+    assert (
+        model.cache.lookup([1, 2, 3, 4, 9]) == 4
+        and model.cache.lookup([1, 2, 3, 4]) == 2
+        and model.cache.lookup([2, 2, 3]) == 0
+    )
     assert model.cache.statistics().kept == 2
     second = model.add([1, 2, 3, 9])
     assert second is not None and model.cache.length(second) == 2
@@ -255,7 +259,11 @@ def test_paged_equals_contiguous(backend: Any, dtype: str) -> None:
     q, k, v = (rng.standard_normal((2, total, n, dim)).astype(np.float16) for n in (heads, heads_kv, heads_kv))
     like = backend.put(np.zeros(1, np.float16))
     cache = PagedKVCache(16, 4, num_heads_kv=heads_kv, head_dim=dim, dtype=dtype, like=like)
-    scale = {"k_scale": np.full(heads_kv, 0.05, np.float32), "v_scale": np.full(heads_kv, 0.05, np.float32)} if dtype == "int8" else {}
+    scale = (
+        {"k_scale": np.full(heads_kv, 0.05, np.float32), "v_scale": np.full(heads_kv, 0.05, np.float32)}
+        if dtype == "int8"
+        else {}
+    )
     scale = {n: backend.put(x) for n, x in scale.items()}
     seqs = [cache.add_sequence(), cache.add_sequence()]
     chunks = [9, 1, 1, 4, 1, 7]

@@ -93,12 +93,13 @@ struct alignas(8) TreeMask {
 
     __device__ __forceinline__ bool keep(const Coord& at, int i, int j) const {
         const int column = j - (at.seqlen_k - columns);
-        return column < 0 ||
-               array[at.batch * stride_batch + at.head * stride_head + i * stride_q + column * stride_k] != 0;
+        return column < 0 || array[at.batch * stride_batch + at.head * stride_head + i * stride_q + column * stride_k] != 0;
     }
     __device__ __forceinline__ Range kv_range(const Coord& at, Range) const { return {0, at.seqlen_k}; }
     __device__ __forceinline__ Range q_range(const Coord& at, Range) const { return {0, at.seqlen_q}; }
-    __device__ __forceinline__ bool covers(const Coord& at, Range, Range keys) const { return keys.stop <= at.seqlen_k - columns; }
+    __device__ __forceinline__ bool covers(const Coord& at, Range, Range keys) const {
+        return keys.stop <= at.seqlen_k - columns;
+    }
     __device__ __forceinline__ TileClass classify(const Coord& at, Range rows, Range keys) const {
         return covers(at, rows, keys) ? kTileFull : classify_elements(*this, at, rows, keys);
     }

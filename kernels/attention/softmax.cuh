@@ -59,7 +59,8 @@ __device__ __forceinline__ RowResult<Real> finish_row(Real max_log2, Real sum, R
 // Scores of a warp's rows to probabilities times 2^exponent, in place; rescales what has been accumulated in `o` when a maximum
 // of the warp grew enough to matter. The four lanes that share a row hold its columns.
 template <class Scores, class Output, class Real, int kM>
-__device__ __forceinline__ void online_softmax(Scores& s, Output& o, RowState<Real> (&rows)[kM][2], Real factor, Real exponent) {
+__device__ __forceinline__ void online_softmax(Scores& s, Output& o, RowState<Real> (&rows)[kM][2], Real factor,
+                                               Real exponent) {
     constexpr int kN = Scores::kThreadCols / 2;
     Real shrink[kM][2];
     bool grew = false;

@@ -3,8 +3,8 @@
 //   S = scale * Q K^T, modified and masked     P = exp(S - lse)     O = P V
 //
 // The queries of all heads of a group share keys, so they are the rows of one tile: row r is query r / group of head r % group.
-// A CTA walks the items of its range (mainloop/decode_schedule.cuh); kWarpsM x kWarpsN warps divide the rows of a tile, 16 each,
-// and the keys of a block. Every warp has a softmax of its own over its keys, and those of a row are merged at the end.
+// A CTA walks the items of its range (mainloop/decode_schedule.cuh); kWarpsM x kWarpsN warps divide the rows of a tile, 16
+// each, and the keys of a block. Every warp has a softmax of its own over its keys, and those of a row are merged at the end.
 //
 // Shared memory   sQ (kRows x D) | kStages x { sK (kBlockN x D), sV (kBlockN x Dv) }; at the end of an item the warps' outputs
 //                 lie over the stages
@@ -39,7 +39,8 @@ struct Decode {
     using KTile = typename Mma::template KTile<kBlockN, kHeadDim>;
     using VTile = typename Mma::template VTile<kBlockN, kHeadDimV>;
     // A thread copies the same rows of K and V.
-    static constexpr int kLanes = lesser(copy_lanes(KTile::kCopyCols / vec_of<Cache>(Config::kVecK)), copy_lanes(VTile::kCopyCols / vec_of<Cache>(Config::kVecV)));
+    static constexpr int kLanes = lesser(copy_lanes(KTile::kCopyCols / vec_of<Cache>(Config::kVecK)),
+                                         copy_lanes(VTile::kCopyCols / vec_of<Cache>(Config::kVecV)));
     using QRows = TileRows<kThreads, Config::kVecQ, kLanes, QTile>;
     using KRows = TileRows<kThreads, Config::kVecK, kLanes, KTile>;
     using VRows = TileRows<kThreads, Config::kVecV, kLanes, VTile>;
@@ -139,8 +140,8 @@ struct Decode {
 
     // Keys --------------------------------------------------------------------------------------------------------------
 
-    __device__ __forceinline__ void visit_block(const DecodeItem& item, const PackedRows& rows_, Range queries, Real scale, int n,
-                                                int stage) {
+    __device__ __forceinline__ void visit_block(const DecodeItem& item, const PackedRows& rows_, Range queries, Real scale,
+                                                int n, int stage) {
         const int first = warp_n() * kKeys, col0 = n * kBlockN + first;
         const KTile k{sK(stage).at(first, 0)};
         const VTile v{sV(stage).at(first, 0)};
@@ -174,8 +175,8 @@ struct Decode {
         find_pages(item, blocks.start + kStages - 1);
         const Range queries = Schedule::queries(p, item.seq, item.m_block);
         const PackedRows rows_ = packed(item);
-        const Real scale = static_cast<Real>(p.scale) *
-                           cache_scale(p.k_scale, p.k_scale_batch, p.k_scale_head, item.batch, item.head_kv);
+        const Real scale =
+            static_cast<Real>(p.scale) * cache_scale(p.k_scale, p.k_scale_batch, p.k_scale_head, item.batch, item.head_kv);
         int stage = 0;
         for (int n = blocks.start; n < blocks.stop; n++) {
             cp_async_wait_group<kStages - 2>();
@@ -203,7 +204,8 @@ struct Decode {
         if constexpr (!Config::kSinks) return negative_infinity<Real>();
         return static_cast<Real>(static_cast<const typename Config::Sink*>(p.sinks)[head]) * static_cast<Real>(kLog2e);
     }
-    __device__ __forceinline__ void store_lse(const DecodeItem& item, const PackedRows& packed_rows, int row, Real lse_log2) const {
+    __device__ __forceinline__ void store_lse(const DecodeItem& item, const PackedRows& packed_rows, int row,
+                                              Real lse_log2) const {
         if (p.lse == nullptr) return;
         const int i = packed_rows.query(row);
         static_cast<Real*>(p.lse)[(Config::kPacked ? 0 : item.batch * p.lse_batch) + packed_rows.head(row, i) * p.lse_head +
@@ -225,10 +227,10 @@ struct Decode {
             row.sum = o.sum_row(row.sum);
             const int r = 16 * warp_m() + 8 * half + lane / 4;
             if (lane % 4 == 0) {
-                shared.max_log2[warp_n()][r] = row.max == negative_infinity<Real>()
-                                                   ? row.max
-                                                   : row.max * static_cast<Real>(kLog2e) -
-                                                         static_cast<Real>(Mma::kProbabilityExponent);
+                shared.max_log2[warp_n()][r] =
+                    row.max == negative_infinity<Real>()
+                        ? row.max
+                        : row.max * static_cast<Real>(kLog2e) - static_cast<Real>(Mma::kProbabilityExponent);
                 shared.sum[warp_n()][r] = row.sum;
             }
         }
@@ -251,7 +253,8 @@ struct Decode {
             if (warp_n() == 0 && lane % 4 == 0) {
                 const int head = packed_rows.head(r, packed_rows.query(r));
                 const bool exists = r < rows_of(item);
-                const RowResult<Real> result = finish_row(top, sum, whole && exists ? sink_of(head) : negative_infinity<Real>());
+                const RowResult<Real> result =
+                    finish_row(top, sum, whole && exists ? sink_of(head) : negative_infinity<Real>());
                 shared.factor[r] = result.factor * v_scale;
                 shared.lse[r] = result.lse_log2;
             }
@@ -415,7 +418,8 @@ struct Decode {
             while (unit < end) {
                 // Even division takes all of the CTA's blocks at once, otherwise each part has a softmax of its own.
                 const unsigned next = p.max_parts > 0 ? unit + 1 : end;
-                const int from = static_cast<int>(unit - item.first) * item.chunk, to = static_cast<int>(next - item.first) * item.chunk;
+                const int from = static_cast<int>(unit - item.first) * item.chunk,
+                          to = static_cast<int>(next - item.first) * item.chunk;
                 process(schedule, item, {item.blocks.start + from, min(item.blocks.start + to, item.blocks.stop)}, unit, parts);
                 unit = next;
             }

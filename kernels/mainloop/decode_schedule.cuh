@@ -35,11 +35,11 @@ struct DecodeSchedule {
 
     const DecodeParams& p;
     const Mask& mask;
-    unsigned total;         // units
-    int workers;            // CTAs that have work
-    unsigned start, stop;   // units of this CTA
-    int batch;              // the sequence of unit `start`,
-    unsigned first;         // and its first unit
+    unsigned total;        // units
+    int workers;           // CTAs that have work
+    unsigned start, stop;  // units of this CTA
+    int batch;             // the sequence of unit `start`,
+    unsigned first;        // and its first unit
 
     __device__ __forceinline__ static int m_blocks(const DecodeParams& p, const CachedSequence& s) {
         return (s.seqlen_q * p.group + kRows - 1) / kRows;

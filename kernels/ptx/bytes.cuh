@@ -26,7 +26,8 @@ __device__ __forceinline__ unsigned multiply_pairs(unsigned a, unsigned b, __hal
     return *reinterpret_cast<const unsigned*>(&r);
 }
 __device__ __forceinline__ unsigned multiply_pairs(unsigned a, unsigned b, __nv_bfloat16) {
-    const __nv_bfloat162 r = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
+    const __nv_bfloat162 r =
+        __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
     return *reinterpret_cast<const unsigned*>(&r);
 }
 __device__ __forceinline__ unsigned subtract_pairs(unsigned a, unsigned b, __half) {
@@ -34,13 +35,16 @@ __device__ __forceinline__ unsigned subtract_pairs(unsigned a, unsigned b, __hal
     return *reinterpret_cast<const unsigned*>(&r);
 }
 __device__ __forceinline__ unsigned subtract_pairs(unsigned a, unsigned b, __nv_bfloat16) {
-    const __nv_bfloat162 r = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
+    const __nv_bfloat162 r =
+        __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
     return *reinterpret_cast<const unsigned*>(&r);
 }
 
 // e4m3 in the upper bytes of both halves of a word: sign, exponent and mantissa moved to where they belong.
 __device__ __forceinline__ unsigned place_e4m3(unsigned w, __half) { return (w & 0x80008000u) | ((w & 0x7f007f00u) >> 1); }
-__device__ __forceinline__ unsigned place_e4m3(unsigned w, __nv_bfloat16) { return (w & 0x80008000u) | ((w & 0x7f007f00u) >> 4); }
+__device__ __forceinline__ unsigned place_e4m3(unsigned w, __nv_bfloat16) {
+    return (w & 0x80008000u) | ((w & 0x7f007f00u) >> 4);
+}
 __device__ __forceinline__ constexpr unsigned e4m3_bias(__half) { return 0x5c005c00u; }         // 2^8
 __device__ __forceinline__ constexpr unsigned e4m3_bias(__nv_bfloat16) { return 0x7b807b80u; }  // 2^120
 __device__ __forceinline__ constexpr unsigned e4m3_nan(__half) { return 0x7e00u; }

@@ -81,7 +81,8 @@ struct TileRows {
 
     // This thread's share of its row number `step`, from `source`, or as zero where that is null (`any`: an address that may
     // be named though it is not read). Columns from `cols` on become zero. The caller commits and waits.
-    __device__ __forceinline__ static void load(const Tile& tile, int step, const Element* source, const Element* any, int cols) {
+    __device__ __forceinline__ static void load(const Tile& tile, int step, const Element* source, const Element* any,
+                                                int cols) {
         const int to = row(step);
         if (Tile::kRows % kStep != 0 && to >= Tile::kRows) return;
 #pragma unroll(kPanels <= 8 ? kPanels : 8)

@@ -1,9 +1,9 @@
-// Warp products of 16-bit q and P with keys and values of 8 bits, which become 16-bit numbers on their way from shared memory to
-// the fragments: exactly, for both formats fit into fp16 and bf16. Interface of MmaHalf.
+// Warp products of 16-bit q and P with keys and values of 8 bits, which become 16-bit numbers on their way from shared memory
+// to the fragments: exactly, for both formats fit into fp16 and bf16. Interface of MmaHalf.
 //
-// ldmatrix moves pairs of bytes. A lane that would get 16-bit elements 2 t and 2 t + 1 of a key thus gets bytes 4 t ... 4 t + 3,
-// so the columns of q are taken in that order too; and of a transposed pair of keys it gets two neighbouring columns of v each,
-// which go to the even and the odd of two accumulator tiles.
+// ldmatrix moves pairs of bytes. A lane that would get 16-bit elements 2 t and 2 t + 1 of a key thus gets bytes 4 t ... 4 t +
+// 3, so the columns of q are taken in that order too; and of a transposed pair of keys it gets two neighbouring columns of v
+// each, which go to the even and the odd of two accumulator tiles.
 #pragma once
 #include "ptx/bytes.cuh"
 #include "tile/mma_half.cuh"
@@ -42,7 +42,8 @@ struct MmaByte {
 #pragma unroll
         for (int x = 0; x < 4; x++) {
             const int half = x / 2, down = x % 2;
-            const uint2 four = *reinterpret_cast<const uint2*>(tile.at(row + lane / 4 + 8 * down, k + 16 * half + lane % 4 * 4));
+            const uint2 four =
+                *reinterpret_cast<const uint2*>(tile.at(row + lane / 4 + 8 * down, k + 16 * half + lane % 4 * 4));
             a.r[half][down] = four.x, a.r[half][down + 2] = four.y;
         }
         return a;
