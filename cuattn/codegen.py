@@ -307,6 +307,9 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
             **{f"kVec{name}": n for name, n in zip(("Q", "K", "V", "Out"), p.vectors, strict=True)},
         }
         flags["kSinks"] = sinks is not None
+        flags["kWholeRows"] = (p.head_dim, p.head_dim_v) == (plan.head_dim, plan.head_dim_v)
+        caches = [p.operand(name) for name in ("k_cache", "v_cache")]
+        flags["kAlike"] = len({op.strides for op in caches if op is not None}) == 1
     definitions = [mod.cuda_source(operands, uniform) for mod, operands, uniform in _mods(plan)] if attends else []
     size = 8 * decode_words(plan, attends)
     return _source(kernel, "DecodeArguments", size, CTYPES[p.real], definitions, types, constants, flags)

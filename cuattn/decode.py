@@ -356,7 +356,8 @@ PART_KEYS = 256
 """Least keys in a part where parts depend on their own sequence's length alone."""
 PARTS = 16
 """Most parts there."""
-MAX_ROWS = 64
+IDLE = 0.96
+"""Least share of the CTAs that must be members of a team."""
 
 
 @dataclass(frozen=True)
@@ -378,6 +379,8 @@ class DecodePlan:
     """compiled"""
     head_dim_v: int
     smem_bytes: int
+    bytes_q: int
+    """of them, for q"""
     min_keys: int = MIN_KEYS
 
     @property
@@ -394,8 +397,21 @@ class DecodePlan:
         return -(-self.problem.seqlen_q * self.problem.group // self.rows)
 
     @property
+    def head_lanes(self) -> int:
+        """KV heads that are read side by side: the most that leave few CTAs without a team."""
+        slots, heads = self.device.num_sms * self.min_blocks, self.problem.num_heads_kv
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n <= slots]
+        return max(n for n in fitting if n == 1 or slots // n * n >= IDLE * slots)
+
+    @property
+    def merged_parts(self) -> int:
+        """Parts whose weights have room in shared memory when they are merged."""
+        return (self.smem_bytes - self.bytes_q) // (self.rows * ITEMSIZE[self.problem.real])
+
+    @property
     def grid(self) -> int:
-        return self.device.num_sms * self.min_blocks
+        teams = self.device.num_sms * self.min_blocks // self.head_lanes
+        return min(teams, self.merged_parts) * self.head_lanes
 
     @property
     def min_units(self) -> int:
@@ -404,7 +420,7 @@ class DecodePlan:
     @property
     def max_parts(self) -> int:
         """0: work is divided evenly over the CTAs."""
-        return self.problem.num_splits or (PARTS if self.problem.deterministic else 0)
+        return min(self.problem.num_splits, self.merged_parts) or (PARTS if self.problem.deterministic else 0)
 
     @property
     def min_part(self) -> int:
@@ -506,7 +522,7 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
     if stages < 2:
         raise NotImplementedError(f"no tile of {problem} fits the {device.smem_per_block} bytes of shared memory of a block")
     smem = bytes_q + max(stages * stage, merged)
-    return DecodePlan(problem, device, mma, warps_m, warps_n, block_n, stages, ctas, head_dim, head_dim_v, smem)
+    return DecodePlan(problem, device, mma, warps_m, warps_n, block_n, stages, ctas, head_dim, head_dim_v, smem, bytes_q)
 
 
 # Plan -> parameters ---------------------------------------------------------------------------------------------------
@@ -552,7 +568,8 @@ def decode_fields(plan: DecodePlan) -> list[tuple[str, int | float]]:
     sizes += [("I4x", group_multiplier), ("i4x", group_shift)]
     sizes += [("i4x", n) for n in (p.head_dim, p.head_dim_v, p.pages, p.page_size)]
     sizes += [("I4x", page_multiplier), ("i4x", page_shift)]
-    rest = (p.table_rows, p.max_pages, p.rotary_dim, p.rotary_len, plan.m_blocks, plan.min_units, plan.max_parts, plan.min_part)
+    rest = (p.table_rows, p.max_pages, p.rotary_dim, p.rotary_len, plan.m_blocks)
+    rest += (plan.head_lanes, p.num_heads_kv // plan.head_lanes, plan.min_units, plan.max_parts, plan.min_part)
     sizes += [("i4x", n) for n in rest]
     return [*(("q", n) for n in longs), ("d", p.scale), *sizes]
 

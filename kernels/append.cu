@@ -48,9 +48,8 @@ __device__ __forceinline__ void append(const DecodeArguments<Config>& arguments)
     const CachedSequence seq = CachedSequence::of<Config::kPacked>(p, batch);
     const int place = seq.first_new + n;
     if (place < seq.leftpad || place >= seq.leftpad + seq.seqlen_k) return;
-    const int page = page_of<Config::kPaged>(p, seq, place);
-    if (page < 0) return;
-    const int slot = slot_of<Config::kPaged>(p, place);
+    const auto [page, slot] = place_of<Config::kPaged>(p, seq, place, true);
+    if (static_cast<unsigned>(page) >= static_cast<unsigned>(p.pages)) return;
     const Element* k = static_cast<const Element*>(p.k_new) + (Config::kPacked ? 0 : batch * p.k_new_batch) +
                        (Config::kPacked ? token : n) * p.k_new_row + head * p.k_new_head;
     const Element* v = static_cast<const Element*>(p.v_new) + (Config::kPacked ? 0 : batch * p.v_new_batch) +

@@ -33,21 +33,17 @@ struct CachedSequence {
     __device__ __forceinline__ int position(int i) const { return max(0, i + seqlen_k - seqlen_q); }
 };
 
-// The page of a place, or -1 where the table (which nobody has checked) points outside the cache.
-template <bool kPaged>
-__device__ __forceinline__ int page_of(const DecodeParams& p, const CachedSequence& s, int place) {
-    int page = s.row;
-    if constexpr (kPaged) {
-        if (static_cast<unsigned>(s.row) >= static_cast<unsigned>(p.table_rows)) return -1;
-        page = p.page_table[s.row * p.table_row + Divisor{p.page_multiplier, p.page_shift}.quotient(place)];
-    }
-    return static_cast<unsigned>(page) < static_cast<unsigned>(p.pages) ? page : -1;
-}
+struct Place {
+    int page, slot;  // outside the cache if page, as an unsigned number, is not less than DecodeParams::pages
+};
 
-// Which of its page's tokens a place is.
+// Where a place of a sequence lies, if it exists. Nobody has checked what the table says.
 template <bool kPaged>
-__device__ __forceinline__ int slot_of(const DecodeParams& p, int place) {
-    return kPaged ? place - Divisor{p.page_multiplier, p.page_shift}.quotient(place) * p.page_size : place;
+__device__ __forceinline__ Place place_of(const DecodeParams& p, const CachedSequence& s, int place, bool exists) {
+    if constexpr (!kPaged) return {exists ? s.row : -1, place};
+    const int index = Divisor{p.page_multiplier, p.page_shift}.quotient(place), slot = place - index * p.page_size;
+    exists = exists && static_cast<unsigned>(s.row) < static_cast<unsigned>(p.table_rows);
+    return {exists ? p.page_table[s.row * p.table_row + index] : -1, slot};
 }
 
 // A factor of the elements of an 8-bit cache.

@@ -41,9 +41,9 @@ struct Decode {
     // A thread copies the same rows of K and V.
     static constexpr int kLanes = lesser(copy_lanes(KTile::kCopyCols / vec_of<Cache>(Config::kVecK)),
                                          copy_lanes(VTile::kCopyCols / vec_of<Cache>(Config::kVecV)));
-    using QRows = TileRows<kThreads, Config::kVecQ, kLanes, QTile>;
-    using KRows = TileRows<kThreads, Config::kVecK, kLanes, KTile>;
-    using VRows = TileRows<kThreads, Config::kVecV, kLanes, VTile>;
+    using QRows = TileRows<kThreads, Config::kVecQ, kLanes, false, QTile>;
+    using KRows = TileRows<kThreads, Config::kVecK, kLanes, Config::kWholeRows, KTile>;
+    using VRows = TileRows<kThreads, Config::kVecV, kLanes, Config::kWholeRows, VTile>;
     static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes;
     static constexpr int kPitch = kHeadDimV + 4;  // of the staged outputs
     static_assert(QTile::kBytes + kStages * kStageBytes <= Config::kSmemBytes, "the plan's shared memory is too small");
@@ -61,7 +61,7 @@ struct Decode {
     const ScoreMod& score_mod;
     char* smem;
     Shared& shared;
-    int pages[KRows::kSteps];  // of this thread's rows in the block that is loaded next
+    int pages[KRows::kSteps], slots[KRows::kSteps];  // of this thread's rows in the block that is loaded next
     RegTile<Real, 1, kNv> o;
     RowState<Real> rows[1][2];
 
@@ -91,11 +91,13 @@ struct Decode {
         const int count = rows_of(item);
         const Element* q = static_cast<const Element*>(p.q) + item.seq.token_q * p.q_row;
         if constexpr (!Config::kPacked) q += item.batch * p.q_batch;
+        const unsigned start = QRows::start(sQ());
 #pragma unroll 1
         for (int step = 0; step < QRows::kSteps; step++) {
             const int row = QRows::row(step), i = rows.query(row);
-            const Element* from = q + i * p.q_row + rows.head(row, i) * p.q_head;
-            QRows::load(sQ(), step, row < count ? from : nullptr, static_cast<const Element*>(p.q), p.head_dim);
+            const bool exists = row < count;
+            const Element* from = exists ? q + i * p.q_row + rows.head(row, i) * p.q_head + QRows::col() : q;
+            QRows::load(sQ(), start, step, from, exists, p.head_dim);
         }
     }
 
@@ -107,11 +109,11 @@ struct Decode {
         for (int x = threadIdx.x; x < count; x += kThreads) {
             const int row = x / half, d = x % half;
             const int position = min(item.seq.position(rows.query(row)), p.rotary_len - 1);
-            const float cosine = static_cast<float>(static_cast<const Rotary*>(p.rotary_cos)[position * p.rotary_row + d]);
-            const float sine = static_cast<float>(static_cast<const Rotary*>(p.rotary_sin)[position * p.rotary_row + d]);
+            const Real cosine = static_cast<Real>(static_cast<const Rotary*>(p.rotary_cos)[position * p.rotary_row + d]);
+            const Real sine = static_cast<Real>(static_cast<const Rotary*>(p.rotary_sin)[position * p.rotary_row + d]);
             auto* first = sQ().at(row, Config::kInterleaved ? 2 * d : d);
             auto* second = sQ().at(row, Config::kInterleaved ? 2 * d + 1 : d + half);
-            const float a = static_cast<float>(*first), b = static_cast<float>(*second);
+            const Real a = static_cast<Real>(*first), b = static_cast<Real>(*second);
             *first = static_cast<Element>(a * cosine - b * sine);
             *second = static_cast<Element>(a * sine + b * cosine);
         }
@@ -120,21 +122,23 @@ struct Decode {
     __device__ __forceinline__ void find_pages(const DecodeItem& item, int n) {
 #pragma unroll
         for (int step = 0; step < KRows::kSteps; step++) {
-            const int j = n * kBlockN + KRows::row(step);
-            pages[step] = j < item.seq.seqlen_k ? page_of<Config::kPaged>(p, item.seq, item.seq.leftpad + j) : -1;
+            const int j = n * kBlockN + KRows::row(step), place = item.seq.leftpad + j;
+            const Place at = place_of<Config::kPaged>(p, item.seq, place, j < item.seq.seqlen_k);
+            pages[step] = at.page, slots[step] = at.slot;
         }
     }
     __device__ __forceinline__ void load_block(const DecodeItem& item, int n, int stage) const {
-        const Cache* k = static_cast<const Cache*>(p.k) + item.head_kv * p.k_head;
-        const Cache* v = static_cast<const Cache*>(p.v) + item.head_kv * p.v_head;
+        const Cache* k = static_cast<const Cache*>(p.k) + item.head_kv * p.k_head + KRows::col();
+        const Cache* v = static_cast<const Cache*>(p.v) + item.head_kv * p.v_head + VRows::col();
+        const unsigned to_k = KRows::start(sK(stage)), to_v = VRows::start(sV(stage));
 #pragma unroll
         for (int step = 0; step < KRows::kSteps; step++) {
-            const int slot = slot_of<Config::kPaged>(p, item.seq.leftpad + n * kBlockN + KRows::row(step));
-            const bool exists = pages[step] >= 0;
-            const Cache* k_row = k + pages[step] * p.k_page + slot * p.k_row;
-            const Cache* v_row = v + pages[step] * p.v_page + slot * p.v_row;
-            KRows::load(sK(stage), step, exists ? k_row : nullptr, k, p.head_dim);
-            VRows::load(sV(stage), step, exists ? v_row : nullptr, v, p.head_dim_v);
+            const bool exists = static_cast<unsigned>(pages[step]) < static_cast<unsigned>(p.pages);
+            const int page = exists ? pages[step] : 0, slot = exists ? slots[step] : 0;
+            const long long at_k = page * p.k_page + slot * p.k_row;
+            const long long at_v = Config::kAlike ? at_k : page * p.v_page + slot * p.v_row;
+            KRows::load(sK(stage), to_k, step, k + at_k, exists, p.head_dim);
+            VRows::load(sV(stage), to_v, step, v + at_v, exists, p.head_dim_v);
         }
     }
 
@@ -310,6 +314,16 @@ struct Decode {
         });
         for (int row = threadIdx.x; row < count; row += kThreads) store_lse(item, packed_rows, row, shared.lse[row]);
     }
+    // Four elements that another CTA has written.
+    __device__ __forceinline__ static void load_quad(float (&x)[4], const float* from) {
+        const float4 quad = __ldcg(reinterpret_cast<const float4*>(from));
+        x[0] = quad.x, x[1] = quad.y, x[2] = quad.z, x[3] = quad.w;
+    }
+    __device__ __forceinline__ static void load_quad(double (&x)[4], const double* from) {
+        const double2 low = __ldcg(reinterpret_cast<const double2*>(from)),
+                      high = __ldcg(reinterpret_cast<const double2*>(from) + 1);
+        x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+    }
     // NOTE: the slots of partial results have whole quads of columns.
     __device__ __forceinline__ Real* partial(int slot, int row) const {
         return static_cast<Real*>(p.partial_out) + (static_cast<long long>(slot) * kRows + row) * kHeadDimV;
@@ -328,47 +342,52 @@ struct Decode {
         for (int row = threadIdx.x; row < count; row += kThreads) partial_lse(slot)[row] = shared.lse[row];
     }
 
-    // out = sum over parts of 2^(lse_n - lse) out_n, by the last CTA of an item.
+    // out = sum over parts of 2^(lse_n - lse) out_n, by the last CTA of an item. The parts' lse, then their weights, lie over
+    // the stages.
     __device__ __forceinline__ void combine(const Schedule& schedule, const DecodeItem& item, int parts) {
         const PackedRows packed_rows = packed(item);
         const int count = rows_of(item), lane = threadIdx.x % 32;
+        Real* weights = staged(0, 0);  // (parts, kRows)
+        const int first = schedule.slot(item, 0), second = schedule.slot(item, 1), step = schedule.slot_step();
+        auto slot = [&](int n) { return n == 0 ? first : second + (n - 1) * step; };
+        for (int x = threadIdx.x; x < parts * kRows; x += kThreads) {
+            const int n = x / kRows, row = x % kRows;
+            if (row < count) weights[x] = __ldcg(partial_lse(slot(n)) + row);
+        }
+        __syncthreads();
         for (int row = threadIdx.x / 32; row < count; row += kThreads / 32) {
             Real top = negative_infinity<Real>(), sum = 0;
-            for (int n = lane; n < parts; n += 32) top = maximum(top, __ldcg(partial_lse(schedule.slot(item, n)) + row));
+            for (int n = lane; n < parts; n += 32) top = maximum(top, weights[n * kRows + row]);
 #pragma unroll
-            for (int step = 16; step > 0; step /= 2) top = maximum(top, __shfl_xor_sync(0xffffffffu, top, step));
+            for (int s = 16; s > 0; s /= 2) top = maximum(top, __shfl_xor_sync(0xffffffffu, top, s));
             for (int n = lane; n < parts; n += 32) {
-                const Real lse = __ldcg(partial_lse(schedule.slot(item, n)) + row);
+                const Real lse = weights[n * kRows + row];
                 if (lse != negative_infinity<Real>()) sum += exp2_fast(lse - top);
             }
 #pragma unroll
-            for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-            if (lane == 0) {
-                const RowResult<Real> result = finish_row(top, sum, sink_of(packed_rows.head(row, packed_rows.query(row))));
-                shared.factor[row] = result.factor;
-                shared.lse[row] = top;
-                store_lse(item, packed_rows, row, result.lse_log2);
+            for (int s = 16; s > 0; s /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, s);
+            const RowResult<Real> result = finish_row(top, sum, sink_of(packed_rows.head(row, packed_rows.query(row))));
+            for (int n = lane; n < parts; n += 32) {
+                const Real lse = weights[n * kRows + row];
+                weights[n * kRows + row] = lse == negative_infinity<Real>() ? Real(0) : exp2_fast(lse - top) * result.factor;
             }
+            if (lane == 0) store_lse(item, packed_rows, row, result.lse_log2);
         }
         __syncthreads();
         for_output(count, [&](int row, int col) {
             Real x[4] = {};
-#pragma unroll 4
+            const Real* from = partial(0, row) + col;
+#pragma unroll 8
             for (int n = 0; n < parts; n++) {
-                const int slot = schedule.slot(item, n);
-                const Real lse = __ldcg(partial_lse(slot) + row);
-                const Real weight = lse == negative_infinity<Real>() ? Real(0) : exp2_fast(lse - shared.lse[row]);
+                Real y[4];
+                load_quad(y, from + static_cast<long long>(slot(n)) * (kRows * kHeadDimV));
+                const Real weight = weights[n * kRows + row];
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const Real y = __ldcg(partial(slot, row) + col + e);
-                    x[e] += weight == Real(0) ? Real(0) : weight * y;
-                }
+                for (int e = 0; e < 4; e++) x[e] += weight * y[e];
             }
-#pragma unroll
-            for (int e = 0; e < 4; e++) x[e] *= shared.factor[row];
             store_quad(out_row(item, packed_rows, row), col, x);
         });
-        __syncthreads();  // before the next item writes factors
+        __syncthreads();  // before the next item is loaded
     }
 
     __device__ __forceinline__ void process(const Schedule& schedule, const DecodeItem& item, Range blocks, unsigned unit,

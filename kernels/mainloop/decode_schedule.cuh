@@ -1,9 +1,11 @@
 // Who works on what in decode.cu, computed from the lengths on the device by every CTA for itself.
 //
-// An item is one (sequence, KV head, row tile): the rows of a tile are (query, head of the group) pairs that share keys. Items
-// are numbered with the row tile fastest and the sequence slowest, and consist of units in order:
+// An item is one (sequence, KV head, row tile): the rows of a tile are (query, head of the group) pairs that share keys. It
+// consists of units, in order. CTAs come in teams of head_lanes, whose members do the same for neighbouring KV heads at the
+// same time, so that the whole of a token's keys is read together. To a team, items are numbered with the row tile fastest,
+// then the set of heads, and the sequence slowest.
 //
-//   max_parts == 0   a unit is a tile of keys. CTA c of W takes units [c T / W, (c + 1) T / W) of all T, so work is equal to
+//   max_parts == 0   a unit is a tile of keys. Team c of W takes units [c T / W, (c + 1) T / W) of all T, so work is equal to
 //                    within a tile and a CTA shares at most its first and its last item with others.
 //   max_parts > 0    a unit is a part of the item, whose size is a function of this sequence's length alone: what a sequence
 //                    yields does not depend, to the bit, on the others.
@@ -36,8 +38,8 @@ struct DecodeSchedule {
     const DecodeParams& p;
     const Mask& mask;
     unsigned total;        // units
-    int workers;           // CTAs that have work
-    unsigned start, stop;  // units of this CTA
+    int teams;             // of CTAs, that have work
+    unsigned start, stop;  // units of this one
     int batch;             // the sequence of unit `start`,
     unsigned first;        // and its first unit
 
@@ -77,7 +79,7 @@ struct DecodeSchedule {
     __device__ __forceinline__ unsigned own_units(int base) const {
         const int b = base + static_cast<int>(threadIdx.x);
         if (b >= p.batch) return 0;
-        return head_units(p, mask, CachedSequence::of<Config::kPacked>(p, b), b) * p.num_heads_kv;
+        return head_units(p, mask, CachedSequence::of<Config::kPacked>(p, b), b) * p.head_sets;
     }
     // (sum over the threads before this one, sum over all)
     __device__ __forceinline__ static uint2 scan(unsigned x, unsigned* sums) {
@@ -100,13 +102,16 @@ struct DecodeSchedule {
         return result;
     }
 
-    __device__ __forceinline__ static unsigned boundary(int cta, unsigned total, int workers) {
-        return static_cast<unsigned>(static_cast<unsigned long long>(cta) * total / workers);
+    // floor(a b / c); the product rarely needs 64 bits, and their division is slow.
+    __device__ __forceinline__ static unsigned scaled(unsigned a, unsigned b, unsigned c, unsigned less) {
+        if (__umulhi(a, b) == 0) return (a * b - less) / c;
+        return static_cast<unsigned>((static_cast<unsigned long long>(a) * b - less) / c);
     }
-    // The CTA that takes a unit: the last one whose boundary is not past it.
-    __device__ __forceinline__ int owner(unsigned unit) const {
-        return static_cast<int>((static_cast<unsigned long long>(unit + 1) * workers - 1) / total);
-    }
+    __device__ __forceinline__ unsigned boundary(int team) const { return scaled(team, total, teams, 0); }
+    // The team that takes a unit: the last one whose boundary is not past it.
+    __device__ __forceinline__ int owner(unsigned unit) const { return static_cast<int>(scaled(unit + 1, teams, total, 1)); }
+    __device__ __forceinline__ int team() const { return static_cast<int>(blockIdx.x) / p.head_lanes; }
+    __device__ __forceinline__ int lane() const { return static_cast<int>(blockIdx.x) % p.head_lanes; }
 
     // Finds this CTA's range. All threads take part; `memory`: kThreads / 32 + 2 words of shared memory.
     __device__ __forceinline__ void open(unsigned* memory) {
@@ -114,10 +119,9 @@ struct DecodeSchedule {
         uint2 sums = scan(own, memory);
         total = sums.y;
         for (int base = kThreads; base < p.batch; base += kThreads) total += scan(own_units(base), memory).y;
-        const int cta = static_cast<int>(blockIdx.x);
-        workers = static_cast<int>(min(gridDim.x, max(1u, total / static_cast<unsigned>(p.min_units))));
-        start = cta < workers ? boundary(cta, total, workers) : total;
-        stop = cta < workers ? boundary(cta + 1, total, workers) : total;
+        teams = static_cast<int>(min(gridDim.x / p.head_lanes, max(1u, total / static_cast<unsigned>(p.min_units))));
+        start = team() < teams ? boundary(team()) : total;
+        stop = team() < teams ? boundary(team() + 1) : total;
         unsigned before = 0;
         for (int base = 0; base < p.batch && start < stop; base += kThreads) {
             if (p.batch > kThreads) {
@@ -148,8 +152,9 @@ struct DecodeSchedule {
         item.batch = batch;
         item.seq = CachedSequence::of<Config::kPacked>(p, batch);
         const unsigned each = head_units(p, mask, item.seq, batch);
-        item.head_kv = static_cast<int>((start - first) / each);
-        item.first = first + item.head_kv * each;
+        const unsigned set = (start - first) / each;
+        item.head_kv = static_cast<int>(set) * p.head_lanes + lane();
+        item.first = first + set * each;
         item.m_block = 0;
         enter(item);
         while (start - item.first >= static_cast<unsigned>(item.units)) {
@@ -165,10 +170,10 @@ struct DecodeSchedule {
         item.m_block++;
         if (item.m_block >= m_blocks(p, item.seq)) {
             item.m_block = 0;
-            item.head_kv++;
+            item.head_kv += p.head_lanes;
         }
         if (item.head_kv >= p.num_heads_kv) {
-            item.head_kv = 0;
+            item.head_kv = lane();
             do {
                 item.batch++;
                 item.seq = CachedSequence::of<Config::kPacked>(p, item.batch);
@@ -184,18 +189,18 @@ struct DecodeSchedule {
     __device__ __forceinline__ int parts(const DecodeItem& item) const {
         return p.max_parts > 0 ? item.units : owner(item.first + item.units - 1) - owner(item.first) + 1;
     }
-    // Where part n of an item lies.
+    // Where part n of an item lies; from part 1 on, slots are slot_step() apart.
     __device__ __forceinline__ int slot(const DecodeItem& item, int n) const {
         if (p.max_parts > 0) return number(item) * p.max_parts + n;
-        const int cta = owner(item.first) + n;
-        return 2 * cta + (n == 0 ? 1 : 0);
+        return 2 * ((owner(item.first) + n) * p.head_lanes + lane()) + (n == 0 ? 1 : 0);
     }
-    // Which part of its item a CTA's unit belongs to.
+    __device__ __forceinline__ int slot_step() const { return p.max_parts > 0 ? 1 : 2 * p.head_lanes; }
+    // Which part of its item a unit of this CTA belongs to.
     __device__ __forceinline__ int part(const DecodeItem& item, unsigned unit) const {
-        return p.max_parts > 0 ? static_cast<int>(unit - item.first) : static_cast<int>(blockIdx.x) - owner(item.first);
+        return p.max_parts > 0 ? static_cast<int>(unit - item.first) : team() - owner(item.first);
     }
     __device__ __forceinline__ int ticket(const DecodeItem& item) const {
-        return p.max_parts > 0 ? number(item) : owner(item.first);
+        return p.max_parts > 0 ? number(item) : owner(item.first) * p.head_lanes + lane();
     }
 
     // Whether this is the last of `parts` arrivals. The memory of a ticket holds anything at all before the first one; the last

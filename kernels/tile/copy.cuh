@@ -68,32 +68,39 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile:
     }
 }
 
-// Loads of a tile whose rows lie anywhere: kLanes threads side by side copy one row, those of a thread are kStep apart.
-template <int kThreads, int kVecBytes, int kLanes, class Tile>
+// Loads of a tile whose rows lie anywhere: kLanes threads side by side copy one row, those of a thread are kStep apart. kWhole:
+// rows have as many elements as the tile has columns.
+template <int kThreads, int kVecBytes, int kLanes, bool kWhole, class Tile>
 struct TileRows {
     using Element = typename Tile::Element;
-    static constexpr int kSize = static_cast<int>(sizeof(Element)), kVec = kVecBytes > kSize ? kVecBytes / kSize : 1;
+    static constexpr int kSize = static_cast<int>(sizeof(Element)), kVec = vec_of<Element>(kVecBytes);
     static constexpr int kSpan = kLanes * kVec, kPanels = (Tile::kCopyCols + kSpan - 1) / kSpan;
     static constexpr int kStep = kThreads / kLanes, kSteps = (Tile::kRows + kStep - 1) / kStep;
+    static constexpr bool kUniform = Tile::is_uniform(kStep, kSpan);
     static_assert(kThreads % kLanes == 0);
 
     __device__ __forceinline__ static int row(int step) { return static_cast<int>(threadIdx.x) / kLanes + step * kStep; }
+    // The thread's first element in each of its rows.
+    __device__ __forceinline__ static int col() { return static_cast<int>(threadIdx.x) % kLanes * kVec; }
+    // Where the first of them goes.
+    __device__ __forceinline__ static unsigned start(const Tile& tile) { return smem_address(tile.at(row(0), col())); }
 
-    // This thread's share of its row number `step`, from `source`, or as zero where that is null (`any`: an address that may
-    // be named though it is not read). Columns from `cols` on become zero. The caller commits and waits.
-    __device__ __forceinline__ static void load(const Tile& tile, int step, const Element* source, const Element* any,
+    // This thread's share of its row number `step`, from `source`, which begins at col(), or as zero where it does not exist
+    // (`source` may then be any address). Columns from `cols` on become zero. The caller commits and waits.
+    __device__ __forceinline__ static void load(const Tile& tile, unsigned start, int step, const Element* source, bool exists,
                                                 int cols) {
-        const int to = row(step);
-        if (Tile::kRows % kStep != 0 && to >= Tile::kRows) return;
+        if (Tile::kRows % kStep != 0 && row(step) >= Tile::kRows) return;
 #pragma unroll(kPanels <= 8 ? kPanels : 8)
         for (int panel = 0; panel < kPanels; panel++) {
-            const int col = static_cast<int>(threadIdx.x) % kLanes * kVec + panel * kSpan;
-            if (Tile::kCols % kSpan != 0 && col >= Tile::kCols) break;
+            const int at = col() + panel * kSpan;
+            if (Tile::kCols % kSpan != 0 && at >= Tile::kCols) break;
             if constexpr (kVecBytes >= 4) {
-                const int valid = source != nullptr ? max(0, min(kVecBytes, (cols - col) * kSize)) : 0;
-                cp_async<kVecBytes>(smem_address(tile.at(to, col)), valid > 0 ? source + col : any, valid);
+                const int valid = !exists ? 0 : kWhole ? kVecBytes : max(0, min(kVecBytes, (cols - at) * kSize));
+                const unsigned to =
+                    kUniform ? start + Tile::shift(step * kStep, panel * kSpan) : smem_address(tile.at(row(step), at));
+                cp_async<kVecBytes>(to, kWhole || valid > 0 ? source + panel * kSpan : source, valid);
             } else {
-                *tile.at(to, col) = source != nullptr && col < cols ? source[col] : Element(0.0f);
+                *tile.at(row(step), at) = exists && at < cols ? source[panel * kSpan] : Element(0.0f);
             }
         }
     }
