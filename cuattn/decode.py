@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cuattn.arrays import View
 from cuattn.fields import CTYPES, ITEMSIZE, Field, Operand
@@ -453,7 +453,8 @@ class DecodePlan:
         )
 
 
-def _declines(problem: DecodeProblem, device: Device) -> list[str]:
+def declines_decode(problem: DecodeProblem, device: Device) -> list[str]:
+    """Reasons why no kernel serves a problem, none if one does."""
     reasons = []
     if device.number < 80:
         reasons.append(f"needs sm_80 or newer, got {device.arch}")
@@ -491,38 +492,48 @@ def _pitches(problem: DecodeProblem, head_dim: int, head_dim_v: int) -> tuple[in
 STATIC_BYTES = 3072
 """Of shared memory beside the tiles: what `Decode::Shared` holds and what the system reserves."""
 STAGE_BYTES = 32768
+"""Of keys and values that are waited for at once."""
+MAX_STAGES = 8
+MAX_BLOCK = 128
+TILES = tuple(
+    (warps_m, warps_n, ctas)
+    for warps_m, most in ((4, 1), (2, 2), (1, 4))
+    for warps_n in (4, 2, 1)
+    if warps_n <= most
+    for ctas in (2, 1)
+)
+"""(warps_m, warps_n, CTAs an SM holds), best first. Of two CTAs, one computes while the other waits."""
 
 
 def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
     """The plan of a call. Raises NotImplementedError with the kernel's reasons when it does not serve the problem."""
-    declined = _declines(problem, device)
+    declined = declines_decode(problem, device)
     if declined:
         raise NotImplementedError(f"no kernel serves {problem} on {device.arch}:\n  decode: {'; '.join(declined)}")
     mma, multiple, multiple_v = _mma(problem, device)
     head_dim, head_dim_v = round_up(problem.head_dim, multiple), round_up(problem.head_dim_v, multiple_v)
     rows = max(1, problem.seqlen_q * problem.group)
-    warps_m = 1 if rows <= 16 else 2 if rows <= 32 else 4
-    warps_n = 4 // warps_m
     pitch_q, pitch_k, pitch_v = _pitches(problem, head_dim, head_dim_v)
-    least = (16 if ITEMSIZE[problem.dtype] == 2 else 8) * warps_n
-    block_n = max(least, min(128, STAGE_BYTES // (pitch_k + pitch_v) // least * least))
-    bytes_q, stage = 16 * warps_m * pitch_q, block_n * (pitch_k + pitch_v)
-    merged = warps_n * 16 * warps_m * (head_dim_v + 4) * ITEMSIZE[problem.real]
-
-    def stages_at(ctas: int) -> int:
+    step = 16 if ITEMSIZE[problem.dtype] == 2 else 8
+    for warps_m, warps_n, ctas in TILES:
+        if warps_m > 1 and rows <= 8 * warps_m:  # half as many warps hold them
+            continue
+        # Beside 256 columns of out there are registers for the scores of one step alone.
+        wide = head_dim_v * ITEMSIZE[problem.real] > 512
+        most = step * warps_n * (1 if wide else 2 if problem.mods or problem.mask.tiled else 8)
+        block_n = max(
+            step * warps_n, min(most, MAX_BLOCK, STAGE_BYTES // (pitch_k + pitch_v) // (step * warps_n) * step * warps_n)
+        )
+        bytes_q, stage = 16 * warps_m * pitch_q, block_n * (pitch_k + pitch_v)
         budget = min(device.smem_per_block, device.smem_per_sm // ctas) - STATIC_BYTES - bytes_q
-        return min(8, budget // stage) if merged <= budget else 0
-
-    # As many bytes on their way as fit; of two CTAs, one computes while the other waits.
-    ctas = 2 if stages_at(2) >= 2 else 1
-    stages = stages_at(ctas)
-    if stages < 2 and block_n > least:
-        block_n, stage = least, least * (pitch_k + pitch_v)
-        stages = stages_at(ctas)
-    if stages < 2:
-        raise NotImplementedError(f"no tile of {problem} fits the {device.smem_per_block} bytes of shared memory of a block")
-    smem = bytes_q + max(stages * stage, merged)
-    return DecodePlan(problem, device, mma, warps_m, warps_n, block_n, stages, ctas, head_dim, head_dim_v, smem, bytes_q)
+        merged = warps_n * 16 * warps_m * (head_dim_v + 4) * ITEMSIZE[problem.real]
+        stages = min(MAX_STAGES, budget // stage)
+        if stages >= 2 and merged <= budget:
+            smem = bytes_q + max(stages * stage, merged)
+            return DecodePlan(
+                problem, device, mma, warps_m, warps_n, block_n, stages, ctas, head_dim, head_dim_v, smem, bytes_q
+            )
+    raise NotImplementedError(f"no tile of {problem} fits the {device.smem_per_block} bytes of shared memory of a block")
 
 
 # Plan -> parameters ---------------------------------------------------------------------------------------------------
@@ -593,17 +604,3 @@ def decode_words(plan: DecodePlan, attends: bool) -> int:
 def lse_shape(problem: DecodeProblem, shape_q: tuple[int, ...]) -> tuple[int, ...]:
     """Of lse, from the shape of q as the caller gave it."""
     return (shape_q[1], shape_q[0]) if problem.packed or len(shape_q) == 3 else (shape_q[0], shape_q[2], shape_q[1])
-
-
-def scalars_of(options: dict[str, Any]) -> Scalars:
-    """`Scalars` with everything at its default but `options`."""
-    defaults: dict[str, Any] = {
-        "scale": None,
-        "return_lse": True,
-        "deterministic": False,
-        "num_splits": 0,
-        "rotary_interleaved": True,
-        "max_seqlen_q": None,
-        "precision": "ieee",
-    }
-    return Scalars(**{**defaults, **options})
