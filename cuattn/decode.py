@@ -171,6 +171,8 @@ def make_decode_problem(
     """Check a call and bring it into canonical form. views: by name in `POINTERS`; own_views: of the mask, then of mods."""
     packed = "cu_seqlens_q" in views
     q = canonical("q", views["q"], packed)
+    if q.dtype not in FLOATS:
+        raise TypeError(f"q: got dtype {q.dtype}, expected one of {', '.join(FLOATS)}")
     caches = {name: _cache(name, views[name], q) for name in ("k_cache", "v_cache")}
     k_cache, v_cache = caches["k_cache"], caches["v_cache"]
     _check_caches(q, k_cache, v_cache)
@@ -256,8 +258,6 @@ def _cache(name: str, view: View, q: View) -> View:
 
 
 def _check_caches(q: View, k: View, v: View) -> None:
-    if q.dtype not in FLOATS:
-        raise TypeError(f"q: got dtype {q.dtype}, expected one of {', '.join(FLOATS)}")
     if v.dtype != k.dtype:
         raise TypeError(f"v_cache: got dtype {v.dtype}, expected {k.dtype} as k_cache has")
     if v.shape[:3] != k.shape[:3]:
@@ -579,9 +579,8 @@ def decode_fields(plan: DecodePlan) -> list[tuple[str, int | float]]:
     sizes += [("I4x", group_multiplier), ("i4x", group_shift)]
     sizes += [("i4x", n) for n in (p.head_dim, p.head_dim_v, p.pages, p.page_size)]
     sizes += [("I4x", page_multiplier), ("i4x", page_shift)]
-    rest = (p.table_rows, p.max_pages, p.rotary_dim, p.rotary_len, plan.m_blocks)
-    rest += (plan.head_lanes, p.num_heads_kv // plan.head_lanes, plan.min_units, plan.max_parts, plan.min_part)
-    sizes += [("i4x", n) for n in rest]
+    sizes += [("i4x", n) for n in (p.table_rows, p.max_pages, p.rotary_dim, p.rotary_len, plan.m_blocks, plan.head_lanes)]
+    sizes += [("i4x", n) for n in (p.num_heads_kv // plan.head_lanes, plan.min_units, plan.max_parts, plan.min_part)]
     return [*(("q", n) for n in longs), ("d", p.scale), *sizes]
 
 

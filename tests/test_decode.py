@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import cuattn
-from cuattn import reference
+from cuattn import arrays, call, jit, reference
 from cuattn.arrays import numpy_dtype
+from cuattn.codegen import decode_units
+from cuattn.decode import DecodePlan, Scalars, make_decode_plan, make_decode_problem
 from cuattn.problem import parse_mask, parse_mods
 from tests.tolerance import assert_close, limit
 
@@ -231,12 +233,10 @@ def verify(case: Decode, backend: Any, out: Any, lse: Any, made: dict[str, Any])
     for name, expected in (("k_cache", exact[2]), ("v_cache", exact[3])):
         found, before = backend.get(made[name]), arguments(case)[name]
         found = found.view(before.dtype) if before.dtype.itemsize == 1 else found
-        kept = before.view(np.uint8).reshape(-1) if before.flags.c_contiguous else None
         bits = np.uint8 if before.dtype.itemsize == 1 else {2: np.uint16, 4: np.uint32, 8: np.uint64}[before.dtype.itemsize]
         old, new, wanted = (np.ascontiguousarray(x).view(bits) for x in (before, found, expected))
         untouched = old == wanted
         assert (new[untouched] == old[untouched]).all(), f"{name}: written where nothing belongs"
-        del kept
         # A rotated key may round to either neighbour: its sums are fused or not.
         if not case.rotary:
             assert (new == wanted).all(), name
@@ -315,3 +315,185 @@ def test_matches_the_oracle(backend: Any, guarded: Any, case: Decode) -> None:
     assert out is target.array
     verify(case, backend, out, lse, made)
     target.check()
+
+
+def plan_of(backend: Any, case: Decode) -> DecodePlan:
+    """What runs a case on this machine's GPU."""
+    given = put(backend, arguments(case))
+    options = {n: given.pop(n) for n in OPTIONS if n in given}
+    longest, interleaved = given.pop("max_seqlen_q", None), given.pop("rotary_interleaved", True)
+    take = options.get
+    mask = parse_mask(take("causal", False), take("window"), take("mask"))
+    mods = parse_mods(take("softcap"), take("alibi_slopes"), take("bias"), take("score_mod"))
+    own = [arrays.CUPY.view(x) for x in (*mask.arrays, *(a for mod in mods for a in mod.arrays))]
+    views = {name: arrays.CUPY.view(x) for name, x in given.items()}
+    scalars = Scalars(None, True, case.deterministic, case.splits, interleaved, longest, case.precision)
+    return make_decode_plan(make_decode_problem(views, mask, mods, own, scalars), call.device_of(0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(request: pytest.FixtureRequest) -> None:
+    """The kernels of all cases at once, where they will be asked for: one by one would take most of a run's time."""
+    if any("gpu" in item.keywords for item in request.session.items) and arrays.gpu_available()[0]:
+        from tests.conftest import CuPyBackend
+
+        plans = [plan_of(CuPyBackend(), case) for case in CASES]
+        jit.compile_many(dict.fromkeys((u.source, plan.device.arch) for plan in plans for u in decode_units(plan).values()))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.deterministic], ids=str)
+def test_bits_do_not_depend_on_other_sequences(backend: Any, case: Decode) -> None:
+    """deterministic=True: each sequence of a batch alone, and among copies of itself."""
+    if case.packed:
+        case = Decode(**{**vars(case), "packed": False})
+    given = arguments(case)
+    together = [backend.get(x) for x in cuattn.attention_with_kvcache(**put(backend, given), return_lse=True)]
+    for b in range(case.batch):
+        for rows in ([b], [b] * 9):
+            own = {n: given[n][rows] for n in ("q", "page_table", "cache_seqlens")}
+            alone = cuattn.attention_with_kvcache(**put(backend, {**given, **own}), return_lse=True)
+            for x, whole in zip(alone, together, strict=True):
+                found = backend.get(x)
+                assert all(found[n].tobytes() == whole[b].tobytes() for n in range(len(rows)))
+
+
+@pytest.mark.parametrize("case", (CASES[7], CASES[10], CASES[12]), ids=str)
+def test_bitwise_reruns(backend: Any, case: Decode) -> None:
+    made = put(backend, arguments(case))
+    first, *others = (
+        tuple(backend.get(x).tobytes() for x in cuattn.attention_with_kvcache(**made, return_lse=True)) for _ in range(20)
+    )
+    assert all(other == first for other in others)
+
+
+def test_one_length_for_all(backend: Any) -> None:
+    case = Decode(lengths=(70, 70), new=1)
+    made = put(backend, {**arguments(case), "cache_seqlens": 70})
+    out, lse = cuattn.attention_with_kvcache(**made, return_lse=True)
+    verify(case, backend, out, lse, made)
+
+
+def test_no_batch_axis(backend: Any) -> None:
+    case = Decode(lengths=(70,), seqlen_q=3, new=3)
+    given = arguments(case)
+    made = put(backend, {**given, **{n: given[n][0] for n in "qkv"}})
+    out, lse = cuattn.attention_with_kvcache(**made, return_lse=True)
+    assert out.ndim == 3 and lse.ndim == 2
+    verify(case, backend, out[None], lse[None], made)
+
+
+@pytest.mark.gpu
+def test_pages_outside_the_cache_are_not_touched(cupy_backend: Any) -> None:
+    """Their keys count as zeros, and new tokens of theirs are dropped; lengths past the cache end with it."""
+    case = Decode("float16", lengths=(61, 30), new=2, page=8)
+    given = dict(arguments(case))
+    table = given["page_table"].copy()
+    pages = len(given["k_cache"])
+    table[0, 2], table[0, 7], table[1, 1] = pages, -1, 2**31 - 1
+    made = put(cupy_backend, {**given, "page_table": table})
+    padded = {}
+    for name in ("k_cache", "v_cache"):  # inside a pool that must stay as it is
+        around = np.full((pages + 64, *given[name].shape[1:]), 7, np.float16)
+        around[32:-32] = given[name]
+        padded[name] = cupy_backend.put(around)
+        made[name] = padded[name][32:-32]
+    found = cupy_backend.get(cuattn.attention_with_kvcache(**made))
+    for name in padded:
+        around = cupy_backend.get(padded[name])
+        assert (around[:32] == 7).all() and (around[-32:] == 7).all(), name
+    zeros = {n: np.concatenate([given[n], np.zeros((3, *given[n].shape[1:]), np.float16)]) for n in ("k_cache", "v_cache")}
+    table[0, 2], table[0, 7], table[1, 1] = pages, pages + 1, pages + 2
+    expected = {**given, **zeros, "page_table": table}
+    expected.pop("k"), expected.pop("v")
+    # Tokens 61 and 62 would lie in the page at -1; of the other sequence, 30 and 31 in a page that exists.
+    for name, cache in (("k", "k_cache"), ("v", "v_cache")):
+        expected[cache] = expected[cache].copy()
+        for n in (30, 31):
+            expected[cache][table[1, n // 8], n % 8] = given[name][1, n - 30]
+    expected["cache_seqlens"] = given["cache_seqlens"] + 2
+    options = {n: expected.pop(n) for n in OPTIONS if n in expected}
+    assert options["causal"]
+    call_ = {"scale": case.dims[0] ** -0.5, "mask": parse_mask(True, None, None)}
+    exact, naive = (reference.with_kvcache(**expected, **call_, dtype=t)[0] for t in (np.float64, np.float16))
+    assert_close("out", found, exact, limit(exact, naive, np.float16, "float16"))
+    for lengths in ([2**31 - 1, -5], [10**6, 0]):
+        made["cache_seqlens"] = cupy_backend.put(np.array(lengths, np.int32))
+        cuattn.attention_with_kvcache(**made)
+        for name in padded:
+            around = cupy_backend.get(padded[name])
+            assert (around[:32] == 7).all() and (around[-32:] == 7).all(), name
+
+
+BAD = (
+    ("q", TypeError, lambda g: {"q": g["q"].astype(np.int32)}),
+    ("k_cache", ValueError, lambda g: {"k_cache": g["k_cache"][..., :32]}),
+    ("k_cache", TypeError, lambda g: {"k_cache": g["k_cache"].astype(np.float64)}),
+    ("v_cache", ValueError, lambda g: {"v_cache": g["v_cache"][:1]}),
+    ("q", ValueError, lambda g: {"q": g["q"][:, :, :3]}),
+    ("cache_seqlens", TypeError, lambda g: {"cache_seqlens": None}),
+    ("cache_seqlens", TypeError, lambda g: {"cache_seqlens": g["cache_seqlens"].astype(np.int64)}),
+    ("cache_seqlens", ValueError, lambda g: {"cache_seqlens": g["cache_seqlens"] + 1000}),
+    ("cache_leftpad", ValueError, lambda g: {"cache_leftpad": g["cache_seqlens"] + 1}),
+    ("page_table", TypeError, lambda g: {"page_table": g["page_table"].astype(np.int64)}),
+    ("page_table", ValueError, lambda g: {"page_table": g["page_table"][:2]}),
+    ("page_table", ValueError, lambda g: {"page_table": g["page_table"] + 10**6}),
+    ("cache_batch_idx", ValueError, lambda g: {"cache_batch_idx": np.array([0, 1, 99], np.int32)}),
+    ("k, v", ValueError, lambda g: {"k": None}),
+    ("k", ValueError, lambda g: {"k": g["k"][..., :32]}),
+    ("v", ValueError, lambda g: {"v": g["v"][:, :0]}),
+    (
+        "rotary_cos",
+        ValueError,
+        lambda g: {"rotary_cos": np.ones((2, 8), np.float32), "rotary_sin": np.ones((2, 8), np.float32)},
+    ),
+    ("rotary_cos, rotary_sin", ValueError, lambda g: {"rotary_cos": np.ones((500, 8), np.float32)}),
+    ("rotary_cos", ValueError, lambda g: {n: np.ones((500, 40), np.float32) for n in ("rotary_cos", "rotary_sin")}),
+    ("num_splits", ValueError, lambda g: {"num_splits": -1}),
+    ("k_scale", ValueError, lambda g: {"k_scale": np.ones(2, np.float32)}),
+    ("max_seqlen_q", ValueError, lambda g: {"max_seqlen_q": 1}),
+    ("sinks", ValueError, lambda g: {"sinks": np.ones(3, np.float32)}),
+    ("out", ValueError, lambda g: {"out": np.ones((3, 1, 8, 63), np.float32)}),
+    ("precision", ValueError, lambda g: {"precision": "half"}),
+)
+
+
+@pytest.mark.parametrize(("name", "error", "change"), BAD, ids=[f"{n}-{name}" for n, (name, *_) in enumerate(BAD)])
+def test_errors_name_the_argument(numpy_backend: Any, name: str, error: type[Exception], change: Any) -> None:
+    given = {**put(numpy_backend, arguments(Decode("float32", new=1))), "precision": "ieee"}
+    before = given["k_cache"].copy()
+    with pytest.raises(error, match=f"^{name}: "):
+        cuattn.attention_with_kvcache(**{**given, **change(given)})
+    assert before.tobytes() == given["k_cache"].tobytes()
+
+
+def test_a_read_only_cache_takes_no_tokens(numpy_backend: Any) -> None:
+    given = put(numpy_backend, arguments(Decode("float32", new=1)))
+    given["v_cache"].flags.writeable = False
+    with pytest.raises(ValueError, match=r"^v_cache: "):
+        cuattn.attention_with_kvcache(**given)
+
+
+def test_torch_tensors_on_the_cpu() -> None:
+    torch = pytest.importorskip("torch")
+    case = Decode("bfloat16", "float8_e4m3fn", scales=1, lengths=(30, 7), new=2)
+
+    def tensor(x: Any) -> Any:
+        if not isinstance(x, np.ndarray):
+            return x
+        names = {2: torch.bfloat16, 1: torch.float8_e4m3fn}
+        if x.dtype.kind == "V" or "float8" in x.dtype.name:
+            return torch.from_numpy(x.copy().view(np.int16 if x.dtype.itemsize == 2 else np.uint8)).view(
+                names[x.dtype.itemsize]
+            )
+        return torch.from_numpy(x.copy())
+
+    made = {name: tensor(x) for name, x in arguments(case).items()}
+    out, lse = cuattn.attention_with_kvcache(**made, return_lse=True)
+
+    class Backend:
+        get = staticmethod(arrays.TORCH.host)
+
+    verify(case, Backend, out, lse, made)
+    made["q"].requires_grad_()
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        cuattn.attention_with_kvcache(**made)
