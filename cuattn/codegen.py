@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from cuattn.backward import CELLS, COLUMNS, STORE, BackwardPlan, one_row
+from cuattn.decode import APPEND_THREADS, CACHE_DTYPES, DecodePlan, decode_words
 from cuattn.fields import CTYPES, ITEMSIZE, Operand
 from cuattn.launch import backward_parameter_bytes, parameter_bytes
 from cuattn.plan import SPLIT_THREADS, WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan
@@ -46,7 +47,7 @@ def _flag(value: bool) -> str:
     return "true" if value else "false"
 
 
-def mod_type(plan: Plan | BackwardPlan) -> str:
+def mod_type(plan: Plan | BackwardPlan | DecodePlan) -> str:
     """C++ type of a plan's score modifications, applied in order."""
     types = [mod.cuda_type(operands, uniform) for mod, operands, uniform in _mods(plan)]
     if not types:
@@ -54,7 +55,7 @@ def mod_type(plan: Plan | BackwardPlan) -> str:
     return functools.reduce(lambda rest, first: f"Chain<{first}, {rest}>", reversed(types))
 
 
-def _mods(plan: Plan | BackwardPlan) -> Iterator[tuple[ScoreMod, Sequence[Operand], int | None]]:
+def _mods(plan: Plan | BackwardPlan | DecodePlan) -> Iterator[tuple[ScoreMod, Sequence[Operand], int | None]]:
     """Each modification, its operands, and what `ScoreMod.cuda_type` wants to know of the backward."""
     p = plan.problem
     wanted = plan.backward.wanted if isinstance(plan, BackwardPlan) else (False,) * len(p.mods)
@@ -287,3 +288,47 @@ def bias_is_wide(plan: BackwardPlan) -> bool:
     """Whether an element of dbias is a sum over all keys, which takes a CTA."""
     bias = plan.backward.bias
     return bias is not None and plan.bias_kind is COLUMNS and bias.shape[-1] == 1 and plan.problem.seqlen_k > 1
+
+
+# KV cache -------------------------------------------------------------------------------------------------------------
+
+
+def decode_units(plan: DecodePlan) -> dict[str, Unit]:
+    """By role, in launch order: append (if there are new keys), decode."""
+    p = plan.problem
+    result = {"append": _decode_unit(plan, "append", APPEND_THREADS, 0)} if p.appends else {}
+    return {**result, "decode": _decode_unit(plan, "decode", plan.threads, plan.smem_bytes)}
+
+
+def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -> Unit:
+    p, attends = plan.problem, kernel == "decode"
+    sinks, rotary = p.operand("sinks"), p.operand("rotary_cos")
+    types = {
+        "Element": CTYPES[p.dtype],
+        "Cache": CACHE_DTYPES.get(p.cache_dtype) or CTYPES[p.dtype],
+        "Real": "cuattn::Real",
+        "Rotary": CTYPES[rotary.dtype if rotary is not None else p.real],
+        "Mask": p.mask.cuda_type([op.dtype for op in p.mask_operands]) if attends else "FullMask",
+        "ScoreMod": mod_type(plan) if attends else "NoScoreMod",
+    }
+    constants = {"kThreads": threads, "kSmemBytes": smem_bytes, "kMinBlocks": plan.min_blocks if attends else 1}
+    flags = {"kPacked": p.packed, "kPaged": p.paged, "kRotary": rotary is not None}
+    flags["kInterleaved"] = p.rotary_interleaved and rotary is not None
+    if attends:
+        types |= {"Sink": CTYPES[sinks.dtype if sinks is not None else p.real], "Mma": plan.mma}
+        constants |= {
+            "kHeadDim": plan.head_dim,
+            "kHeadDimV": plan.head_dim_v,
+            "kBlockN": plan.block_n,
+            "kWarpsM": plan.warps_m,
+            "kWarpsN": plan.warps_n,
+            "kStages": plan.stages,
+            **{f"kVec{name}": n for name, n in zip(("Q", "K", "V", "Out"), p.vectors, strict=True)},
+        }
+        flags["kSinks"] = sinks is not None
+        flags["kWholeRows"] = (p.head_dim, p.head_dim_v) == (plan.head_dim, plan.head_dim_v)
+        caches = [p.operand(name) for name in ("k_cache", "v_cache")]
+        flags["kAlike"] = len({op.strides for op in caches if op is not None}) == 1
+    definitions = [mod.cuda_source(operands, uniform) for mod, operands, uniform in _mods(plan)] if attends else []
+    size = 8 * decode_words(plan, attends)
+    return _source(kernel, "DecodeArguments", size, CTYPES[p.real], definitions, types, constants, flags)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from cuattn.backward import POINTERS as BACKWARD_POINTERS
 from cuattn.backward import BackwardPlan
+from cuattn.decode import POINTERS as DECODE_POINTERS
+from cuattn.decode import DecodePlan, decode_fields, decode_variant
 from cuattn.fields import Field, Operand
-from cuattn.problem import POINTERS, SLOT, Problem, contiguous_strides
+from cuattn.problem import POINTERS, SLOT, contiguous_strides
 from cuattn.registry import staged_bias
 from cuattn.score_mods import Bias
 from cuattn.tma import MAP_ALIGNMENT, MAP_BYTES, TensorMap
@@ -107,10 +109,10 @@ def _tensor_maps(plan: Plan | BackwardPlan) -> list[TensorMap]:
 
 
 def _layout(
-    problem: Problem, fixed: Sequence[tuple[str, int | float]], variant: Sequence[Field]
+    real: str, fixed: Sequence[tuple[str, int | float]], variant: Sequence[Field]
 ) -> tuple[bytes, list[tuple[int, int]]]:
     """The bytes after the pointers of ForwardParams, and where in them (offset, slot) pointers of the variant belong."""
-    codes = {"ptr": "Q", "int": "q", "real": "d" if problem.real == "float64" else "f4x"}
+    codes = {"ptr": "Q", "int": "q", "real": "d" if real == "float64" else "f4x"}
     layout = "<" + "".join(code for code, _ in fixed) + "".join(codes[f.kind] for f in variant)
     values = [value for _, value in fixed] + [0 if f.kind == "ptr" else f.value for f in variant]
     start = 8 * len(fixed)
@@ -124,7 +126,7 @@ class Parameters:
         # Where inputs are split first, attention reads the pairs in the place of q, k and v.
         self.of_pairs = with_mods and plan.split_inputs
         fixed, variant = fixed_fields(plan, self.of_pairs), _variant_fields(plan, with_mods)
-        self.tail, self.patches = _layout(plan.problem, fixed, variant)
+        self.tail, self.patches = _layout(plan.problem.real, fixed, variant)
         self.maps = _tensor_maps(plan) if with_mods and plan.uses_tma else []
         if self.maps:
             self.tail += bytes(-(8 * len(POINTERS) + len(self.tail)) % MAP_ALIGNMENT)
@@ -224,10 +226,10 @@ class BackwardParameters:
 
     def __init__(self, plan: BackwardPlan, launch: tuple[int, int, int, int], attends: bool) -> None:
         self.of_pairs = attends and plan.split_inputs
-        self.base = _layout(plan.problem, fixed_fields(plan, self.of_pairs), [])[0]
+        self.base = _layout(plan.problem.real, fixed_fields(plan, self.of_pairs), [])[0]
         self.start = plan.backward.first_slot
         variant = _backward_variant(plan, attends)
-        self.tail, self.patches = _layout(plan.problem, _backward_fields(plan, launch, self.of_pairs), variant)
+        self.tail, self.patches = _layout(plan.problem.real, _backward_fields(plan, launch, self.of_pairs), variant)
         self.maps = _backward_maps(plan) if attends and plan.uses_tma else []
         if self.maps:
             self.tail += bytes(-8 * backward_words(plan, attends) % MAP_ALIGNMENT)
@@ -248,3 +250,25 @@ class BackwardParameters:
         for offset, slot in self.patches:
             struct.pack_into("<Q", tail, offset, pointers[slot])
         return head + self.base + own + bytes(tail)
+
+
+# KV cache -------------------------------------------------------------------------------------------------------------
+
+DECODE_HEAD = struct.Struct(f"<{len(DECODE_POINTERS)}Q")
+
+
+class DecodeParameters:
+    """The bytes of the parameter struct of a kernel over a KV cache."""
+
+    def __init__(self, plan: DecodePlan, attends: bool) -> None:
+        self.tail, self.patches = _layout(plan.problem.real, decode_fields(plan), decode_variant(plan, attends))
+
+    def pack(self, pointers: list[int]) -> bytes:
+        """`pointers` by slot."""
+        head = DECODE_HEAD.pack(*pointers[: len(DECODE_POINTERS)])
+        if not self.patches:
+            return head + self.tail
+        tail = bytearray(self.tail)
+        for offset, slot in self.patches:
+            struct.pack_into("<Q", tail, offset, pointers[slot])
+        return head + bytes(tail)

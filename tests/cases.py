@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 import cuattn
 from cuattn import reference
-from cuattn.masks import BlockSparse, BooleanMask, Causal, Full, Mask, SlidingWindow
+from cuattn.masks import BlockSparse, BooleanMask, Causal, Full, Mask, SlidingWindow, TreeMask
 from cuattn.score_mods import Alibi, Bias, ScoreMod, SoftCap, UserMod
 
 Array = npt.NDArray[Any]
@@ -221,6 +221,11 @@ def _bsr(case: Case, rng: np.random.Generator) -> Feature:
     return Feature({"mask": matrix}, BooleanMask(dense != 0))
 
 
+def _tree(case: Case, rng: np.random.Generator) -> Feature:
+    mask = TreeMask(rng.random((case.batch, 1, case.seqlen_q, 19)) < 0.5)
+    return Feature({"mask": mask}, mask)
+
+
 def _composed(case: Case, rng: np.random.Generator) -> Feature:
     mask = SlidingWindow(50, 20) & BooleanMask(rng.random((case.num_heads, 1, case.seqlen_k)) < 0.7)
     return Feature({"mask": mask, "causal": True}, mask & Causal())
@@ -238,6 +243,7 @@ MASKS: dict[str, Callable[[Case, np.random.Generator], Feature]] = {
     "boolean_keys": _boolean_keys,
     "block_sparse": _block_sparse,
     "bsr": _bsr,
+    "tree": _tree,
     "composed": _composed,
 }
 
