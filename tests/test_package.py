@@ -24,7 +24,7 @@ LAYERS = ("ptx", "tile", "attention", "mainloop", "kernel")
 """From the bottom up: a file includes its own layer and those below. Kernel files lie in kernels/ itself."""
 CUDA_HEADERS = {"cuda_fp16.h", "cuda_bf16.h", "cuda_fp8.h"}
 """All that kernels/ may take from outside, so that NVRTC needs nothing but the CUDA runtime's own header folder."""
-LAZY = ("cupy", "torch", "jax", "scipy", "pycparser", "sklearn", "matplotlib", "tqdm")
+LAZY = ("cupy", "torch", "jax", "scipy", "pycparser", "sklearn", "matplotlib", "tqdm", "transformers")
 WHEEL_LIMIT = 300_000
 
 
@@ -57,7 +57,7 @@ def test_command_line_starts_without_optional_packages() -> None:
 
 @pytest.mark.parametrize("module", sorted(p.stem for p in (ROOT / "cuattn").glob("*.py") if not p.stem.startswith("__")))
 def test_no_optional_package_is_imported_at_the_top_of_a_module(module: str) -> None:
-    adapters = {"torch": {"torch"}, "jax": {"jax"}}
+    adapters = {"torch": {"torch"}, "flash_attn": {"torch"}, "flash_attn3": {"torch"}, "jax": {"jax"}}
     tree = ast.parse((ROOT / "cuattn" / f"{module}.py").read_text(encoding="utf-8"))
     names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
