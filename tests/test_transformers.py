@@ -1,5 +1,7 @@
-"""cuattn as an attention implementation of Hugging Face transformers: real modelling code with random weights, a training step
-beside the textbook formula in float64, by the one tolerance rule with "eager" as the naive result, and generation beside "eager".
+"""cuattn as an attention implementation of Hugging Face transformers: real modelling code with random weights.
+
+A training step beside the textbook formula in float64, by the one tolerance rule with "eager" as the naive result; generation
+beside "eager".
 """
 
 from __future__ import annotations
@@ -177,7 +179,7 @@ def test_position_bias_is_added() -> None:
 def test_wrong_use_names_the_argument() -> None:
     with pytest.raises(ValueError, match=r"attention_mask: got shape \(2, 1, 5, 4\), expected one that broadcasts to"):
         layer(attention_mask=torch.ones(2, 1, 5, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="attention_mask: got shape .* pass the 2-D"):
+    with pytest.raises(ValueError, match=r"attention_mask: got shape .* pass the 2-D"):
         layer(attention_mask=torch.ones(2, 5))
     with pytest.raises(NotImplementedError, match="output_attentions"):
         layer(attention_mask=None, output_attentions=True)
