@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from cuattn.arrays import View
 from cuattn.fields import ITEMSIZE, Operand
+from cuattn.masks import Full
 from cuattn.problem import Problem, vector_bytes
 from cuattn.registry import Device, Tiles, register_weight, round_up
 from cuattn.score_mods import Bias, UserMod
+from cuattn.tma import tma_obstacles
 
 POINTERS = (
     "dout",
@@ -197,10 +199,14 @@ def warp_grid(rows: int, cols: int, warps: int, units: tuple[int, int]) -> tuple
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """Everything that is decided before the launches. `smem_bytes` and `grid` are those of kernels/backward.cu."""
+    """Everything that is decided before the launches. `smem_bytes` and `grid` are those of the kernel."""
 
     backward: BackwardProblem
     device: Device
+    kernel: str
+    """of kernels/<kernel>.cu: backward or backward_sm90"""
+    declined: tuple[str, ...]
+    """why not backward_sm90"""
     gemm: Gemm
     tiles: Tiles
     head_dim: int
@@ -222,9 +228,7 @@ class BackwardPlan:
     num_splits: int = field(default=1, init=False)
     dv_chunks: int = field(default=1, init=False)
     split_inputs: bool = field(default=False, init=False)
-    uses_tma: bool = field(default=False, init=False)
     bias_stages: int = field(default=0, init=False)
-    section: int = field(default=1, init=False)
 
     @property
     def problem(self) -> Problem:
@@ -233,6 +237,33 @@ class BackwardPlan:
     @property
     def threads(self) -> int:
         return 32 * self.tiles.warps
+
+    @property
+    def uses_tma(self) -> bool:
+        return self.kernel == SM90
+
+    @property
+    def slab_threads(self) -> int:
+        """Threads that add to dq_sum, which also read it."""
+        return self.threads - PRODUCER_THREADS if self.uses_tma else self.threads
+
+    @property
+    def early(self) -> bool:
+        """backward_sm90: dv is multiplied before dp is there."""
+        p = self.problem
+        return not p.mods and p.scale > 0 and p.dropout == 0 and not p.mask.tiled
+
+    @property
+    def rotates(self) -> bool:
+        """backward_sm90: key tiles, which all visit the same queries, begin with different ones."""
+        return self.tiles.rotate and isinstance(self.problem.mask, Full) and self.q_splits == 1
+
+    @property
+    def section(self) -> int:
+        """backward_sm90: pairs of sequences and KV heads whose queries and sums of dq fit into L2 together."""
+        p = self.problem
+        row = 2 * self.head_dim + 2 * self.head_dim_v + 4 * self.head_dim
+        return max(1, L2_BYTES // max(1, row * min(p.seqlen_q, p.total_q) * p.group))
 
     @property
     def batches(self) -> int:
@@ -329,10 +360,11 @@ class BackwardPlan:
         extras = f", {self.q_splits} splits of the queries" * (self.q_splits > 1)
         extras += f", {self.dq_splits} sums of dq" * (self.dq_splits > 1) + ", tile map" * bool(self.map_words)
         extras += f", bias by {self.bias_kind.name}" * (self.bias_kind is not NO_BIAS)
+        instead = f" instead of {SM90}: {'; '.join(self.declined)}" * (bool(self.declined) and self.device.arch == "sm_90a")
         return (
-            f"Plan(backward for {self.device.arch}: {self.gemm.cuda}, {t.block_m}x{t.block_n} x{t.stages}, "
+            f"Plan({self.kernel} for {self.device.arch}: {self.gemm.cuda}, {t.block_m}x{t.block_n} x{t.stages}, "
             f"d{self.head_dim}/{self.head_dim_v}, {self.threads} threads, {self.smem_bytes} B shared, "
-            f"{self.shares * self.q_splits} CTAs a head{extras}, workspace {sum(self.workspace)} B)"
+            f"{self.shares * self.q_splits} CTAs a head{extras}, workspace {sum(self.workspace)} B){instead}"
         )
 
 
@@ -465,6 +497,77 @@ def candidates(problem: Problem, device: Device, deterministic: bool = False) ->
     ]
 
 
+# On Hopper: wgmma and TMA (kernels/backward_sm90.cu) --------------------------------------------------------------------
+
+SM90 = "backward_sm90"
+PRODUCER_THREADS = 128
+L2_BYTES = 32 << 20
+"""Of an H200's 50 MB, what may be counted on."""
+
+
+def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
+    """Reasons why backward.cu, which serves everything, runs a problem instead."""
+    p, reasons = backward.forward, []
+    if device.arch != "sm_90a":
+        return [f"needs sm_90a, got {device.arch}"]
+    if p.dtype not in ("float16", "bfloat16"):
+        return [f"multiplies float16 and bfloat16, got {p.dtype}"]
+    if max(p.head_dim, p.head_dim_v) > 128:
+        reasons.append(f"serves head dimensions to 128, got {p.head_dim} and {p.head_dim_v}")
+    for name, alignment in zip(("q", "k", "v"), p.vectors, strict=False):
+        reasons += tma_obstacles(name, p.operand(name), alignment)
+    reasons += tma_obstacles("dout", backward.dout, backward.vector_dout)
+    reasons += [f"{name} is empty" for name, n in (("q", p.total_q), ("k", p.total_k)) if n == 0]
+    if _bias_kind(backward) is ROWS:
+        reasons.append("does not sum a bias over keys")
+    if not reasons and not sm90_candidates(backward):
+        reasons.append("has no registers left for these modifications")
+    return reasons
+
+
+def sm90_dims(problem: Problem) -> tuple[int, int]:
+    """Head dimensions in whole panels of 64 columns."""
+    return round_up(problem.head_dim, 64), round_up(problem.head_dim_v, 64)
+
+
+def sm90_smem_bytes(problem: Problem, tiles: Tiles) -> int:
+    """kernels/mainloop/backward_sm90.cuh, which asserts that it suffices."""
+    dim, dim_v = sm90_dims(problem)
+    m, n, stages = tiles.block_m, tiles.block_n, tiles.stages
+    stage = 2 * m * (dim + dim_v) + 8 * m + 32
+    bulk = 4 * m * dim if tiles.bulk else 0
+    return 2 * n * (dim + dim_v) + stages * stage + 2 * 2 * m * n + bulk + 8 * (3 + 5 * stages) + 1024
+
+
+_SM90 = {  # by the wider head dimension; warps include the producer's four
+    64: (
+        Tiles(128, 128, 2, 12, max_weight=0),
+        Tiles(96, 128, 2, 12, max_weight=5),
+        Tiles(64, 128, 2, 12, max_weight=11),
+        Tiles(32, 128, 2, 12, max_weight=17),
+    ),
+    128: (Tiles(64, 128, 2, 12, max_weight=5), Tiles(32, 128, 2, 12, max_weight=13)),
+}
+
+
+def sm90_candidates(backward: BackwardProblem) -> Sequence[Tiles]:
+    """Tiles that fit the registers, best first."""
+    problem = backward.forward
+    weight = register_weight(problem) + 4 * any(isinstance(mod, Bias) for mod in problem.mods) + 4 * bool(problem.mods)
+    weight += backward.deterministic + 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
+    widest = max(sm90_dims(problem))
+    tiles = next((tiles for limit, tiles in _SM90.items() if widest <= limit), ())
+    # Under a causal mask additions to dq spread by themselves. Where all key tiles add to the same dq at once, the copy engine
+    # waits instead of the consumers.
+    bulk = isinstance(problem.mask, Full)
+    return [replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight]
+
+
+def _sm90_gemm(problem: Problem) -> Gemm:
+    element = {"float16": "__half", "bfloat16": "__nv_bfloat16"}[problem.dtype]
+    return Gemm(f"WarpgroupHalf<{element}>", 2, (64, 64), (64, 64), (64, 64), panel=64)
+
+
 def declines(problem: Problem, device: Device) -> list[str]:
     """Reasons why there is no backward for a problem, none if there is."""
     reasons = []
@@ -491,16 +594,19 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
         reasons.append("adds up gradients of user parameters by atomics, which deterministic=True forbids")
     if reasons:
         raise NotImplementedError(f"no kernel serves {backward} on {device.arch}:\n  backward: " + "; ".join(reasons))
-    gemm = gemm_of(p, device)
-    tiles = candidates(p, device, backward.deterministic)[0]
+    declined = sm90_declines(backward, device)
+    hopper = not declined
+    gemm = _sm90_gemm(p) if hopper else gemm_of(p, device)
+    tiles = (sm90_candidates(backward) if hopper else candidates(p, device, backward.deterministic))[0]
     longest_q, longest_k = min(p.seqlen_q, p.total_q), min(p.seqlen_k, p.total_k)
     m_blocks, n_blocks = -(-longest_q // tiles.block_m), max(1, -(-longest_k // tiles.block_n))
     if p.packed:
         m_blocks = max(m_blocks, 1)
-    dims, staged = padded_dims(p), bias_to_stage(p)
+    dims = sm90_dims(p) if hopper else padded_dims(p)
+    staged = None if hopper else bias_to_stage(p)
     if staged is not None and smem_bytes(p, tiles, gemm, staged) > device.smem_per_block:
         staged = None
-    smem = smem_bytes(p, tiles, gemm, staged)
+    smem = sm90_smem_bytes(p, tiles) if hopper else smem_bytes(p, tiles, gemm, staged)
     resident = max(1, min(tiles.min_blocks, device.smem_per_sm // (smem + 1024)))
     slots, heads = resident * device.num_sms, max(1, p.num_heads_kv * p.batch)
     dq_splits = 1
@@ -512,6 +618,8 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
     return BackwardPlan(
         backward=backward,
         device=device,
+        kernel=SM90 if hopper else "backward",
+        declined=tuple(declined),
         gemm=gemm,
         tiles=tiles,
         head_dim=dims[0],

@@ -24,7 +24,6 @@ from cuattn.backward import (
     WORKSPACE,
     ZEROED,
     BackwardPlan,
-    BackwardProblem,
     make_backward_plan,
     make_backward_problem,
 )
@@ -62,7 +61,7 @@ class Raw(NamedTuple):
     """None without sinks"""
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """Arguments, known to be of one kind and on one device."""
 
     library: Library
@@ -93,7 +92,12 @@ def forward(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], optio
     if needs_grad or call.library.autocasts((named["q"], named["k"], named["v"]), call.device):
         from cuattn.torch import record
 
-        return record(named, call.mask, mods, options, seed)
+        return record(call)
+    return execute(call)
+
+
+def execute(call: Call) -> Any:
+    """`forward` of checked arguments, with nothing recorded for differentiation."""
     if call.device[0] == "cuda" and call.library.native:
         return _launch(call)
     if call.on_cpu:
@@ -130,7 +134,7 @@ def backward(
     return _backward_through_cupy(call, wanted)
 
 
-def _resolve(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], options: Options, seed: int) -> tuple[_Call, bool]:
+def _resolve(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], options: Options, seed: int) -> tuple[Call, bool]:
     """The call, and whether its library wants to record it for differentiation."""
     q = named["q"]
     library = library_of(q, "q")
@@ -145,7 +149,7 @@ def _resolve(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], opti
     needs_grad = _check_kinds(library, device, present, mask, mods)
     if type(seed) is not int or seed < 0 or seed >> 64:
         seed = _seed(seed)
-    return _Call(library, device, present, mask, mods, own, options, seed), needs_grad
+    return Call(library, device, present, mask, mods, own, options, seed), needs_grad
 
 
 def _seed(seed: Any) -> int:
@@ -224,7 +228,7 @@ def _bind_mods(mods: tuple[ScoreMod, ...], own: Sequence[Any]) -> tuple[ScoreMod
 # On the CPU -----------------------------------------------------------------------------------------------------------
 
 
-def _on_cpu(call: _Call) -> Any:
+def _on_cpu(call: Call) -> Any:
     from cuattn import cpu
 
     library, present = call.library, call.present
@@ -245,7 +249,7 @@ def _on_cpu(call: _Call) -> Any:
     return (result, library.from_host(lse, present["q"])) if call.options.return_lse else result
 
 
-def _backward_on_cpu(call: _Call, wanted: tuple[bool, ...]) -> Raw:
+def _backward_on_cpu(call: Call, wanted: tuple[bool, ...]) -> Raw:
     from cuattn import cpu
 
     library, present = call.library, call.present
@@ -277,7 +281,7 @@ _BACKWARD_ONLY = ("dout", "lse", "dlse")
 
 
 def _host_arguments(
-    call: _Call, present: dict[str, Any]
+    call: Call, present: dict[str, Any]
 ) -> tuple[Problem, dict[str, np.ndarray[Any, Any]], list[np.ndarray[Any, Any]], bool]:
     """The checked problem, arrays as NumPy sees them (4-D where dense), those of mask and mods, and whether q was 3-D."""
     library = call.library
@@ -331,7 +335,7 @@ def problem_of(
 # On the GPU -----------------------------------------------------------------------------------------------------------
 
 
-def _through_cupy(call: _Call) -> Any:
+def _through_cupy(call: Call) -> Any:
     """Arrays that kernels cannot use in place: NumPy's travel to the GPU and back, JAX's and DLPack's are borrowed."""
     library, out = call.library, call.present.get("out")
     device = _check_in_place(call, call.present)
@@ -344,7 +348,7 @@ def _through_cupy(call: _Call) -> Any:
         return library.give_back(result, out)
 
 
-def _backward_through_cupy(call: _Call, wanted: tuple[bool, ...]) -> Raw:
+def _backward_through_cupy(call: Call, wanted: tuple[bool, ...]) -> Raw:
     library = call.library
     device = _check_in_place(call, {n: x for n, x in call.present.items() if n not in _BACKWARD_ONLY})
     with arrays.CUPY.guard(device):
@@ -356,7 +360,7 @@ def _backward_through_cupy(call: _Call, wanted: tuple[bool, ...]) -> Raw:
         return Raw(give(raw.dq), give(raw.dk), give(raw.dv), dmods, None if raw.dsinks is None else give(raw.dsinks))
 
 
-def _check_in_place(call: _Call, present: dict[str, Any]) -> ArrayDevice:
+def _check_in_place(call: Call, present: dict[str, Any]) -> ArrayDevice:
     """Check the user's own strides and values, before anything is copied; returns where kernels will run."""
     library = call.library
     views = {name: library.view(x, name) for name, x in present.items()}
@@ -367,13 +371,13 @@ def _check_in_place(call: _Call, present: dict[str, Any]) -> ArrayDevice:
     return arrays.CUPY.current_device()
 
 
-def _lend(call: _Call, device: ArrayDevice, left_out: tuple[str, ...]) -> _Call:
+def _lend(call: Call, device: ArrayDevice, left_out: tuple[str, ...]) -> Call:
     """The same call over CuPy arrays."""
     to_cupy, count = call.library.to_cupy, len(call.mask.arrays)
     present = {name: to_cupy(x) for name, x in call.present.items() if name not in left_out}
     own = tuple(to_cupy(x) for x in call.own)
     mask, mods = call.mask.bind(own[:count]), _bind_mods(call.mods, own[count:])
-    return _Call(arrays.CUPY, device, present, mask, mods, own, call.options, call.seed)
+    return Call(arrays.CUPY, device, present, mask, mods, own, call.options, call.seed)
 
 
 class _Stream(NamedTuple):
@@ -410,7 +414,7 @@ _prepare_lock = threading.Lock()
 _MAX_PREPARED = 4096
 
 
-def _launch(call: _Call) -> Any:
+def _launch(call: Call) -> Any:
     library, device, present, mask, mods, own, options, seed = call
     view = library.view
     views = {name: view(x, name) for name, x in present.items()}
@@ -541,11 +545,15 @@ class _PreparedBackward:
     """(slot, bytes) of each part"""
     zeroed: int
     """bytes at the start of the workspace to which kernels add"""
-    gradients: tuple[tuple[int, tuple[int, ...], str, bool], ...]
-    """(slot, shape, dtype, whether kernels add to it) of each result, in the order of slots"""
+    slots: dict[str, int]
+    """of every pointer that the backward's own struct has, and of those that the forward's has too"""
+    pointers: tuple[int, ...]
+    """none yet"""
+    gradients: tuple[tuple[str, int, tuple[int, ...], str, int], ...]
+    """(name, slot, shape, dtype, bytes to clear because kernels add to it) of each result"""
 
 
-def _launch_backward(call: _Call, wanted: tuple[bool, ...]) -> Raw:
+def _launch_backward(call: Call, wanted: tuple[bool, ...]) -> Raw:
     library, device, present, mask, mods, own, options, seed = call
     view = library.view
     views = {name: view(x, name) for name, x in present.items()}
@@ -560,29 +568,26 @@ def _launch_backward(call: _Call, wanted: tuple[bool, ...]) -> Raw:
             prepared = None
         if prepared is None:
             prepared = _prepare_backward(key, views, mask, mods, own_views, options, wanted, device)
-        plan: BackwardPlan = prepared.plan
-        first = plan.backward.first_slot
-        pointers = [0] * (first + len(BACKWARD_POINTERS) + len(plan.backward.parameters))
+        pointers, slots = [*prepared.pointers], prepared.slots
         for name, v in views.items():
-            pointers[SLOT[name] if name in _FORWARD_NAMES else plan.backward.slot(name)] = v[0]
+            pointers[slots[name]] = v[0]
         pointers[_SEED] = seed
         for n, v in enumerate(own_views):
             pointers[len(POINTERS) + n] = v[0]
         stream = _Stream(library.stream(device))
         results = {}
-        for slot, shape, dtype, added in prepared.gradients:
-            results[slot] = library.empty(shape, dtype, device)
-            pointers[slot] = view(results[slot])[0]
-            if added:
-                _clear(pointers[slot], ITEMSIZE[dtype] * math.prod(shape), stream)
+        for name, slot, shape, dtype, cleared in prepared.gradients:
+            results[name] = x = library.empty(shape, dtype, device)
+            pointers[slot] = view(x)[0]
+            _clear(pointers[slot], cleared, stream)
         if prepared.steps:
-            workspace = _allocate(library, device, prepared.workspace, plan, pointers)
+            workspace = _allocate(library, device, prepared.workspace, prepared.plan, pointers)
             _clear(pointers[prepared.workspace[0][0]], prepared.zeroed, stream)
             for step in prepared.steps:
                 packed = np.void(step.parameters.pack(pointers))
                 step.function(step.grid, step.block, (packed,), step.smem_bytes, stream)
             del workspace  # its memory is reused in stream order
-        return _raw(call, plan.backward, wanted, results)
+        return _raw(call, wanted, results)
 
 
 _FORWARD_NAMES = frozenset(POINTERS) - {"lse"}
@@ -596,24 +601,23 @@ def _clear(address: int, size: int, stream: _Stream) -> None:
         runtime.memsetAsync(address, 0, size, stream.ptr)
 
 
-def _raw(call: _Call, backward: BackwardProblem, wanted: tuple[bool, ...], results: dict[int, Any]) -> Raw:
-    """Results by slot, as the caller gets them; gradients of user parameters come in float64."""
-    slot = backward.first_slot + len(BACKWARD_POINTERS)
+def _raw(call: Call, wanted: tuple[bool, ...], results: dict[str, Any]) -> Raw:
+    """Results by name, as the caller gets them; gradients of user parameters come in float64."""
     dmods: list[tuple[Any, ...]] = []
+    parameters = (x for name, x in results.items() if name.startswith(_PARAMETER))
     for mod, want in zip(call.mods, wanted, strict=True):
         if not want or not mod.differentiable:
             dmods.append(())
         elif isinstance(mod, UserMod):
-            each = []
-            for n in mod.differentiable:
-                dtype = call.library.view(mod.arrays[n])[3]
-                each.append(call.library.cast(results[slot], dtype))
-                slot += 1
-            dmods.append(tuple(each))
+            dtypes = [call.library.view(mod.arrays[n])[3] for n in mod.differentiable]
+            dmods.append(tuple([call.library.cast(next(parameters), dtype) for dtype in dtypes]))
         else:
-            dmods.append((results[backward.slot("dbias")],))
-    dq, dk, dv = (results[backward.slot(name)] for name in ("dq", "dk", "dv"))
-    return Raw(dq, dk, dv, tuple(dmods), results.get(backward.slot("dsinks")))
+            dmods.append((results["dbias"],))
+    return Raw(results["dq"], results["dk"], results["dv"], tuple(dmods), results.get("dsinks"))
+
+
+_PARAMETER = "parameter "
+"""What names of gradients of user parameters start with."""
 
 
 def _prepare_backward(
@@ -638,16 +642,19 @@ def _prepare_backward(
     bias = backward.bias
     if bias is not None:
         gradients.append(("dbias", bias.shape, bias.dtype, plan.empty or plan.bias_kind is STORE))
-    by_slot = [(backward.slot(name), shape, dtype, added) for name, shape, dtype, added in gradients]
+    slots = {**SLOT, **{name: backward.slot(name) for name in BACKWARD_POINTERS}}
     start = backward.first_slot + len(BACKWARD_POINTERS)
-    by_slot += [(start + n, op.shape, "float64", True) for n, op in enumerate(backward.parameters)]
-    slots = [SLOT[name] if name == "tile_map" else backward.slot(name) for name in WORKSPACE]
+    for n, operand in enumerate(backward.parameters):
+        slots[f"{_PARAMETER}{n}"] = start + n
+        gradients.append((f"{_PARAMETER}{n}", operand.shape, "float64", True))
     prepared = _PreparedBackward(
         plan,
         () if plan.empty else _backward_steps(plan),
-        tuple(zip(slots, plan.workspace, strict=True)),
+        tuple((slots[name], size) for name, size in zip(WORKSPACE, plan.workspace, strict=True)),
         sum(plan.workspace[: len(ZEROED)]),
-        tuple(by_slot),
+        slots,
+        (0,) * (start + len(backward.parameters)),
+        tuple((n, slots[n], shape, dtype, added * ITEMSIZE[dtype] * math.prod(shape)) for n, shape, dtype, added in gradients),
     )
     _remember(key, prepared)
     return prepared

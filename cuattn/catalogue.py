@@ -11,7 +11,7 @@ from cuattn.backward import BackwardPlan, BackwardProblem, declines, make_backwa
 from cuattn.masks import BlockSparse, BooleanMask, Full, Mask, SlidingWindow
 from cuattn.plan import Plan, make_plan
 from cuattn.problem import Problem, contiguous_strides, make_problem
-from cuattn.registry import DEVICES, FORWARD
+from cuattn.registry import DEVICES, FORWARD, Device
 from cuattn.score_mods import Alibi, Bias, ScoreMod, SoftCap, UserMod
 
 PRECISIONS = (
@@ -142,11 +142,22 @@ def backward_plans(arch: str, everything: bool = False) -> list[BackwardPlan]:
             keys = Bias(view((16, 1, 4096), dtype))
             wanted.append((problem_of(dtype, precision, (64, 64), mods=(keys,), extras=("sinks",)), True))
             wanted.append((problem_of(dtype, precision, (100, 100), misaligned=True, dropout=0.1), False))
-    return [
+    made = [
         make_backward_plan(backward_problem_of(problem, deterministic), device)
         for problem, deterministic in wanted
         if not declines(problem, device)
     ]
+    return made + [plan for plan in _hopper_plans(device) if everything and plan.uses_tma]
+
+
+def _hopper_plans(device: Device) -> Iterator[BackwardPlan]:
+    """Every option at both widths of backward_sm90, and deterministic calls."""
+    for dtype, dims in itertools.product(("float16", "bfloat16"), ((64, 64), (128, 128))):
+        problems = [(problem_of(dtype, dims=dims, mask=mask), True) for mask in (Full(), SlidingWindow(None, 0))]
+        problems += [(problem_of(dtype, dims=dims, **options), False) for options in ({}, *_features(dtype))]
+        for problem, deterministic in problems:
+            if not declines(problem, device):
+                yield make_backward_plan(backward_problem_of(problem, deterministic), device)
 
 
 def plans(arch: str, everything: bool = False) -> list[Plan]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from cuattn.backward import CELLS, COLUMNS, STORE, BackwardPlan, one_row
 from cuattn.fields import CTYPES, ITEMSIZE, Operand
-from cuattn.launch import backward_words, parameter_bytes
+from cuattn.launch import backward_parameter_bytes, parameter_bytes
 from cuattn.plan import SPLIT_THREADS, WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan
 from cuattn.score_mods import ScoreMod
 
@@ -188,9 +188,9 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
     result["prepare"] = _backward_unit(plan, "backward_prepare", PREPARE_THREADS, 0)
     if p.operand("sinks") is not None:
         result["sinks"] = _backward_unit(plan, "backward_sinks", SINKS_THREADS, 0)
-    result["backward"] = _backward_unit(plan, "backward", plan.threads, plan.smem_bytes)
+    result["backward"] = _backward_unit(plan, plan.kernel, plan.threads, plan.smem_bytes)
     staged = plan.tiles.block_m * (plan.head_dim * plan.gemm.itemsize + 16)
-    result["convert"] = _backward_unit(plan, "backward_convert", plan.threads, staged)
+    result["convert"] = _backward_unit(plan, "backward_convert", plan.slab_threads, staged)
     if plan.q_splits > 1:
         result["combine"] = _backward_unit(plan, "backward_combine", COMBINE_THREADS, 0)
     if bias is not None and plan.bias_kind is not STORE:
@@ -201,7 +201,7 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
 NEEDS = {
     "backward_prepare": ("kPrepareLanes", "kVecOut", "kVecDout", "kTf32"),
     "backward_sinks": ("Sink",),
-    "backward_convert": ("Gemm", "kHeadDim", "kBlockM", "kBlockN", "kSlabThreads", "kVecDq", "kVectorRed"),
+    "backward_convert": ("Gemm", "kHeadDim", "kBlockM", "kBlockN", "kSlabThreads", "kVecDq", "kVectorRed", "kWarpSlabs"),
     "backward_combine": (),
     "backward_bias": ("BiasElement", "kBiasKind", "kWide"),
 }
@@ -211,13 +211,13 @@ so most calls share them."""
 
 def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: int) -> Unit:
     p, backward = plan.problem, plan.backward
-    attends = kernel not in NEEDS
+    attends = kernel == plan.kernel
     size = ITEMSIZE[p.dtype]
     ours = [math.gcd(16, dim * size) for dim in (p.head_dim, p.head_dim, p.head_dim_v)]  # contiguous, at an aligned address
     vectors = (*p.vectors, backward.vector_dout, *ours)
     constants = {
         **_constants(plan, threads, smem_bytes, plan.tiles.min_blocks if attends else 1),
-        "kSlabThreads": plan.threads,
+        "kSlabThreads": plan.slab_threads,
         "kPrepareLanes": plan.prepare_lanes,
         "kBiasKind": plan.bias_kind.number,
         "kVecBias": plan.staged_bias.vector_bytes if plan.staged_bias is not None else 16,
@@ -236,14 +236,19 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         "kDeterministic": backward.deterministic,
         "kQuerySplit": plan.q_splits > 1,
         "kVectorRed": plan.device.number >= 90,
+        "kWarpSlabs": plan.uses_tma,
         "kBiasPairs": _bias_in_pairs(plan),
         "kStageBias": plan.staged_bias is not None,
         "kBiasRow": plan.staged_bias is not None and one_row(plan.staged_bias),
         "kWide": bias_is_wide(plan),
     }
-    size = 8 * backward_words(plan, attends)
+    size = backward_parameter_bytes(plan, attends)
     if attends:
-        return _translation_unit(plan, kernel, "BackwardArguments", size, types, constants, flags, True)
+        if plan.uses_tma:
+            bulk = plan.tiles.bulk and not backward.deterministic
+            flags |= {"kEarly": plan.early, "kRotate": plan.rotates, "kBulkDq": bulk}
+        arguments = "BackwardTmaArguments" if plan.uses_tma else "BackwardArguments"
+        return _translation_unit(plan, kernel, arguments, size, types, constants, flags, True)
     sinks = p.operand("sinks")
     types = {**types, "Sink": CTYPES[sinks.dtype if sinks else p.real]}
     common = {"Element": CTYPES[p.dtype], "Real": "cuattn::Real", "Mask": "FullMask", "ScoreMod": "NoScoreMod"}

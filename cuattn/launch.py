@@ -193,6 +193,20 @@ def backward_words(plan: BackwardPlan, attends: bool) -> int:
     return len(POINTERS) + len(fixed_fields(plan)) + own + len(_backward_variant(plan, attends))
 
 
+def backward_parameter_bytes(plan: BackwardPlan, attends: bool) -> int:
+    """Size of the parameter struct of a kernel of the backward; `attends`: of the one with mask and modifications."""
+    size = 8 * backward_words(plan, attends)
+    if not (attends and plan.uses_tma):
+        return size
+    return len(_backward_maps(plan)) * MAP_BYTES + -(-size // MAP_ALIGNMENT) * MAP_ALIGNMENT
+
+
+def _backward_maps(plan: BackwardPlan) -> list[TensorMap]:
+    """Of q, k, v and dout, as `_tensor_maps`."""
+    dout = plan.backward.dout._replace(slot=plan.backward.slot("dout"))
+    return [*_tensor_maps(plan), TensorMap(dout, (64, plan.tiles.block_m, 1, 1))]
+
+
 class BackwardParameters:
     """The bytes of the parameter struct of one launch of the backward."""
 
@@ -201,10 +215,15 @@ class BackwardParameters:
         self.start = plan.backward.first_slot
         variant = _backward_variant(plan, attends)
         self.tail, self.patches = _layout(plan.problem, _backward_fields(plan, launch), variant)
+        self.maps = _backward_maps(plan) if attends and plan.uses_tma else []
+        if self.maps:
+            self.tail += bytes(-8 * backward_words(plan, attends) % MAP_ALIGNMENT)
 
     def pack(self, pointers: list[int]) -> bytes:
         """`pointers` by slot: of the forward, of masks and modifications, then those of the backward."""
         head = HEAD.pack(*pointers[: len(POINTERS)])
+        if self.maps:
+            head = b"".join([m.at(pointers[m.operand.slot]) for m in self.maps]) + head
         own = BACKWARD_HEAD.pack(*pointers[self.start : self.start + len(BACKWARD_POINTERS)])
         if not self.patches:
             return head + self.base + own + self.tail

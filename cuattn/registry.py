@@ -62,6 +62,10 @@ class Tiles:
     """forward_sm90: one CTA per slot of the GPU works through the query tiles, where there are more of them"""
     late_wait: bool = True
     """forward_sm90: the compiler may not wait for the output before the maxima of the next scores"""
+    bulk: bool = False
+    """backward_sm90: dq is added by the copy engine, through shared memory"""
+    rotate: bool = False
+    """backward_sm90: without a mask, each key tile begins with another query tile"""
 
 
 @dataclass(frozen=True)

@@ -253,28 +253,28 @@ def _four_axes_named(name: str, mask: Any, shape: tuple[int, int, int, int]) -> 
 # Eager calls ----------------------------------------------------------------------------------------------------------
 
 
-def record(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], options: call.Options, seed: int) -> Any:
-    """`call.forward`, which leads here for tensors, under autocast and autograd.
+def record(arguments: call.Call) -> Any:
+    """`call.execute`, under autocast and autograd.
 
-    Returns out, or (out, lse); both are differentiable with respect to q, k, v, sinks and the differentiable arrays of `mods`.
-    Autocast casts q, k and v as it does for PyTorch's own attention. Raises ValueError for `out` in a call to be
+    Returns out, or (out, lse); both are differentiable with respect to q, k, v, sinks and the differentiable arrays of the
+    modifications. Autocast casts q, k and v as it does for PyTorch's own attention. Raises ValueError for `out` in a call to be
     differentiated, NotImplementedError for an array that requires grad but has none and inside a transform of torch.func.
     """
-    casts = _casts(named)
+    casts = _casts(arguments.present)
     if casts:
-        named = {**named, **casts}
-    if not _needs_gradient(named, mods):
-        _check_forward_mode(named, mods)
-        return call.forward(named, mask, mods, options, seed)
-    _check_differentiable(named.get("out"), mods)
+        arguments = arguments._replace(present={**arguments.present, **casts})
+    present, mods = arguments.present, arguments.mods
+    _check_forward_mode(present, mods)
+    if not _needs_gradient(present, mods):
+        return call.execute(arguments)
+    _check_differentiable(present.get("out"), mods)
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError("cuattn: transforms of torch.func (grad, vmap, ...) are not supported, use torch.autograd")
-    _check_forward_mode(named, mods)
-    inputs = [named["q"], named["k"], named["v"], named.get("sinks")]
+    inputs = [present["q"], present["k"], present["v"], present.get("sinks")]
     if mods:
         inputs += [mod.arrays[n] for mod in mods for n in mod.differentiable]
-    out, lse = _Attention.apply((named, mask, mods, options, seed), *inputs)
-    return (out, lse) if options.return_lse else out
+    out, lse = _Attention.apply(arguments, *inputs)
+    return (out, lse) if arguments.options.return_lse else out
 
 
 CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -350,14 +350,12 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
     """(out, lse) as autograd sees them: functions of q, k, v, sinks and the differentiable arrays of the modifications."""
 
     @staticmethod
-    def forward(ctx: Any, arguments: tuple[Any, ...], *_: Any) -> tuple[Any, Any]:
-        """arguments: those of `call.forward`; the tensors that follow are among them. Grad mode is off in here."""
-        named, mask, mods, options, seed = arguments
-        out, lse = call.forward(named, mask, mods, options if options.return_lse else options._replace(return_lse=True), seed)
-        present = {name: x for name, x in named.items() if x is not None}
-        own = mask.arrays
-        if mods:
-            own = (*own, *(x for mod in mods for x in mod.arrays))
+    def forward(ctx: Any, arguments: call.Call, *_: Any) -> tuple[Any, Any]:
+        """The tensors that follow `arguments` are among them. Grad mode is off in here."""
+        present, mask, mods, own, options, seed = arguments[2:]
+        if not options.return_lse:
+            arguments = arguments._replace(options=options._replace(return_lse=True))
+        out, lse = call.execute(arguments)
         # Every array is saved, so that autograd notices when one changes in place; nothing else keeps them alive.
         ctx.save_for_backward(*present.values(), out, lse, *own)
         ctx.names = (*present, "out", "lse")

@@ -1,5 +1,5 @@
 // dq = scale * dq_sum, from slabs (mainloop/slab.cuh) to the caller's layout and dtype, and zeros for padding. One CTA per
-// query tile, head and batch, with the threads of backward.cu. The sums of several splits are added in order.
+// query tile, head and batch, with the threads that added to dq_sum. The sums of several splits are added in order.
 #include "attention/mask.cuh"
 #include "attention/score_mod.cuh"
 #include "mainloop/slab.cuh"
@@ -8,6 +8,7 @@
 #include "tile/warp_simt.cuh"
 #include "tile/warp_tf32.cuh"
 #include "tile/warp_wide.cuh"
+#include "tile/warpgroup_half.cuh"
 
 namespace cuattn {
 
@@ -37,11 +38,10 @@ __device__ __forceinline__ void backward_convert(const BackwardArguments<Config>
             const Real* from = Slab::at(p, g, seq, at, m, 0);
             typename Slab::Sums sum;
 #pragma unroll
-            for (int x = 0; x < Slab::Sums::kSize; x++) sum[x] = from[Slab::place(x)];
-            for (int split = 1; split < g.dq_splits; split++) {
+            for (int x = 0; x < Slab::Sums::kSize; x++) sum[x] = 0;
+            for (int split = 0; split < g.dq_splits; split++) {
+                Slab::take(sum, from);
                 from += g.dq_split;
-#pragma unroll
-                for (int x = 0; x < Slab::Sums::kSize; x++) sum[x] += from[Slab::place(x)];
             }
 #pragma unroll
             for (int x = 0; x < Slab::Sums::kSize; x++) {

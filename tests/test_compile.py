@@ -36,7 +36,7 @@ def test_every_plan_compiles_without_spills(arch: str) -> None:
     assert not failures, "\n".join(failures)
 
 
-def _sass(image: bytes, folder: Path) -> str:
+def sass(image: bytes, folder: Path) -> str:
     """A cubin disassembled, or a skip where there is no disassembler."""
     tool = shutil.which("nvdisasm") or next(
         (str(p) for site in sys.path for p in sorted(Path(site).glob("nvidia/*/bin/nvdisasm"))), None
@@ -55,7 +55,7 @@ def test_hopper_kernels_hold_hopper_instructions(dims: tuple[int, int], causal: 
     problem = problem_of("bfloat16", dims=dims, mask=SlidingWindow(None, 0) if causal else None)
     plan = make_plan(problem, DEVICES["sm_90a"])
     assert plan.kernel == "forward_sm90"
-    text = _sass(jit.build(units(plan)["forward"].source, "sm_90a").image, tmp_path)
+    text = sass(jit.build(units(plan)["forward"].source, "sm_90a").image, tmp_path)
     for instruction in ("HGMMA", "UTMALDG", "USETMAXREG.TRY_ALLOC", "USETMAXREG.DEALLOC", "SYNCS", "MUFU.EX2"):
         assert instruction in text, f"{plan}: no {instruction}"
     assert "HMMA" not in text.replace("HGMMA", "")

@@ -83,4 +83,30 @@ __device__ __forceinline__ void score_gradients(Tile& s, Tile& dp, const Coord& 
     }
 }
 
+// score_gradients in two parts, for a loop that uses the probabilities before dp is there. For scores that are neither modified
+// nor dropped.
+template <bool kChecked, class Tile, class Real, class Mask, class Stats>
+__device__ __forceinline__ void score_probabilities(Tile& s, const Coord& at, int row0, int col0, Real factor, const Mask& mask,
+                                                    const Stats& stats) {
+    row0 = opaque(row0);
+#pragma unroll
+    for (int x = 0; x < Tile::kSize; x++) {
+        const int i = row0 + Tile::row(x), j = col0 + Tile::col(x);
+        const Real p = stats(Tile::thread_row(x)).probability(s[x], factor);
+        s[x] = !kChecked || (j < at.seqlen_k && mask.keep(at, i, j)) ? p : Real(0);
+    }
+}
+template <bool kChecked, class Tile, class Mask, class Stats>
+__device__ __forceinline__ void probability_gradients(Tile& dp, Tile& p, const Coord& at, int row0, int col0, const Mask& mask,
+                                                      const Stats& stats) {
+    row0 = opaque(row0);
+#pragma unroll
+    for (int x = 0; x < Tile::kSize; x++) {
+        const int i = row0 + Tile::row(x), j = col0 + Tile::col(x);
+        const auto gradient = p[x] * (dp[x] - stats(Tile::thread_row(x)).delta);
+        // Asked again: what is invisible may have a dp that is not finite.
+        dp[x] = !kChecked || (j < at.seqlen_k && mask.keep(at, i, j)) ? gradient : 0;
+    }
+}
+
 }  // namespace cuattn

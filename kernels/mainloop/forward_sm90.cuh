@@ -21,6 +21,7 @@
 #include "attention/scores.cuh"
 #include "attention/softmax.cuh"
 #include "mainloop/epilogue.cuh"
+#include "mainloop/ring.cuh"
 #include "mainloop/schedule_sm90.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/warpgroup.cuh"
@@ -36,16 +37,6 @@ template <class Config>
 struct TmaArguments {
     TensorMap maps[Config::kBiasStages > 0 ? 4 : 3];
     ForwardArguments<Config> variant;
-};
-
-// A place in a ring of kStages buffers, and the parity of the phase in which it is being filled.
-template <int kStages>
-struct RingSlot {
-    int stage = 0;
-    unsigned parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == kStages) stage = 0, parity ^= 1;
-    }
 };
 
 template <class Config>

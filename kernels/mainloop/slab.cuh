@@ -18,18 +18,55 @@ struct QuerySlab {
     using Sums = typename Gemm::template Sums<false, true, Grid::kRows, Grid::kCols>;
     // Elements that one instruction adds: four neighbours on sm_90 and up.
     static constexpr int kVec = Config::kVectorRed && sizeof(Real) == 4 ? 4 : 1;
-    static constexpr int kActive = 32 * Grid::kDown * Grid::kAcross;  // threads that hold elements: the first ones
-    static_assert(Sums::kSize % 4 == 0 && Sums::kSize * kActive == kElements);
+    static constexpr int kActive = kElements / Sums::kSize;  // threads that hold elements: the first ones
+    static_assert(Sums::kSize % 4 == 0 && Sums::kSize * kActive == kElements && kActive <= kThreads);
 
-    __device__ __forceinline__ static int place(int x) {
-        return (x / kVec * kActive + static_cast<int>(threadIdx.x)) * kVec + x % kVec;
+    // Where warps are contiguous, they can add their elements by one bulk operation each.
+    static constexpr int kWarpElements = 32 * Sums::kSize;
+    // Of this thread's element x: where its first one lies, and how far from there.
+    __device__ __forceinline__ static int start() {
+        const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+        return Config::kWarpSlabs ? warp * kWarpElements + lane * kVec : static_cast<int>(threadIdx.x) * kVec;
     }
-    // Of query tile m; `split`: of dq_sum.
+    __device__ __forceinline__ static constexpr int place(int x) {
+        return x / kVec * (Config::kWarpSlabs ? 32 : kActive) * kVec + x % kVec;
+    }
+    // Slabs before that of query tile m.
+    __device__ __forceinline__ static long long number(const ForwardParams& p, const BackwardParams& g, const Sequence& seq,
+                                                       const Coord& at, int m) {
+        return Config::kPacked ? at.head * g.q_slabs + seq.token_q / kBlockM + at.batch + m
+                               : (static_cast<long long>(at.batch) * p.num_heads + at.head) * g.q_slabs + m;
+    }
+    // `split`: of dq_sum.
     __device__ __forceinline__ static Real* at(const ForwardParams& p, const BackwardParams& g, const Sequence& seq,
                                                const Coord& at, int m, int split) {
-        const long long slab = Config::kPacked ? at.head * g.q_slabs + seq.token_q / kBlockM + at.batch + m
-                                               : (static_cast<long long>(at.batch) * p.num_heads + at.head) * g.q_slabs + m;
-        return static_cast<Real*>(g.dq_sum) + split * g.dq_split + slab * kElements;
+        return static_cast<Real*>(g.dq_sum) + split * g.dq_split + number(p, g, seq, at, m) * kElements;
+    }
+
+    __device__ __forceinline__ static void add(Real* to, Sums& sums) {
+        to += start();
+#pragma unroll
+        for (int x = 0; x < Sums::kSize; x += kVec) {
+            if constexpr (kVec == 4) {
+                red_add_v4(to + place(x), sums[x], sums[x + 1], sums[x + 2], sums[x + 3]);
+            } else {
+                red_add(to + place(x), sums[x]);
+            }
+        }
+    }
+
+    // Adds a slab to `sums`.
+    __device__ __forceinline__ static void take(Sums& sums, const Real* from) {
+        from += start();
+        struct alignas(kVec * sizeof(Real)) Vector {
+            Real data[kVec];
+        };
+#pragma unroll
+        for (int x = 0; x < Sums::kSize; x += kVec) {
+            const Vector vector = *reinterpret_cast<const Vector*>(from + place(x));
+#pragma unroll
+            for (int e = 0; e < kVec; e++) sums[x + e] += vector.data[e];
+        }
     }
 
     // Adds dS K.
@@ -41,15 +78,7 @@ struct QuerySlab {
 #pragma unroll
         for (int x = 0; x < Sums::kSize; x++) dq[x] = 0;
         Gemm::template multiply<false, true, kBlockN>(dq, sdS, Grid::row(), sK, Grid::col());
-        Real* to = at(p, g, seq, coord, m, split);
-#pragma unroll
-        for (int x = 0; x < Sums::kSize; x += kVec) {
-            if constexpr (kVec == 4) {
-                red_add_v4(to + place(x), dq[x], dq[x + 1], dq[x + 2], dq[x + 3]);
-            } else {
-                red_add(to + place(x), dq[x]);
-            }
-        }
+        add(at(p, g, seq, coord, m, split), dq);
     }
 };
 

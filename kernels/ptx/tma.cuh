@@ -1,4 +1,4 @@
-// cp.async.bulk.tensor: tiles between global and shared memory by the copy engine (PTX ISA 9.7.9.27, sm_90).
+// cp.async.bulk: tiles and arrays between global and shared memory by the copy engine (PTX ISA 9.7.9.25 and 27, sm_90).
 #pragma once
 
 namespace cuattn {
@@ -22,5 +22,16 @@ __device__ __forceinline__ void cp_async_bulk_tensor_4d(unsigned smem, const Ten
         "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
         : "memory");
 }
+
+// Adds `bytes` (a multiple of 16) of floats in shared memory to those at `to`, as a group of its own.
+__device__ __forceinline__ void cp_reduce_async_bulk_add(float* to, unsigned smem, int bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(smem), "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Waits until this thread's groups are done.
+__device__ __forceinline__ void cp_async_bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// Waits until they have read shared memory.
+__device__ __forceinline__ void cp_async_bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 }  // namespace cuattn

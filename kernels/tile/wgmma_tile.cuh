@@ -1,6 +1,7 @@
-// A warpgroup's accumulators of 64 x kN elements, and the two products of attention on them.
+// A warpgroup's accumulators of 64 x kN elements, and the products of attention on them.
 #pragma once
 #include "ptx/convert.cuh"
+#include "ptx/stmatrix.cuh"
 #include "ptx/wgmma.cuh"
 #include "tile/panel_tile.cuh"
 
@@ -18,9 +19,33 @@ struct WgmmaTile {
     __device__ __forceinline__ static int col(int x) { return 2 * static_cast<int>(threadIdx.x % 4) + x / 4 * 8 + x % 2; }
 };
 
+// The accumulators of a transposed product, of 64 columns and kN rows of what they stand for.
+template <int kN>
+struct WgmmaTransposedTile {
+    static constexpr int kSize = kN / 2;
+    static constexpr bool kPairs = false;  // elements 2 n and 2 n + 1 are neighbours in a column
+    float data[kSize];
+
+    __device__ __forceinline__ float& operator[](int x) { return data[x]; }
+    __device__ __forceinline__ static int row(int x) { return WgmmaTile<kN>::col(x); }
+    __device__ __forceinline__ static int col(int x) { return WgmmaTile<kN>::row(x); }
+
+    // As in RegTile.
+    static constexpr int kThreadRows = kN / 4, kThreadCols = 2;
+    __device__ __forceinline__ static constexpr int thread_row(int x) { return x / 4 * 2 + x % 2; }
+    __device__ __forceinline__ static constexpr int thread_col(int x) { return x % 4 / 2; }
+    __device__ __forceinline__ static int row_at(int r) { return row(r / 2 * 4 + r % 2); }
+    __device__ __forceinline__ static int col_at(int c) { return col(2 * c); }
+    __device__ __forceinline__ static float sum_col(float x) {
+        x += __shfl_xor_sync(0xffffffffu, x, 1);
+        return x + __shfl_xor_sync(0xffffffffu, x, 2);
+    }
+    __device__ __forceinline__ static bool leads_col() { return threadIdx.x % 4 == 0; }
+};
+
 // Starts s = Q K^T over kDepth columns; `q` and `k` are K-major descriptors of 64 rows of QTile and of a KTile.
-template <class Element, int kDepth, class QTile, class KTile>
-__device__ __forceinline__ void wgmma_qk(WgmmaTile<KTile::kRows>& s, unsigned long long q, unsigned long long k) {
+template <class Element, int kDepth, class QTile, class KTile, class Sums>
+__device__ __forceinline__ void wgmma_qk(Sums& s, unsigned long long q, unsigned long long k) {
 #pragma unroll
     for (int step = 0; step < kDepth / 16; step++) {
         Wgmma<KTile::kRows, Element>::ss(s.data, q + QTile::k_major_step(step), k + KTile::k_major_step(step), step > 0);
@@ -37,6 +62,34 @@ __device__ __forceinline__ void wgmma_pv(WgmmaTile<VTile::kCols>& o, const unsig
         Wgmma<VTile::kCols, Element>::rs(o.data, p + 4 * step, v + VTile::mn_major_step(step));
     }
     wgmma_commit_group();
+}
+
+// Starts sums = A^T B^T; `a` is the MN-major descriptor of a panel of 64 columns of ATile, `b` the K-major one of a BTile,
+// whose columns are the rows of A.
+template <class Element, class ATile, class BTile, class Sums>
+__device__ __forceinline__ void wgmma_at(Sums& sums, unsigned long long a, unsigned long long b) {
+#pragma unroll
+    for (int step = 0; step < ATile::kRows / 16; step++) {
+        Wgmma<2 * Sums::kSize, Element>::template ss<1>(sums.data, a + ATile::mn_major_step(step),
+                                                        b + BTile::k_major_step(step), step > 0);
+    }
+    wgmma_commit_group();
+}
+
+// Accumulators as 16-bit elements in pairs: the A operand of a product that sums over the columns of the 64 rows.
+template <class Element, class Sums>
+__device__ __forceinline__ void pack_operand(unsigned (&operand)[Sums::kSize / 2], const Sums& sums) {
+#pragma unroll
+    for (int x = 0; x < Sums::kSize; x += 2) operand[x / 2] = pack_pair<Element>(sums.data[x], sums.data[x + 1]);
+}
+
+// Stores the operand of a WgmmaTransposedTile to a panel of 64 columns as rows again.
+template <int kSize>
+__device__ __forceinline__ void store_panel(unsigned panel, const unsigned (&operand)[kSize]) {
+    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+    const unsigned to = panel + (lane / 16 * 8 + lane % 8) * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
+#pragma unroll
+    for (int x = 0; x < kSize; x += 4) stmatrix_x4_trans(to + x / 4 * 16 * 128, operand + x);
 }
 
 // Four lanes hold two columns each of four groups of eight; afterwards lane i holds all eight columns of group i.

@@ -1,0 +1,17 @@
+// Entry of mainloop/backward_sm90.cuh: one CTA per key tile (deterministic: per share of the key tiles), part of the queries,
+// KV head and batch.
+#include "mainloop/backward_sm90.cuh"
+#include "ptx/address.cuh"
+
+namespace cuattn {
+
+template <class Config>
+__device__ __forceinline__ void backward_sm90(const BackwardTmaArguments<Config>& arguments) {
+    using Kernel = BackwardSm90<Config>;
+    extern __shared__ char smem[];
+    const unsigned start = smem_address(smem), mask = Kernel::QTile::kAlignment - 1;
+    const unsigned base = (start + mask) & ~mask;
+    Kernel{arguments, smem + (base - start), base}.run();
+}
+
+}  // namespace cuattn

@@ -1,0 +1,608 @@
+// Backward on Hopper: dk and dv of a key tile, and its share of dq, by TMA loads, wgmma products and warpgroups with roles.
+// 16-bit elements, head dimensions to 128, sm_90a. Formulas, slabs of dq, deterministic mode and query splits: see
+// backward.cuh.
+//
+// Products    scores are transposed, so P^T and dS^T are operands in the registers that hold them:
+//                 S^T = K Q^T    dP^T = V dO^T    64 keys a warpgroup x kBlockM
+//                 dV += P^T dO   dK += dS^T Q     64 keys x D, A in registers
+//                 dQ^T = K^T dS^T                 dS from shared memory, where both warpgroups write it; see WarpgroupHalf
+// Roles       consumers: warpgroups 0 and 1, 64 keys each
+//             loader: one thread of warp 8 issues all tile loads
+//             guide: warp 9 says which query tile a stage holds (Visit) and brings its row statistics, which TMA cannot: their
+//             rows are neither padded nor aligned
+// Registers   the producer warpgroup hands all but kProducerRegisters over
+// Memory      sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x sQ (kBlockM x D) | kStages x sdO (kBlockM x Dv) |
+//             2 x sdS (kBlockM x kBlockN) | sdQ (kBlockM x D floats, with kBulkDq) | kStages x row statistics |
+//             kStages x Visit | barriers
+// Barriers    name             arrives                         count   waits
+//             full (k, v, q, do)  the loader, and the bytes    1       consumers
+//             visit_full       the guide                       32      consumers
+//             q_empty          one lane of each consumer warp  8       the loader, the guide
+//             kv_empty, do_empty  likewise                     8       the loader
+// Loop        wait; issue S, dP; P and dS; issue dV; dS to shared memory; barrier of the consumers; issue dQ, dK; wait dQ;
+//             add it to memory; wait dK
+// (kEarly)    where P needs no dP: issue S, dP; wait S; P; issue dV; wait dP; dS, which thus runs under dV; ...; row statistics
+//             of the next tile are read before dq is added: behind the additions they would wait in the same queue
+#pragma once
+#include "attention/mod_sums.cuh"
+#include "attention/row_stats.cuh"
+#include "attention/scores.cuh"
+#include "attention/seqlen.cuh"
+#include "mainloop/query_tiles.cuh"
+#include "mainloop/ring.cuh"
+#include "mainloop/slab.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/special_registers.cuh"
+#include "ptx/warpgroup.cuh"
+#include "tile/panel_tile.cuh"
+#include "tile/warpgroup_half.cuh"
+#include "tile/wgmma_tile.cuh"
+
+namespace cuattn {
+
+// Tensor maps of q, k, v and dout over (d, row, head, batch), packed (d, token, head, 1), with boxes of 64 columns and the rows
+// of a tile.
+enum BackwardMapIndex { kBackwardMapQ, kBackwardMapK, kBackwardMapV, kBackwardMapDout };
+template <class Config>
+struct BackwardTmaArguments {
+    TensorMap maps[4];
+    BackwardArguments<Config> variant;
+};
+
+template <class Config>
+struct BackwardSm90 {
+    using Element = typename Config::Element;
+    using Mask = typename Config::Mask;
+    using ScoreMod = typename Config::ScoreMod;
+    static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kStages = Config::kStages;
+    static constexpr int kHeadDim = Config::kHeadDim, kHeadDimV = Config::kHeadDimV;
+    static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
+    static_assert(Config::kThreads == kConsumerThreads + 128 && kBlockN == 64 * kConsumers && kBlockM % 32 == 0);
+    // Two buffers of dS let one barrier a tile do.
+    static_assert(kStages == 2);
+    // Per thread; 504 for a thread of each warpgroup. Small sums leave more to the guide, who asks the mask.
+    static constexpr bool kSmallSums = kBlockM + (kHeadDim + kHeadDimV) / 2 <= 160;
+    static constexpr int kProducerRegisters = kSmallSums ? 72 : 40, kConsumerRegisters = kSmallSums ? 216 : 232;
+
+    using QTile = PanelTile<kBlockM, kHeadDim>;
+    using DoTile = PanelTile<kBlockM, kHeadDimV>;
+    using KTile = PanelTile<kBlockN, kHeadDim>;
+    using VTile = PanelTile<kBlockN, kHeadDimV>;
+    using DsTile = PanelTile<kBlockM, kBlockN>;
+    using Scores = WgmmaTransposedTile<kBlockM>;
+    using Slab = QuerySlab<Config>;
+    using DqGrid = typename Slab::Grid;
+    using Stats = RowStats<Config>;
+    using Sums = ModSums<Config, Scores>;
+    using Slot = RingSlot<kStages>;
+    using Tiles = QueryTiles<Mask, kBlockM, kBlockN>;
+    static_assert(Sums::kKind != kBiasRows);
+    // A part of dQ^T starts at a multiple of 8 rows of a panel of dS.
+    static_assert(DqGrid::kRows % 8 == 0);
+
+    // A query tile of the loop; m is negative after the last one of a key tile.
+    struct alignas(16) Visit {
+        int head, m, full, unused;  // head: of the group
+        long long slab, padding;
+    };
+    static constexpr bool kEarly = Config::kEarly;
+    // Of 128 rows they take registers that the products need.
+    static constexpr bool kStatsAhead = kEarly && kBlockM <= 64;
+    static constexpr int kDqWarpBytes = Config::kBulkDq ? Slab::kWarpElements * 4 : 0;
+    static constexpr int kOffsetV = KTile::kBytes, kOffsetQ = kOffsetV + VTile::kBytes;
+    static constexpr int kOffsetDo = kOffsetQ + kStages * QTile::kBytes, kOffsetDs = kOffsetDo + kStages * DoTile::kBytes;
+    static constexpr int kOffsetDq = kOffsetDs + 2 * DsTile::kBytes, kOffsetStats = kOffsetDq + 8 * kDqWarpBytes;
+    static constexpr int kStatsBytes = kBlockM * static_cast<int>(sizeof(Stats));
+    static constexpr int kOffsetVisits = kOffsetStats + kStages * kStatsBytes;
+    static constexpr int kOffsetBarriers = kOffsetVisits + kStages * static_cast<int>(sizeof(Visit));
+    static constexpr int kBarriers = 3 + 5 * kStages;
+    // The dynamic shared memory of a CTA is aligned by hand.
+    static_assert(kOffsetBarriers + 8 * kBarriers + QTile::kAlignment <= Config::kSmemBytes,
+                  "the plan's shared memory is too small");
+
+    // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
+    static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
+    // Named barriers; 0 is __syncthreads.
+    static constexpr int kDsBarrier = 1, kClearBarrier = 2;
+
+    const BackwardTmaArguments<Config>& arguments;
+    char* smem;  // aligned
+    unsigned base;
+
+    __device__ __forceinline__ const ForwardParams& params() const { return arguments.variant.base; }
+    __device__ __forceinline__ const BackwardParams& grads() const { return arguments.variant.grad; }
+    __device__ __forceinline__ unsigned barrier(int number) const { return base + kOffsetBarriers + 8 * number; }
+    __device__ __forceinline__ unsigned k_full() const { return barrier(0); }
+    __device__ __forceinline__ unsigned v_full() const { return barrier(1); }
+    __device__ __forceinline__ unsigned kv_empty() const { return barrier(2); }
+    __device__ __forceinline__ unsigned q_full(int stage) const { return barrier(3 + stage); }
+    __device__ __forceinline__ unsigned q_empty(int stage) const { return barrier(3 + kStages + stage); }
+    __device__ __forceinline__ unsigned do_full(int stage) const { return barrier(3 + 2 * kStages + stage); }
+    __device__ __forceinline__ unsigned do_empty(int stage) const { return barrier(3 + 3 * kStages + stage); }
+    __device__ __forceinline__ unsigned visit_full(int stage) const { return barrier(3 + 4 * kStages + stage); }
+    __device__ __forceinline__ Stats* stats(int stage) const {
+        return reinterpret_cast<Stats*>(smem + kOffsetStats + stage * kStatsBytes);
+    }
+    __device__ __forceinline__ Visit& visit(int stage) const { return reinterpret_cast<Visit*>(smem + kOffsetVisits)[stage]; }
+
+    // ---------------------------------------------------------------------------------------------------------- schedule
+
+    struct Work {
+        Coord at;  // head: the first of the group
+        Sequence seq;
+        int head_kv, share, q_split;
+
+        // Pairs of KV heads (and parts of their queries) and sequences form sections whose queries and sums of dq fit into L2
+        // together. Within a section, key tiles that run side by side belong to different pairs, and the first ones, which
+        // under a causal mask are the longest, go first.
+        __device__ __forceinline__ static Work of(const ForwardParams& p, const BackwardParams& g) {
+            const int index = static_cast<int>(cta_index()), shares = Config::kDeterministic ? g.dq_splits : g.n_blocks;
+            const int pairs = g.q_splits * g.heads_kv * g.batches, first = index / (p.section * shares) * p.section;
+            const int size = min(p.section, pairs - first), rest = index - first * shares;
+            int pair = first + rest % size;
+            Work w;
+            w.share = rest / size;
+            w.q_split = pair % g.q_splits;
+            pair /= g.q_splits;
+            w.head_kv = g.first_head_kv + pair % g.heads_kv;
+            w.at.batch = g.first_batch + pair / g.heads_kv;
+            w.at.head = w.head_kv * p.group;
+            w.seq = Sequence::of<Config::kPacked, Config::kLens>(p, w.at.batch);
+            w.at.seqlen_q = w.seq.seqlen_q, w.at.seqlen_k = w.seq.seqlen_k;
+            return w;
+        }
+    };
+
+    // Calls visitor(n) for each key tile of this CTA.
+    template <class Visitor>
+    __device__ __forceinline__ void for_key_tiles(const Visitor& visitor) const {
+        const ForwardParams& p = params();
+        const BackwardParams& g = grads();
+        if constexpr (Config::kDeterministic) {
+            for (int turn = 0; turn * g.dq_splits < g.n_blocks; turn++) {  // back and forth, which balances causal masks
+                const Work w = Work::of(p, g);
+                const int n = turn * g.dq_splits + (turn % 2 == 0 ? w.share : g.dq_splits - 1 - w.share);
+                if (n * kBlockN < w.at.seqlen_k) visitor(n);
+            }
+        } else {
+            const Work w = Work::of(p, g);
+            if (w.share * kBlockN < w.at.seqlen_k) visitor(w.share);
+        }
+    }
+    // Where every key tile visits all query tiles, each starts elsewhere, so that not all add to the same dq at once.
+    __device__ __forceinline__ static int query_tile(const Tiles& tiles, Place place) {
+        if constexpr (!Config::kRotate) return place.m;
+        const int m = place.m + tiles.n % tiles.count;
+        return m >= tiles.first + tiles.count ? m - tiles.count : m;
+    }
+
+    // ---------------------------------------------------------------------------------------------------------- producers
+
+    __device__ __forceinline__ void load_tiles() const {
+        const ForwardParams& p = params();
+        Slot slot;
+        unsigned parity = 0;
+        for_key_tiles([&](int n) {
+            const Work w = Work::of(p, grads());
+            const Tiles tiles = Tiles::of(p, grads(), arguments.variant.mask, w.at, n);
+            Place place = tiles.after({0, tiles.first}, w.q_split);
+            if (!tiles.is_end(place)) {
+                // Packed sequences share one axis of tokens.
+                const int batch = Config::kPacked ? 0 : w.at.batch, row_k = w.seq.token_k + n * kBlockN;
+                mbarrier_wait(kv_empty(), parity ^ 1);
+                KTile::load(base, arguments.maps[kBackwardMapK], k_full(), 0, row_k, w.head_kv, batch);
+                for (bool first = true; !tiles.is_end(place); place = tiles.after(place, tiles.step)) {
+                    const int row = w.seq.token_q + query_tile(tiles, place) * kBlockM, head = w.at.head + place.head;
+                    mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
+                    QTile::load(base + kOffsetQ + slot.stage * QTile::kBytes, arguments.maps[kBackwardMapQ], q_full(slot.stage),
+                                0, row, head, batch);
+                    if (first) {
+                        VTile::load(base + kOffsetV, arguments.maps[kBackwardMapV], v_full(), 0, row_k, w.head_kv, batch);
+                        first = false;
+                    }
+                    mbarrier_wait(do_empty(slot.stage), slot.parity ^ 1);
+                    DoTile::load(base + kOffsetDo + slot.stage * DoTile::kBytes, arguments.maps[kBackwardMapDout],
+                                 do_full(slot.stage), 0, row, head, batch);
+                    slot.advance();
+                }
+                parity ^= 1;
+            }
+            // The visit that says it is the end takes a place in the ring too: its phases pass empty.
+            mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
+            mbarrier_arrive(q_full(slot.stage));
+            mbarrier_wait(do_empty(slot.stage), slot.parity ^ 1);
+            mbarrier_arrive(do_full(slot.stage));
+            slot.advance();
+        });
+    }
+
+    __device__ __forceinline__ void guide() const {
+        const ForwardParams& p = params();
+        const BackwardParams& g = grads();
+        const int lane = lane_index();
+        Slot slot;
+        auto publish = [&](const Visit& next) {
+            if (lane == 0) visit(slot.stage) = next;
+            mbarrier_arrive(visit_full(slot.stage));
+            slot.advance();
+        };
+        for_key_tiles([&](int n) {
+            const Work w = Work::of(p, g);
+            const Tiles tiles = Tiles::of(p, g, arguments.variant.mask, w.at, n);
+            const Stats* from = static_cast<const Stats*>(g.row_stats) + w.seq.row + w.at.head * w.seq.head_rows;
+            Place place = tiles.after({0, tiles.first}, w.q_split);
+            for (; !tiles.is_end(place); place = tiles.after(place, tiles.step)) {
+                const Place here{place.head, query_tile(tiles, place)};
+                const int row = here.m * kBlockM + lane;
+                Stats own[kBlockM / 32];
+#pragma unroll
+                for (int x = 0; x < kBlockM / 32; x++) {
+                    own[x] = row + 32 * x < w.at.seqlen_q ? from[here.head * w.seq.head_rows + row + 32 * x] : Stats::nothing();
+                }
+                Coord at = w.at;
+                at.head += here.head;
+                const bool full = tiles.full(arguments.variant.mask, at, here);
+                const long long slab = Slab::number(p, g, w.seq, at, here.m);
+                mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
+#pragma unroll
+                for (int x = 0; x < kBlockM / 32; x++) stats(slot.stage)[lane + 32 * x] = own[x];
+                publish({here.head, here.m, full, 0, slab, 0});
+            }
+            mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
+            publish({0, -1, 0, 0, 0, 0});
+        });
+    }
+
+    // --------------------------------------------------------------------------------------------------------- consumers
+
+    struct Consumer {
+        const BackwardSm90& kernel;
+        int wg;
+        Slot slot;
+        Coord at;
+        int first_head, n, m, full;  // of the visit at hand
+        float factor;                // turns a score into the exponent of 2
+        float lse[kStatsAhead ? Scores::kThreadRows : 1];
+        WgmmaTile<kHeadDim> dk;
+        WgmmaTile<kHeadDimV> dv;
+        Sums sums;
+        float columns[Sums::kKind == kBiasColumns ? Scores::kThreadCols : 1];  // sums over the tiles of a head
+
+        __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
+        __device__ __forceinline__ const ForwardParams& params() const { return kernel.params(); }
+        __device__ __forceinline__ const BackwardParams& grads() const { return kernel.grads(); }
+        __device__ __forceinline__ const Mask& mask() const { return kernel.arguments.variant.mask; }
+        __device__ __forceinline__ int first_key() const { return n * kBlockN + 64 * wg; }
+
+        // Takes over what the guide says of a stage.
+        __device__ __forceinline__ int read_visit(const Slot& next) {
+            mbarrier_wait(kernel.visit_full(next.stage), next.parity);
+            const Visit& visit = kernel.visit(next.stage);
+            m = uniform(visit.m), full = uniform(visit.full);
+            if constexpr (kStatsAhead) {
+                const Stats* own = kernel.stats(next.stage);
+#pragma unroll
+                for (int r = 0; r < Scores::kThreadRows; r++) lse[r] = own[Scores::row_at(r)].lse;
+            }
+            return first_head + uniform(visit.head);
+        }
+        __device__ __forceinline__ void clear_sums() {
+#pragma unroll
+            for (int x = 0; x < kHeadDim / 2; x++) dk[x] = 0;
+#pragma unroll
+            for (int x = 0; x < kHeadDimV / 2; x++) dv[x] = 0;
+            clear_head();
+        }
+        __device__ __forceinline__ void clear_head() {
+            sums.clear_head();
+            if constexpr (Sums::kKind == kBiasColumns) {
+#pragma unroll
+                for (float& column : columns) column = 0;
+            }
+        }
+        // What a head's parameters receive from this key tile.
+        __device__ __forceinline__ void finish_head() {
+            kernel.arguments.variant.score_mod.flush(sums, at);
+            if constexpr (Sums::kKind == kBiasColumns) {
+                const BackwardParams& g = grads();
+                const Work w = Work::of(params(), g);
+#pragma unroll
+                for (int c = 0; c < Scores::kThreadCols; c++) {
+                    const float sum = Scores::sum_col(columns[c]);
+                    const int j = first_key() + Scores::col_at(c);
+                    if (!Scores::leads_col() || j >= at.seqlen_k) continue;
+                    static_cast<float*>(
+                        g.bias_sum)[w.q_split * g.sum_split + at.batch * g.sum_batch + at.head * g.sum_head + j * g.sum_k] =
+                        sum;
+                }
+            }
+            clear_head();
+        }
+
+        // Zeros in place of what lies past the end of a sequence: P and dS are 0 there, but 0 * NaN is not. All consumers write
+        // the same zeros, so they need not agree on who does.
+        __device__ __forceinline__ void clear_keys() const {
+            if constexpr (kForeignRows) {
+                if ((n + 1) * kBlockN <= at.seqlen_k) return;
+                KTile::template clear_rows<128>(kernel.smem, at.seqlen_k - n * kBlockN, static_cast<int>(threadIdx.x % 128));
+                fence_proxy_async();
+                bar_sync(kClearBarrier + wg, 128);
+            }
+        }
+        __device__ __forceinline__ void clear_queries() const {
+            if constexpr (kForeignRows) {
+                const int rows = at.seqlen_q - m * kBlockM, thread = static_cast<int>(threadIdx.x % 128);
+                if (rows >= kBlockM) return;
+                QTile::template clear_rows<128>(kernel.smem + kOffsetQ + slot.stage * QTile::kBytes, rows, thread);
+                DoTile::template clear_rows<128>(kernel.smem + kOffsetDo + slot.stage * DoTile::kBytes, rows, thread);
+                fence_proxy_async();
+                bar_sync(kClearBarrier + wg, 128);
+            }
+        }
+
+        // P and the gradients of the scores, in place of the products.
+        __device__ __forceinline__ void differentiate(Scores& s, Scores& dp) {
+            const ForwardParams& p = params();
+            const Stats* own = kernel.stats(slot.stage);
+            const auto stats = [&](int r) { return own[Scores::row_at(r)]; };
+            const float scale = static_cast<float>(p.scale), dropout_scale = static_cast<float>(p.dropout_scale);
+            const auto& score_mod = kernel.arguments.variant.score_mod;
+            sums.clear_tile();
+            if (full) {
+                score_gradients<Config, false>(s, dp, at, m * kBlockM, first_key(), scale, factor, mask(), score_mod, stats,
+                                               sums, p.seed, p.dropout_threshold, dropout_scale);
+            } else {
+                score_gradients<Config, true>(s, dp, at, m * kBlockM, first_key(), scale, factor, mask(), score_mod, stats,
+                                              sums, p.seed, p.dropout_threshold, dropout_scale);
+            }
+            sums.write_cells(grads(), at, m * kBlockM, first_key());
+            if constexpr (Sums::kKind == kBiasColumns) {
+#pragma unroll
+                for (int c = 0; c < Scores::kThreadCols; c++) columns[c] += sums.columns[c];
+            }
+        }
+        __device__ __forceinline__ void find_probabilities(Scores& s) const {
+            const Stats* own = kernel.stats(slot.stage);
+            const auto stats = [&](int r) {
+                return kStatsAhead ? Stats{lse[kStatsAhead ? r : 0], 0.0f} : own[Scores::row_at(r)];
+            };
+            if (full) {
+                score_probabilities<false>(s, at, m * kBlockM, first_key(), factor, mask(), stats);
+            } else {
+                score_probabilities<true>(s, at, m * kBlockM, first_key(), factor, mask(), stats);
+            }
+        }
+        __device__ __forceinline__ void find_gradients(Scores& dp, Scores& p) const {
+            const Stats* own = kernel.stats(slot.stage);
+            const auto stats = [&](int r) { return own[Scores::row_at(r)]; };
+            if (full) {
+                probability_gradients<false>(dp, p, at, m * kBlockM, first_key(), mask(), stats);
+            } else {
+                probability_gradients<true>(dp, p, at, m * kBlockM, first_key(), mask(), stats);
+            }
+        }
+
+        __device__ __forceinline__ void add_dq(typename Slab::Sums& dq, unsigned start) const {
+            const BackwardParams& g = grads();
+            float* to = static_cast<float*>(g.dq_sum) + kernel.visit(slot.stage).slab * Slab::kElements;
+            if constexpr (Config::kDeterministic) to += Work::of(params(), g).share * g.dq_split;
+            if constexpr (Config::kBulkDq) {
+                const int warp = uniform(static_cast<int>(threadIdx.x / 32));
+                if (leads()) cp_async_bulk_wait_read();
+                __syncwarp();
+                float4* staged = reinterpret_cast<float4*>(kernel.smem + kOffsetDq + warp * kDqWarpBytes) + lane_index();
+#pragma unroll
+                for (int x = 0; x < Slab::Sums::kSize; x += 4) {
+                    staged[x / 4 * 32] = make_float4(dq.data[x], dq.data[x + 1], dq.data[x + 2], dq.data[x + 3]);
+                }
+                fence_proxy_async();
+                __syncwarp();
+                if (leads()) {
+                    cp_reduce_async_bulk_add(to + warp * Slab::kWarpElements, start + kOffsetDq + warp * kDqWarpBytes,
+                                             kDqWarpBytes);
+                }
+            } else {
+                Slab::add(to, dq);
+            }
+        }
+
+        // One query tile; reads the visit that follows and returns its head.
+        __device__ __forceinline__ int step() {
+            // NOTE: opaque, or descriptors are hoisted out of the loop into registers that it needs.
+            const unsigned start = opaque(kernel.base);
+            const int group = opaque(wg), stage = slot.stage;
+            const unsigned q = start + kOffsetQ + stage * QTile::kBytes, dout = start + kOffsetDo + stage * DoTile::kBytes;
+            const unsigned ds = start + kOffsetDs + stage * DsTile::kBytes;
+            Scores s, dp;
+            typename Slab::Sums dq;
+            unsigned p_operand[Scores::kSize / 2], ds_operand[Scores::kSize / 2];
+            mbarrier_wait(kernel.q_full(stage), slot.parity);
+            mbarrier_wait(kernel.do_full(stage), slot.parity);
+            clear_queries();
+            wgmma_pin(s.data);
+            wgmma_pin(dp.data);
+            wgmma_fence();
+            wgmma_qk<Element, kHeadDim, KTile, QTile>(s, KTile::k_major(start + group * 64 * 128), QTile::k_major(q));
+            wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(start + kOffsetV + group * 64 * 128),
+                                                        DoTile::k_major(dout));
+            if constexpr (kEarly) {
+                wgmma_wait_group<1>();
+                wgmma_pin(s.data);
+                find_probabilities(s);
+            } else {
+                wgmma_wait_group<0>();
+                wgmma_pin(s.data);
+                wgmma_pin(dp.data);
+                differentiate(s, dp);
+                pack_operand<Element>(ds_operand, dp);
+            }
+            pack_operand<Element>(p_operand, s);
+            wgmma_pin(p_operand);
+            wgmma_pin(dv.data);
+            wgmma_fence();
+            wgmma_pv<Element, DoTile>(dv, p_operand, DoTile::mn_major(dout));
+            if constexpr (kEarly) {
+                wgmma_wait_group<1>();
+                wgmma_pin(dp.data);
+                find_gradients(dp, s);
+                pack_operand<Element>(ds_operand, dp);
+            }
+            store_panel(ds + group * DsTile::kPanelBytes, ds_operand);
+            fence_proxy_async();
+            bar_sync(kDsBarrier, kConsumerThreads);
+            wgmma_pin(dq.data);
+            wgmma_pin(dk.data);
+            wgmma_pin(ds_operand);
+            wgmma_fence();
+            wgmma_at<Element, KTile, DsTile>(
+                dq, KTile::descriptor(start + (DqGrid::kAcross == 2 ? group : 0) * KTile::kPanelBytes, 16),
+                DsTile::k_major(ds + (DqGrid::kDown == 2 ? group : 0) * DqGrid::kRows * 128));
+            wgmma_pv<Element, QTile>(dk, ds_operand, QTile::mn_major(q));
+            wgmma_wait_group<1>();
+            wgmma_pin(dq.data);
+            wgmma_pin(dv.data);
+            wgmma_pin(p_operand);
+            if (leads()) mbarrier_arrive(kernel.do_empty(stage));
+            Slot next = slot;
+            next.advance();
+            const int head = read_visit(next);
+            add_dq(dq, start);
+            wgmma_wait_group<0>();
+            wgmma_pin(dk.data);
+            wgmma_pin(ds_operand);
+            if (leads()) mbarrier_arrive(kernel.q_empty(stage));
+            slot = next;
+            return head;
+        }
+
+        // Returns whether there was any query tile.
+        __device__ __forceinline__ bool visit_queries(unsigned parity) {
+            clear_sums();
+            at.head = read_visit(slot);
+            const bool any = m >= 0;
+            if (any) {
+                mbarrier_wait(kernel.k_full(), parity);
+                mbarrier_wait(kernel.v_full(), parity);
+                clear_keys();
+                while (m >= 0) {
+                    const int head = step();
+                    if (head != at.head && m >= 0) {
+                        finish_head();
+                        at.head = head;
+                    }
+                }
+                finish_head();
+                if (leads()) mbarrier_arrive(kernel.kv_empty());
+            }
+            __syncwarp();
+            if (leads()) mbarrier_arrive(kernel.do_empty(slot.stage));
+            if (leads()) mbarrier_arrive(kernel.q_empty(slot.stage));
+            slot.advance();
+            return any;
+        }
+
+        // In the dtype of the scores, for backward_combine.cu.
+        template <int kCols>
+        __device__ __forceinline__ void store_partial(const WgmmaTile<kCols>& gradient, float scale, float* target, int rows,
+                                                      int cols) const {
+#pragma unroll
+            for (int x = 0; x < kCols / 2; x++) {
+                const int j = gradient.row(x), col = gradient.col(x);
+                if (j < rows && col < cols) target[static_cast<long long>(j) * cols + col] = gradient.data[x] * scale;
+            }
+        }
+        __device__ __forceinline__ void store() const {
+            const ForwardParams& p = params();
+            const BackwardParams& g = grads();
+            const Work w = Work::of(p, g);
+            const int start = first_key(), rows = w.at.seqlen_k - start;
+            const float scale = static_cast<float>(p.scale);
+            const float scale_v = static_cast<float>(Config::kDropout ? p.dropout_scale : 1.0);
+            if constexpr (Config::kQuerySplit) {
+                const long long head_rows = Config::kPacked ? p.total_k : p.seqlen_k, heads_kv = p.num_heads / p.group;
+                const long long row = w.q_split * g.rows_kv +
+                                      ((Config::kPacked ? 0 : w.at.batch) * heads_kv + w.head_kv) * head_rows + w.seq.token_k +
+                                      start;
+                store_partial(dk, scale, static_cast<float*>(g.partial_dk) + row * p.head_dim, rows, p.head_dim);
+                store_partial(dv, scale_v, static_cast<float*>(g.partial_dv) + row * p.head_dim_v, rows, p.head_dim_v);
+            } else {
+                const long long row = w.seq.token_k + start;
+                Element* dk_to = static_cast<Element*>(g.dk) + w.at.batch * g.dk_batch + w.head_kv * g.dk_head + row * g.dk_row;
+                Element* dv_to = static_cast<Element*>(g.dv) + w.at.batch * g.dv_batch + w.head_kv * g.dv_head + row * g.dv_row;
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int j = dk.row(2 * half);
+                    store_row<Element, Config::kVecDk>(dk, half, scale, dk_to + j * g.dk_row, p.head_dim, j < rows);
+                    store_row<Element, Config::kVecDv>(dv, half, scale_v, dv_to + j * g.dv_row, p.head_dim_v, j < rows);
+                }
+            }
+        }
+    };
+
+    // Rows of dk and dv that belong to no key. A packed call's tail has more of them than key tiles.
+    __device__ __forceinline__ void store_padding() const {
+        const ForwardParams& p = params();
+        const BackwardParams& g = grads();
+        const Work w = Work::of(p, g);
+        const int shares = Config::kDeterministic ? g.dq_splits : g.n_blocks;
+        for (int block = w.share; block * kBlockN < w.seq.rows_k; block += shares) {
+            const int start = max(block * kBlockN, w.at.seqlen_k), stop = min((block + 1) * kBlockN, w.seq.rows_k);
+            const long long row = w.seq.token_k + start;
+            Element* dk_to = static_cast<Element*>(g.dk) + w.at.batch * g.dk_batch + w.head_kv * g.dk_head + row * g.dk_row;
+            Element* dv_to = static_cast<Element*>(g.dv) + w.at.batch * g.dv_batch + w.head_kv * g.dv_head + row * g.dv_row;
+            for (int x = threadIdx.x; x < (stop - start) * p.head_dim; x += kConsumerThreads) {
+                dk_to[x / p.head_dim * g.dk_row + x % p.head_dim] = Element(0.0f);
+            }
+            for (int x = threadIdx.x; x < (stop - start) * p.head_dim_v; x += kConsumerThreads) {
+                dv_to[x / p.head_dim_v * g.dv_row + x % p.head_dim_v] = Element(0.0f);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void consume(int wg) const {
+        const ForwardParams& p = params();
+        Consumer consumer{*this, wg};
+        consumer.factor = static_cast<float>(Config::kFoldScale ? p.scale * kLog2e : kLog2e);
+        unsigned parity = 0;
+        for_key_tiles([&](int n) {
+            const Work w = Work::of(p, grads());
+            consumer.at = w.at, consumer.first_head = w.at.head, consumer.n = n;
+            if (consumer.visit_queries(parity)) parity ^= 1;
+            consumer.store();
+        });
+        if constexpr (Config::kBulkDq) {
+            if (Consumer::leads()) cp_async_bulk_wait();
+        }
+        if constexpr (kForeignRows && !Config::kQuerySplit) store_padding();
+    }
+
+    // -------------------------------------------------------------------------------------------------------------- roles
+
+    __device__ __forceinline__ void run() const {
+        const int warp = uniform(static_cast<int>(threadIdx.x / 32)), wg = warp / 4;
+        if (threadIdx.x == 0) {
+            mbarrier_init(k_full(), 1);
+            mbarrier_init(v_full(), 1);
+            mbarrier_init(kv_empty(), 4 * kConsumers);
+            for (int stage = 0; stage < kStages; stage++) {
+                mbarrier_init(q_full(stage), 1);
+                mbarrier_init(do_full(stage), 1);
+                mbarrier_init(visit_full(stage), 32);
+                mbarrier_init(q_empty(stage), 4 * kConsumers);
+                mbarrier_init(do_empty(stage), 4 * kConsumers);
+            }
+            fence_mbarrier_init();
+        }
+        __syncthreads();
+        if (wg == kConsumers) {
+            setmaxnreg_dec<kProducerRegisters>();
+            if (warp == 4 * kConsumers && elect_sync()) load_tiles();
+            if (warp == 4 * kConsumers + 1) guide();
+        } else {
+            setmaxnreg_inc<kConsumerRegisters>();
+            consume(wg);
+        }
+    }
+};
+
+}  // namespace cuattn
