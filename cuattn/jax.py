@@ -412,7 +412,7 @@ class _Program:
         """Compute over memory of the CPU."""
         raise NotImplementedError
 
-    def call_over(self, library: Library, device: arrays.Device, values: Sequence[Any], seed: int) -> call._Call:
+    def call_over(self, library: Library, device: arrays.Device, values: Sequence[Any], seed: int) -> call.Call:
         """The call of cuattn/call.py over arrays of a library."""
         own = tuple(values[self.named_count : self.named_count + len(self.own_avals)])
         named = dict(zip(self.signature.names, values, strict=False))
@@ -421,7 +421,7 @@ class _Program:
         if own:
             count = len(mask.arrays)
             mask, mods = mask.bind(own[:count]), call._bind_mods(mods, own[count:])
-        return call._Call(library, device, named, mask, mods, own, self.options, seed)
+        return call.Call(library, device, named, mask, mods, own, self.options, seed)
 
     def seed_position(self) -> int:
         return self.named_count + len(self.own_avals)
