@@ -1,8 +1,8 @@
 """Forecasting the sea's temperature by analogues, on the GPU from end to end and without PyTorch: FFT, attention, reduction.
 
-Every month of the El Nino record is described by the spectrum of the months before it. Its successor is forecast as the average
-of what followed similar months, weighted by a softmax of the similarity: attention whose causal mask is shifted so that no month
-sees its own future. Arrays are CuPy's where there is a GPU, else NumPy's; nothing else changes.
+Every month of the El Nino record is described by the spectrum of the months before it. The months to come are forecast as the
+average of what followed similar months, weighted by a softmax of the similarity: attention whose causal mask is shifted so that
+no month sees its own future. Arrays are CuPy's where there is a GPU, else NumPy's; nothing else changes.
 
     python examples/cupy_pipeline.py
 """

@@ -1,8 +1,9 @@
 """Nadaraya-Watson regression of the Mauna Loa CO2 record, in float64, with the bandwidth learned by gradient descent.
 
 A Gaussian kernel is a softmax: -(t_i - t_j)^2 / 2h^2 = s t_i t_j - s t_j^2 / 2 + (a constant of row i), with s = 1 / h^2. So
-attention with queries s t_i, keys t_j, values y_j and the bias -s t_j^2 / 2 is the kernel estimate. The diagonal is hidden: every
-week is predicted from all others, and the mean squared error of that is a function of s, whose derivative the pullback gives.
+attention with queries s t_i, keys t_j, values y_j and the bias -s t_j^2 / 2 is the kernel estimate. The diagonal is hidden:
+every week is predicted from all others, and the mean squared error of that is a function of s, whose derivative the pullback
+gives.
 
     python examples/kernel_regression.py            # the whole record; --points 300 for a quick look
 """

@@ -4,8 +4,8 @@ Sinkhorn's iteration in the logarithmic domain is one `lse` for each half-step. 
 
     f_i = -e log sum_j b_j exp((g_j - |x_i - y_j|^2 / 2) / e) = |x_i|^2 / 2 - e lse_i
 
-where lse is that of attention with queries x, keys y, scale 1 / e and the bias (g_j - |y_j|^2 / 2) / e + log b_j: the N x M cost
-is never stored. After the last step the output of the same call, with values y, is where each colour is carried to.
+where lse is that of attention with queries x, keys y, scale 1 / e and the bias (g_j - |y_j|^2 / 2) / e + log b_j: the N x M
+cost is never stored. After the last step the output of the same call, with values y, is where each colour is carried to.
 
     python examples/sinkhorn.py                     # 20,000 pixels a side; --points 500 for a quick look
 """

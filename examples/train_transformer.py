@@ -1,9 +1,9 @@
-"""A small language model of characters, trained in PyTorch with cuattn's attention, on the documentation of scikit-learn's data.
+"""A small language model of characters, trained in PyTorch with cuattn's attention on the documentation of real data sets.
 
 The text is the descriptions that ship inside scikit-learn (15,000 characters of English). The first training step is
 repeated with PyTorch's own attention: loss and gradients must agree. Then the model must beat the entropy of pairs of letters.
 
-    python examples/train_transformer.py            # bfloat16 autocast on a GPU, float32 on the CPU; --steps 20 for a quick look
+    python examples/train_transformer.py            # bfloat16 on a GPU, float32 on the CPU; --steps 20 for a quick look
 """
 
 from __future__ import annotations
