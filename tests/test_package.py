@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 import zipfile
 from fnmatch import fnmatch
 from functools import cache
@@ -163,25 +162,6 @@ def test_readme_support_table_is_the_generated_one() -> None:
     assert cli.replace_section(readme, "support", cli.support_table()) == readme, (
         "run: python -m cuattn support --write README.md"
     )
-
-
-def readme_examples() -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return [textwrap.dedent(block) for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)]
-
-
-@pytest.mark.parametrize("number", range(len(readme_examples())))
-def test_readme_example_runs(number: int) -> None:
-    source = readme_examples()[number]
-    for name in set(re.findall(r"^import (\w+)", source, re.M)) & {"torch", "jax", "cupy"}:
-        pytest.importorskip(name)
-    if "cuda" in source or "cupy" in source:
-        from cuattn import arrays
-
-        usable, reason = arrays.gpu_available()
-        if not usable:
-            pytest.skip(reason)
-    exec(compile(source, f"README.md example {number}", "exec"), {})
 
 
 # Recorded evidence and the wheel
