@@ -196,7 +196,8 @@ def other_lines(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
             call = HOST_LINES[what].format(kind=kind)
             peers = ", ".join(f"{titles.get(name, name)} {us:.0f}" for name, us in row["peers"].items())
             note = f" ({peers})" if peers else ""
-            lines.append(f"- {call}: {row['us']:.1f} us{note}")
+            tail = f", 99 of 100 whole calls below {row['p99']:.0f} us" if row.get("p99") else ""
+            lines.append(f"- {call}: {row['us']:.1f} us{tail}{note}")
         elif part == "jit":
             cache = "empty cache" if kind == "cold" else "filled disk cache"
             lines.append(f"- First call of a process, {row['dtype']} d{row['d']}, {cache}: {row['us'] * 1e-6:.2f} s")
