@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cuattn
-from bench import ablation, backward, cases, ceilings, decode, forward, host, jit, memory, results
+from bench import ablation, backward, cases, ceilings, compare, decode, figures, forward, host, jit, memory, results
 from bench.baselines import TITLES, available
 from bench.timing import Deadline
 
@@ -30,11 +30,20 @@ def parser() -> argparse.ArgumentParser:
         "jit": "first call of a process, cold and warm cache",
         "memory": "memory beyond inputs and outputs",
         "ceilings": "measure matrix products and read bandwidth of this GPU, and print them",
-        "report": "write the tables of bench/results/ into README.md",
+        "all": "every part that stores rows, one after the other",
+        "report": "write the tables of bench/results/ into README.md, and tables and figures into docs/",
+        "compare": "two files of rows, case by case; fails when one is slower",
     }
     for name, summary in summaries.items():
         part = parts.add_parser(name, help=summary, description=summary)
         if name == "ceilings":
+            continue
+        if name == "compare":
+            part.add_argument("old", type=Path)
+            part.add_argument("new", type=Path)
+            part.add_argument(
+                "--tolerance", type=float, default=compare.TOLERANCE, metavar="PERCENT", help="growth that passes"
+            )
             continue
         part.add_argument("--json", type=Path, metavar="FILE", help=JSON_HELP["report" if name == "report" else "run"])
         if name == "report":
@@ -45,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
         part.add_argument("--rounds", type=int, metavar="N", help="interleaved rounds a case (jit: pairs of processes)")
         part.add_argument("--time-limit", type=float, default=TIME_LIMIT, metavar="SECONDS", help="start no case after this")
         part.add_argument("--list", action="store_true", help="print the cases and stop; needs no GPU")
+        if name == "all":
+            part.add_argument("--report", action="store_true", help="write tables and figures afterwards")
     return top
 
 
@@ -54,8 +65,14 @@ JSON_HELP = {
 }
 
 
+STORED = ("forward", "backward", "decode", "host", "jit", "memory")
+"""The parts of `all`."""
+
+
 def selected(arguments: argparse.Namespace) -> list[cases.Case | decode.DecodeCase]:
     """The cases of a part that --quick and --only leave."""
+    if arguments.part == "all":
+        return [case for part in STORED for case in selected(argparse.Namespace(**{**vars(arguments), "part": part}))]
     everything: Sequence[cases.Case | decode.DecodeCase] = {
         "forward": cases.QUICK if arguments.quick else cases.FORWARD,
         "backward": cases.BACKWARD_QUICK if arguments.quick else cases.BACKWARD,
@@ -123,8 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.part == "report":
         if arguments.json:
             take_in(arguments.json)
-        results.report(results.ROOT / "README.md", TITLES)
-        return 0
+        return report()
+    if arguments.part == "compare":
+        return compare.compare(arguments.old, arguments.new, arguments.tolerance)
     if arguments.part == "ceilings":
         print(ceilings.measured())
         return 0
@@ -137,7 +155,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if info.backend != "cuda":
         print(f"no GPU to measure: {info.reason}")
         return 1
-    run_part(arguments, chosen)
+    if arguments.part != "all":
+        run_part(arguments, chosen)
+        return 0
+    for part in STORED:
+        one = argparse.Namespace(**{**vars(arguments), "part": part})
+        run_part(one, selected(one))
+    if arguments.report and arguments.json:
+        take_in(arguments.json)
+    return report() if arguments.report else 0
+
+
+def report() -> int:
+    """The tables of README.md, and docs/results.md with its figures."""
+    results.report(results.ROOT / "README.md", TITLES)
+    for path in figures.write(TITLES):
+        print(path.relative_to(results.ROOT))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from bench.timing import Contender, Deadline, first_line, measure_host
 
 CALLS = 4000
 QUICK_CALLS = 2000
-CORE, EMPTY = "core", "an empty autograd.Function"
+CORE, EMPTY, EMPTY_JIT = "core", "an empty autograd.Function", "an empty jit"
 PEERS = ("cudnn", "flash", "fa3", "fa4")
 """Those whose host path is worth a comparison, on the tensors they take."""
 
@@ -73,8 +74,54 @@ def autograd_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[C
     return [Contender(OURS, [recorded]), Contender(CORE, [core]), Contender(EMPTY, [empty])]
 
 
+def flash_attn_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Contender]:
+    """`flash_attn_func` of cuattn and the core call that it makes."""
+    import cuattn
+    from cuattn.flash_attn import flash_attn_func
+
+    (qkv, *_) = inputs.sets
+    door = functools.partial(flash_attn_func, *qkv, causal=True)
+    return [Contender(OURS, [door]), Contender(CORE, [functools.partial(cuattn.attention, *qkv, causal=True)])]
+
+
+def sdpa_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Contender]:
+    """`scaled_dot_product_attention` of cuattn and the core call that it makes, on the layout of PyTorch's."""
+    import cuattn
+    from cuattn.torch import scaled_dot_product_attention
+
+    qkv = [x.transpose(1, 2).contiguous() for x in inputs.sets[0]]
+    door = functools.partial(scaled_dot_product_attention, *qkv, is_causal=True)
+    core = functools.partial(cuattn.attention, *(x.transpose(1, 2) for x in qkv), causal="top-left")
+    return [Contender(OURS, [door]), Contender(CORE, [core])]
+
+
+def jax_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Contender]:
+    """Calls under jit until their results are there: `cuattn.jax.attention`, jax.nn's, and a program that only adds."""
+    import jax
+
+    import cuattn.jax
+
+    qkv = [jax.dlpack.from_dlpack(x) for x in inputs.sets[0]]
+
+    def finished(function: Callable[..., Any]) -> Callable[[], Any]:
+        compiled = jax.jit(function)
+        return lambda: compiled(*qkv).block_until_ready()
+
+    peers = [
+        Contender(b.name, [finished(functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"))])
+        for b in baselines
+    ]
+    mine = finished(functools.partial(cuattn.jax.attention, causal=True))
+    return [Contender(OURS, [mine]), Contender(EMPTY_JIT, [finished(lambda q, k, v: q + k)]), *peers]
+
+
 Build = Callable[[Inputs, Sequence[Baseline]], list[Contender]]
 PARTS: dict[str, Build] = {"": forward_contenders, "/backward": backward_contenders}
+TORCH_PARTS: dict[str, Build] = {
+    "/autograd": autograd_contenders,
+    "/flash_attn": flash_attn_contenders,
+    "/sdpa": sdpa_contenders,
+}
 
 
 def run(baselines: Sequence[Baseline], calls: int, store: Store, env: Row, deadline: Deadline) -> None:
@@ -82,7 +129,10 @@ def run(baselines: Sequence[Baseline], calls: int, store: Store, env: Row, deadl
     jobs: list[tuple[Arrays, str, Build, list[Baseline]]] = [(CupyArrays(), *part, []) for part in PARTS.items()]
     if torch_on_gpu():
         peers = [b for b in baselines if b.name in PEERS]
-        jobs += [(TorchArrays(), *part, peers) for part in (*PARTS.items(), ("/autograd", autograd_contenders))]
+        jobs += [(TorchArrays(), *part, peers) for part in (*PARTS.items(), *TORCH_PARTS.items())]
+    jax = [b for b in baselines if b.name == "jax"]
+    if jax:
+        jobs.append((CupyArrays(), "/jax", jax_contenders, jax))
     for arrays, part, build, peers in jobs:
         name = f"host, {arrays.name} arrays{part.replace('/', ', ')}"
         if deadline.passed:
@@ -101,4 +151,4 @@ def run(baselines: Sequence[Baseline], calls: int, store: Store, env: Row, deadl
         note = f" | {others} us" if others else ""
         whole = f" beyond the core calls, {timing.us:.1f} us in all" if mine != timing.us else ""
         print(f"{name}: {mine:.1f} us{whole} (spread {100 * timing.spread:.0f}%){note}", flush=True)
-        store.add(make_row(case, mine, us, env, None))
+        store.add(make_row(case, mine, us, env, None, p99=timing.p99 and round(timing.p99, 2)))

@@ -196,7 +196,8 @@ def other_lines(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
             call = HOST_LINES[what].format(kind=kind)
             peers = ", ".join(f"{titles.get(name, name)} {us:.0f}" for name, us in row["peers"].items())
             note = f" ({peers})" if peers else ""
-            lines.append(f"- {call}: {row['us']:.1f} us{note}")
+            tail = f", 99 of 100 whole calls below {row['p99']:.0f} us" if row.get("p99") else ""
+            lines.append(f"- {call}: {row['us']:.1f} us{tail}{note}")
         elif part == "jit":
             cache = "empty cache" if kind == "cold" else "filled disk cache"
             lines.append(f"- First call of a process, {row['dtype']} d{row['d']}, {cache}: {row['us'] * 1e-6:.2f} s")
@@ -228,6 +229,9 @@ HOST_LINES = {
     "": "Host time of a warm call on {kind} arrays",
     "backward": "Host time of a warm backward on {kind} arrays",
     "autograd": "Host time that autograd adds to a warm forward and backward on {kind} arrays",
+    "flash_attn": "Host time that cuattn.flash_attn adds to a warm call on {kind} arrays",
+    "sdpa": "Host time that cuattn.torch.scaled_dot_product_attention adds to a warm call on {kind} arrays",
+    "jax": "Warm call of cuattn.jax.attention under jit, until the result is there",
 }
 
 

@@ -35,6 +35,8 @@ class Timing(NamedTuple):
 
     us: float
     spread: float
+    p99: float | None = None
+    """99 of 100 calls took less; host time alone"""
 
     @staticmethod
     def of(samples: Sequence[float]) -> Timing:
@@ -154,7 +156,8 @@ def measure_host(contenders: Sequence[Contender], calls: int, report: Callable[[
     result = {}
     for name, batches in samples.items():
         spread = Timing.of([statistics.median(batch) for batch in batches]).spread
-        result[name] = Timing(statistics.median([t for batch in batches for t in batch]), spread)
+        times = [t for batch in batches for t in batch]
+        result[name] = Timing(statistics.median(times), spread, float(np.percentile(times, 99)))
     return result
 
 

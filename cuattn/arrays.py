@@ -426,7 +426,10 @@ def _identify(x: Any, name: str) -> Library:
         return TORCH
     if jax is not None and isinstance(x, jax.Array):
         if isinstance(x, jax.core.Tracer):
-            raise TypeError(f"{name}: got a traced JAX value (inside jit, grad or vmap), expected a concrete jax.Array")
+            raise TypeError(
+                f"{name}: got a traced JAX value (inside jit, grad or vmap), expected a concrete jax.Array; "
+                "traced ones are for cuattn.jax.attention"
+            )
         return JAX
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__") and not isinstance(x, type):
         return DLPACK

@@ -11,7 +11,7 @@ from cuattn.backward import BackwardPlan
 from cuattn.decode import POINTERS as DECODE_POINTERS
 from cuattn.decode import DecodePlan, decode_fields, decode_variant
 from cuattn.fields import Field, Operand
-from cuattn.problem import POINTERS, SLOT, contiguous_strides
+from cuattn.problem import POINTERS, SLOT, Problem, contiguous_strides
 from cuattn.registry import staged_bias
 from cuattn.score_mods import Bias
 from cuattn.tma import MAP_ALIGNMENT, MAP_BYTES, TensorMap

@@ -1,4 +1,4 @@
-"""PyTorch: gradients, autocast and torch.compile of the public verbs.
+"""PyTorch: gradients, autocast and torch.compile of the public verbs; PyTorch's own signature; Hugging Face transformers.
 
 `attention` and `attention_varlen` are differentiable on tensors as they stand, whether or not this module was imported. An
 eager call goes through one `torch.autograd.Function`. A call that torch.compile or torch.export traces becomes an operator,
@@ -8,10 +8,6 @@ lead to `call.forward` and `call.backward`.
 
 from __future__ import annotations
 
-import ast
-import functools
-import importlib
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,10 +17,237 @@ from torch.autograd import forward_ad
 
 from cuattn import call
 from cuattn.api import attention, attention_varlen
+from cuattn.formula import decode, encode
 from cuattn.masks import Mask
 from cuattn.score_mods import Alibi, ScoreMod
 
-__all__ = ["attention", "attention_varlen"]
+__all__ = ["attention", "attention_varlen", "register_transformers", "scaled_dot_product_attention"]
+
+
+# The signature of torch.nn.functional -----------------------------------------------------------------------------------
+
+
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """`torch.nn.functional.scaled_dot_product_attention`: the same arguments, defaults and layout.
+
+    query: (..., num_heads, seqlen_q, head_dim); key, value: (..., num_heads_kv, seqlen_k, head_dim or head_dim_v), any number
+      of leading axes, none included. They are read in place, whatever their strides.
+    attn_mask: broadcasts to (..., num_heads, seqlen_q, seqlen_k); boolean, True where a key is visible, or floating point,
+      added to the scores and differentiable (its gradient is summed to the shape of the mask where it is computed).
+    dropout_p: applied whenever it is above 0, as there; its seed comes from PyTorch's generator of the device.
+    is_causal: top-left, key j is visible to query i iff j <= i; not together with attn_mask. scale: None is 1 / sqrt(head_dim).
+    enable_gqa: allow fewer heads in key and value than in query.
+
+    Returns (..., num_heads, seqlen_q, head_dim_v). A query that sees no key gives 0. Raises as `cuattn.attention` does.
+
+    >>> x = torch.ones(1, 2, 4, 8)
+    >>> scaled_dot_product_attention(x, x, x, is_causal=True).shape
+    torch.Size([1, 2, 4, 8])
+    """
+    _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    lead = query.shape[:-2]
+    q, k, v = (last_axis_contiguous(_heads_last(x)) for x in (query, key, value))
+    options: dict[str, Any] = {"causal": "top-left" if is_causal else False, "scale": scale}
+    if attn_mask is not None:
+        shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        options["mask" if attn_mask.dtype == torch.bool else "bias"] = _four_axes(attn_mask, lead, shape)
+    if dropout_p:
+        options.update(dropout=dropout_p, seed=draw_seed(query.device))
+    out = attention(q, k, v, **options).transpose(1, 2)
+    return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+
+
+def _check_sdpa(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any, is_causal: Any, enable_gqa: Any) -> None:
+    """What `attention` would refuse under other names, or not at all."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor; cuattn.attention takes other arrays")
+        if x.ndim < 2 or x.ndim != query.ndim:
+            axes = "at least 2 axes" if x is query else f"{query.ndim} axes as query has"
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {axes}, (..., heads, seqlen, head_dim)")
+        if x.device != query.device:
+            raise ValueError(f"{name}: got a tensor on {x.device}, expected {query.device} as query: move it with .to()")
+        if x.ndim > 2 and x.shape[:-3] != query.shape[:-3]:
+            expected = f"{tuple(query.shape[:-3])} as query has"
+            raise ValueError(f"{name}: got leading axes {tuple(x.shape[:-3])}, expected {expected}: expand it")
+    if query.ndim > 2 and key.shape[-3] != query.shape[-3] and not enable_gqa:
+        found = f"{key.shape[-3]} heads beside {query.shape[-3]} of query"
+        raise ValueError(f"key: got {found}, expected as many, or enable_gqa=True and a divisor of them")
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: got {dropout_p!r}, expected a number p with 0 <= p < 1")
+    if attn_mask is None:
+        return
+    if is_causal:
+        raise ValueError("is_causal: got True together with an attn_mask, expected one of them: put the triangle into the mask")
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask: got a tensor on {attn_mask.device}, expected {query.device} as query: move it with .to()")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"attn_mask: got {attn_mask.dtype}, expected bool (True = visible) or a floating-point dtype")
+
+
+def _heads_last(x: Any) -> Any:
+    """(..., heads, seqlen, head_dim) as (batch, seqlen, heads, head_dim); a view, unless several batch axes do not fold."""
+    if x.ndim == 2:
+        return x[None, :, None]
+    if x.ndim == 3:
+        return x.transpose(0, 1)[None]
+    return (x if x.ndim == 4 else x.flatten(0, -4)).transpose(1, 2)
+
+
+def _four_axes(mask: Any, lead: tuple[int, ...], shape: tuple[int, int, int, int]) -> Any:
+    """A mask that broadcasts to (*lead, seqlen_q, seqlen_k), as one that broadcasts to `shape`, the same with four axes."""
+    full = (*lead, *shape[2:])
+    padded = (1,) * (len(full) - mask.ndim) + tuple(mask.shape)
+    if mask.ndim > len(full) or any([n not in (1, m) for n, m in zip(padded, full, strict=True)]):
+        raise ValueError(f"attn_mask: got shape {tuple(mask.shape)}, expected one that broadcasts to {tuple(full)}")
+    if len(full) > 4:
+        mask = mask.expand(*full[:-3], *padded[-3:]).flatten(0, -4)
+    return mask.contiguous() if mask.ndim and mask.stride(-1) not in (0, 1) else mask
+
+
+def last_axis_contiguous(x: Any) -> Any:
+    """The tensor itself, or a copy where its last axis has gaps."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def draw_seed(device: Any) -> int:
+    """A seed for dropout from PyTorch's default generator of a device, which moves on: `torch.manual_seed` repeats it.
+
+    Waits for no GPU. Raises NotImplementedError while a CUDA graph is captured, which would replay one pattern for ever.
+    """
+    if device.type != "cuda":
+        return int(torch.randint(2**63 - 1, ()).item())
+    if torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError("dropout: a captured CUDA graph would repeat one pattern; capture with dropout 0")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    offset = generator.get_offset()
+    generator.set_offset(offset + 4)  # the generator counts in steps of four
+    return int((generator.initial_seed() + 0x9E3779B97F4A7C15 * (offset // 4)) % 2**64)
+
+
+# Hugging Face transformers ----------------------------------------------------------------------------------------------
+
+
+def register_transformers(name: str = "cuattn") -> None:
+    """Make cuattn an attention implementation of Hugging Face transformers (4.53 or newer).
+
+        cuattn.torch.register_transformers()
+        model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="cuattn")
+
+    Grouped heads, sliding windows, softcap, sinks, position biases with their gradient, dropout, padding, static and sliding
+    caches work. Plain causal and sliding-window masks are never materialised, padding costs one byte a token; every other
+    pattern (packed documents, blocks, custom masks) comes as the boolean mask that "sdpa" would get. A layer with a sliding
+    window must hand `sliding_window` to its attention function, as "flash_attention_2" needs it too.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, transformers_attention)
+    AttentionMaskInterface.register(name, transformers_mask)
+
+
+def transformers_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Any = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    config: Any = None,
+    **more: Any,
+) -> Any:
+    """The mask that layers of a model receive.
+
+    None or a uint8 (batch, 1, 1, kv_length) of padding: the layer's own causal band and window are to be applied as well. A
+    boolean (batch, 1, q_length, kv_length) is the whole mask.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    band = allow_is_causal_skip and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+    if local_size is not None:
+        band = band and getattr(config, "sliding_window", None) == local_size
+        band = band and getattr(config, "attention_chunk_size", None) is None
+    if not band:
+        more["mask_function"] = mask_function
+        return sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=False,
+            **more,
+        )
+    if attention_mask is None:
+        return None
+    padding = attention_mask[:, kv_offset : kv_offset + kv_length]
+    if padding.shape[1] < kv_length:
+        padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
+    reads = not torch.compiler.is_compiling() and not (padding.is_cuda and torch.cuda.is_current_stream_capturing())
+    if reads and bool(padding.all()):
+        return None
+    return padding[:, None, None].to(torch.uint8)
+
+
+def transformers_attention(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Any = None,
+    position_bias: Any = None,
+    cache: Any = None,
+    **more: Any,
+) -> tuple[Any, None]:
+    """One layer: query (batch, heads, seqlen_q, head_dim) to (batch, seqlen_q, heads, head_dim_v), and None for the weights."""
+    if cache is not None:
+        raise NotImplementedError(
+            "cache: paged caches of transformers' continuous batching are not supported, use 'paged|eager'"
+        )
+    if more.get("output_attentions"):
+        raise NotImplementedError("output_attentions: attention weights are never stored; use attn_implementation='eager'")
+    q, k, v = (last_axis_contiguous(x.transpose(1, 2)) for x in (query, key, value))
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    bias, shape = position_bias, (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    band = attention_mask is None or attention_mask.dtype == torch.uint8
+    if band and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        options.update({"causal": True} if sliding_window is None else {"window": (sliding_window - 1, 0)})
+    if attention_mask is not None and attention_mask.is_floating_point():
+        bias = attention_mask if bias is None else bias + attention_mask
+    elif attention_mask is not None:
+        options["mask"] = _four_axes_named("attention_mask", attention_mask, shape)
+    if bias is not None:
+        options["bias"] = _four_axes_named("attention_mask" if position_bias is None else "position_bias", bias, shape)
+    if dropout:
+        options.update(dropout=dropout, seed=draw_seed(query.device))
+    return attention(q, k, v, **options), None
+
+
+def _four_axes_named(name: str, mask: Any, shape: tuple[int, int, int, int]) -> Any:
+    if mask.ndim != 4 or any([n not in (1, m) for n, m in zip(mask.shape, shape, strict=True)]):
+        way_out = "pass the 2-D (batch, kv_length) mask and let the model build this one"
+        raise ValueError(f"{name}: got shape {tuple(mask.shape)}, expected one that broadcasts to {tuple(shape)}; {way_out}")
+    return mask.contiguous() if mask.stride(-1) not in (0, 1) else mask
 
 
 # Eager calls ----------------------------------------------------------------------------------------------------------
@@ -386,60 +609,3 @@ def _arguments(
         options.deterministic,
         seed if seed < 2**63 else seed - 2**64,
     )
-
-
-def encode(x: Any, own: list[Any]) -> str:
-    """A mask, a modification or a tuple of them as a Python literal, valid in any process; arrays are appended to `own`.
-
-    Scalars stand for themselves, everything else is a tuple of a tag and its contents.
-    """
-    if x is None or isinstance(x, (bool, str)):
-        return repr(x)
-    if isinstance(x, int):
-        return repr(operator.index(x))  # a length that torch.compile holds for variable becomes a constant
-    if isinstance(x, float):
-        return "('float', '" + x.hex() + "')"
-    if isinstance(x, (Mask, ScoreMod)):
-        kind = type(x)
-        text = "('object', " + repr(kind.__module__) + ", " + repr(kind.__qualname__)
-        for name in kind.__match_args__:  # type: ignore[union-attr]
-            text += ", " + encode(getattr(x, name), own)
-        return text + ")"
-    if isinstance(x, tuple):
-        text = "('tuple'"
-        for item in x:
-            text += ", " + encode(item, own)
-        return text + ",)"
-    if isinstance(x, Mapping):
-        text = "('mapping'"
-        for name in x:
-            text += ", " + repr(name) + ", " + encode(x[name], own)
-        return text + ",)"
-    own.append(x)
-    return "('array', " + repr(len(own) - 1) + ")"
-
-
-def decode(formula: str, own: Sequence[Any]) -> Any:
-    """What `encode` was given, over the arrays `own`."""
-    return _build(_parse(formula), own)
-
-
-_parse = functools.lru_cache(1024)(ast.literal_eval)
-
-
-def _build(x: Any, own: Sequence[Any]) -> Any:
-    if not isinstance(x, tuple):
-        return x
-    tag, *items = x
-    if tag == "float":
-        return float.fromhex(items[0])
-    if tag == "array":
-        return own[items[0]]
-    if tag == "object":
-        module, name, *items = items
-        kind: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
-        if not issubclass(kind, (Mask, ScoreMod)):
-            raise TypeError(f"formula: got {module}.{name}, expected a mask or a score modification")
-        return kind(*[_build(item, own) for item in items])
-    values = tuple(_build(item, own) for item in items)
-    return values if tag == "tuple" else dict(zip(values[::2], values[1::2], strict=True))

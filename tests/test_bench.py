@@ -7,11 +7,12 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench import backward, results
+from bench import backward, compare, figures, results
 from bench.__main__ import main, parser, selected
 from bench.baselines import BASELINES, TITLES, Sdpa, available
 from bench.cases import (
@@ -313,7 +314,7 @@ def test_the_user_modification_is_the_same_for_peers() -> None:
 
 
 def test_timing_is_a_median_with_its_spread() -> None:
-    assert Timing.of([1.0, 4.0, 2.0]) == (2.0, 1.5)
+    assert Timing.of([1.0, 4.0, 2.0]) == Timing(2.0, 1.5)
 
 
 def test_options_select_cases(capsys) -> None:
@@ -328,3 +329,60 @@ def test_importing_bench_needs_no_gpu_library() -> None:
     code = "import sys, bench.__main__; print([m for m in ('cupy', 'torch', 'jax') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=results.ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# compare and figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_compare_finds_what_became_slower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    cases = [dense("bfloat16", 64, 4, 32, 4096), dense("bfloat16", 128, 4, 16, 4096), dense("bfloat16", 256, 4, 8, 4096)]
+    results.save(old, [row(case, 100.0) for case in cases])
+    results.save(new, [row(case, us) for case, us in zip(cases, (104.0, 50.0, 111.0), strict=True)])
+    assert main(["compare", str(old), str(new)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("+11.0 % slower") and "256" in lines[0] and "slower" not in lines[1] + lines[2]
+    assert lines[-1] == f"3 compared, 1 worse by more than 5 %; 0 cases only in {old}"
+    assert main(["compare", str(old), str(new), "--tolerance", "12"]) == 0
+    assert main(["compare", str(old), str(old)]) == 0
+
+
+def test_compare_looks_at_memory_too(tmp_path: Path) -> None:
+    def memory(size: int) -> list[results.Row]:
+        return [results.make_row(replace(MEMORY[0], bench="memory"), None, {}, ENV, None, bytes=size)]
+
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    results.save(old, memory(1000))
+    results.save(new, memory(1100))
+    assert main(["compare", str(old), str(new)]) == 1 and main(["compare", str(new), str(old)]) == 0
+
+
+def test_compare_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    results.save(old, [row(dense("bfloat16", 64, 4, 32, 4096))])
+    results.save(new, [row(dense("bfloat16", 128, 4, 32, 4096))])
+    with pytest.raises(ValueError, match="no case in common"):
+        compare.compare(old, new)
+    results.save(new, [{**row(dense("bfloat16", 64, 4, 32, 4096)), "gpu": "another"}])
+    with pytest.raises(ValueError, match="expected those of one GPU"):
+        compare.compare(old, new)
+
+
+def test_figures_and_page_come_from_the_rows(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    cases = [dense("bfloat16", d, 16384 // s, 2048 // d, s) for d in (64, 128) for s in (4096, 8192)]
+    rows = [row(case, 1000.0, cudnn=500.0) for case in cases]
+    rows += [results.make_row(replace(HOST, bench="host/cupy"), 20.0, {"flash": 15.0}, ENV, None, p99=31.0)]
+    results.save(tmp_path / "rows" / "h200.json", rows)
+    written = figures.write(TITLES, tmp_path, tmp_path / "rows")
+    assert [path.name for path in written] == ["h200-forward.svg", "h200-host.svg", "results.md"]
+    page = (tmp_path / "results.md").read_text()
+    assert "figures/h200-forward.svg" in page and "99 of 100 whole calls below 31 us" in page
+    assert (tmp_path / "figures" / "h200-forward.svg").read_text().count("cuDNN") == 1
+    assert figures.rate(rows[0], "cudnn") == pytest.approx(2 * rows[0]["tflops"])
+
+
+def test_all_is_the_parts_that_store_rows() -> None:
+    chosen = selected(parser().parse_args(["all", "--quick"]))
+    parts = {case.bench.partition("/")[0] for case in chosen}
+    assert {"forward", "backward"} <= parts and HOST in chosen and len(chosen) > len(QUICK) + len(BACKWARD_QUICK)

@@ -1,0 +1,129 @@
+"""XLA's typed foreign function interface, from Python: handlers that XLA calls with the buffers of a compiled program.
+
+The C structures are those of xla/ffi/api/c_api.h, whose ABI only grows at the end. Everything in them is a word of 8 bytes or
+padded to one, so a structure is read as a list of words:
+
+    CallFrame  struct_size extension api context stage Args Rets Attrs future
+    Args, Rets struct_size extension size types values           values: pointers to Buffer
+    Attrs      struct_size extension size types names values     a string's value points to a ByteSpan
+    Buffer     struct_size extension dtype data rank dims
+    ByteSpan   pointer length
+    Api        struct_size extension Version(3) internal Error_Create Error_GetMessage Error_Destroy Handler_Register
+               Stream_Get Type_Register ExecutionContext_Get State_Set State_Get DeviceMemory_Allocate DeviceMemory_Free
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+EXTENSION, API, CONTEXT, ARGUMENTS, RESULTS, ATTRIBUTES = 1, 2, 3, 5, 10, 15
+FRAME_WORDS = 21
+COUNT, ARGUMENT_VALUES, ATTRIBUTE_VALUES = 2, 4, 5
+"""Words of Args, Rets and Attrs."""
+DATA = 3
+ERROR_CREATE, STREAM_GET, MEMORY_ALLOCATE, MEMORY_FREE = 6, 10, 15, 16
+API_WORDS = 17
+METADATA_EXTENSION = 1
+VERSION = (0, 1)
+"""The oldest ABI that has all of this: jaxlib 0.5."""
+ALIGNMENT = 256
+INTERNAL, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED = 13, 3, 8, 12
+"""XLA's error codes."""
+
+_FrameWords = ctypes.c_uint64 * FRAME_WORDS
+_ApiWords = ctypes.c_uint64 * API_WORDS
+_pointer = ctypes.c_uint64.from_address
+_Function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+_words = functools.cache(lambda count: ctypes.c_uint64 * count)
+
+
+class Frame(NamedTuple):
+    """One execution of a call: addresses of its buffers, and the text that was compiled into it."""
+
+    arguments: list[int]
+    results: list[int]
+    text: bytes
+    api: _Api
+    context: int
+
+    def stream(self) -> int:
+        """The CUDA stream of the program."""
+        request = _words(4)(32, 0, self.context, 0)
+        self.api.call(STREAM_GET, request)
+        return int(request[3])
+
+    def allocate(self, size: int) -> int:
+        """Device memory from XLA's allocator until `free`: the allocator reuses it in the order of the stream."""
+        request = _words(6)(48, 0, self.context, size, ALIGNMENT, 0)
+        if self.api.call(MEMORY_ALLOCATE, request):
+            raise MemoryError(f"XLA has no room for a workspace of {size} bytes")
+        return int(request[5])
+
+    def free(self, address: int, size: int) -> None:
+        """Give back what `allocate` gave."""
+        self.api.call(MEMORY_FREE, _words(5)(40, 0, self.context, size, address))
+
+
+class _Api:
+    """XLA's functions by their place in Api."""
+
+    def __init__(self, address: int) -> None:
+        words = _ApiWords.from_address(address)
+        self._functions = {n: _Function(words[n]) for n in (ERROR_CREATE, STREAM_GET, MEMORY_ALLOCATE, MEMORY_FREE)}
+
+    def call(self, function: int, request: Any) -> int | None:
+        """The error that a function returns, an address; None if all is well."""
+        result: int | None = self._functions[function](ctypes.addressof(request))
+        return result
+
+    def error(self, error: BaseException) -> int | None:
+        """An XLA error with the message of an exception."""
+        kinds: dict[type[BaseException], int] = {MemoryError: RESOURCE_EXHAUSTED, NotImplementedError: UNIMPLEMENTED}
+        user = INVALID_ARGUMENT if isinstance(error, (ValueError, TypeError)) else INTERNAL
+        message = ctypes.create_string_buffer(f"{type(error).__name__}: {error}".encode())
+        return self.call(ERROR_CREATE, _words(4)(32, 0, ctypes.addressof(message), kinds.get(type(error), user)))
+
+
+_api = functools.cache(_Api)
+
+
+def handler(run: Callable[[Frame], None]) -> Any:
+    """A C function that XLA can call, kept alive by the caller; exceptions of `run` become errors of the program."""
+
+    def execute(address: int) -> int | None:
+        words = _FrameWords.from_address(address)[:]
+        if words[EXTENSION] and _answer_metadata(words[EXTENSION]):
+            return None
+        api = _api(words[API])
+        try:
+            arguments = _buffers(words[ARGUMENTS + COUNT], words[ARGUMENTS + ARGUMENT_VALUES])
+            results = _buffers(words[RESULTS + COUNT], words[RESULTS + ARGUMENT_VALUES])
+            span = _pointer(words[ATTRIBUTES + ATTRIBUTE_VALUES]).value
+            text, length = _words(2).from_address(span)
+            run(Frame(arguments, results, ctypes.string_at(text, length), api, words[CONTEXT]))
+        except BaseException as error:  # nothing may pass through a C function
+            return api.error(error)
+        return None
+
+    return _Function(execute)
+
+
+def _buffers(count: int, values: int) -> list[int]:
+    return [_pointer(buffer + 8 * DATA).value for buffer in _words(count).from_address(values)] if count else []
+
+
+def _answer_metadata(extension: int) -> bool:
+    """Whether XLA asks for the handler's version instead of calling it; the answer is written where it asks for it."""
+    while extension:
+        _, kind, following = _words(3).from_address(extension)
+        if kind & 0xFFFFFFFF == METADATA_EXTENSION:
+            metadata = _pointer(extension + 24).value
+            # Metadata: struct_size, Version (struct_size, extension, two ints), traits
+            ctypes.c_int32.from_address(metadata + 24).value, ctypes.c_int32.from_address(metadata + 28).value = VERSION
+            ctypes.c_uint32.from_address(metadata + 32).value = 0
+            return True
+        extension = following
+    return False
