@@ -14,6 +14,7 @@ from cuattn.arrays import Library, View
 from cuattn.codegen import decode_units
 from cuattn.decode import (
     APPEND_THREADS,
+    CACHE_DTYPES,
     POINTERS,
     SLOT,
     WORKSPACE,
@@ -157,7 +158,8 @@ def _through_cupy(made: _Call) -> Any:
         device = arrays.CUPY.current_device()
     with arrays.CUPY.guard(device):
         count = len(made.mask.arrays)
-        present = {name: library.to_cupy(x) for name, x in made.present.items() if name != "out"}
+        given = {name: _bits(x) for name, x in made.present.items() if name != "out"}
+        present = {name: library.to_cupy(x) for name, x in given.items()}
         own = tuple(library.to_cupy(x) for x in made.own)
         lent = _Call(
             arrays.CUPY,
@@ -174,9 +176,14 @@ def _through_cupy(made: _Call) -> Any:
         out, *rest = result if made.scalars.return_lse else (result,)
         if "k" in present:
             for name in WRITTEN:
-                library.give_back(present[name], made.present[name])
-        given = library.give_back(out, made.present.get("out"))
-        return (given, *(library.give_back(x) for x in rest)) if rest else given
+                library.give_back(present[name], given[name])
+        result = library.give_back(out, made.present.get("out"))
+        return (result, *(library.give_back(x) for x in rest)) if rest else result
+
+
+def _bits(x: Any) -> Any:
+    """A NumPy array of e4m3, which CuPy does not have, as its bits; anything else as it is."""
+    return x.view(np.uint8) if isinstance(x, np.ndarray) and x.dtype.name in CACHE_DTYPES and x.dtype != np.int8 else x
 
 
 # On the GPU -----------------------------------------------------------------------------------------------------------
