@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -212,6 +213,8 @@ class _Prepared:
     """(slot, bytes) of each part; () where there is none"""
 
 
+_INDICES = ("cache_seqlens", "page_table", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q")
+"""What a kernel addresses memory by: copied to the host and checked with CUATTN_DEBUG=1."""
 _NO_POINTERS = [0] * len(POINTERS)
 _OUT, _LSE, _CALL, _LENGTH = (SLOT[name] for name in ("out", "lse", "call", "cache_seqlen"))
 _CALL_BITS = (1 << 48) - 1
@@ -235,6 +238,9 @@ def _launch(made: _Call) -> Any:
         if prepared is None:
             prepared = _prepare(key, views, mask, mods, own_views, scalars, device)
         plan: DecodePlan = prepared.plan
+        if os.environ.get("CUATTN_DEBUG"):
+            host = {name: library.host(present[name]) for name in _INDICES if name in present}
+            _check_host({**host, **{name: None for name in ("k",) if name in present}}, length, plan.problem)
         out = present.get("out")
         if out is None:
             out = library.empty(prepared.out_shape, plan.problem.dtype, device)

@@ -421,7 +421,7 @@ def test_a_graph_serves_any_lengths(cupy_backend: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_pages_outside_the_cache_are_not_touched(cupy_backend: Any) -> None:
+def test_pages_outside_the_cache_are_not_touched(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their keys count as zeros, and new tokens of theirs are dropped; lengths past the cache end with it."""
     case = Decode("float16", lengths=(61, 30), new=2, page=8)
     given = dict(arguments(case))
@@ -439,6 +439,10 @@ def test_pages_outside_the_cache_are_not_touched(cupy_backend: Any) -> None:
     for name in padded:
         around = cupy_backend.get(padded[name])
         assert (around[:32] == 7).all() and (around[-32:] == 7).all(), name
+    with monkeypatch.context() as patch:
+        patch.setenv("CUATTN_DEBUG", "1")
+        with pytest.raises(ValueError, match=r"^page_table: "):
+            cuattn.attention_with_kvcache(**made)
     zeros = {n: np.concatenate([given[n], np.zeros((3, *given[n].shape[1:]), np.float16)]) for n in ("k_cache", "v_cache")}
     table[0, 2], table[0, 7], table[1, 1] = pages, pages + 1, pages + 2
     expected = {**given, **zeros, "page_table": table}
