@@ -709,7 +709,7 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
         head_dim_v=dims[1],
         m_blocks=m_blocks,
         n_blocks=n_blocks,
-        q_splits=_q_splits(ctas, m_blocks * p.group, slots),
+        q_splits=1 if _sums_in_order(backward) else _q_splits(ctas, m_blocks * p.group, slots),
         dq_splits=dq_splits,
         bias_kind=_bias_kind(backward),
         staged_bias=staged,
@@ -727,6 +727,13 @@ MIN_TILES_PER_SPLIT = 4
 def _q_splits(ctas: int, tiles: int, slots: int) -> int:
     """Parts of the queries of a key tile, so that few keys and heads still fill most of the GPU."""
     return max(1, min(slots // max(1, ctas), tiles // MIN_TILES_PER_SPLIT))
+
+
+def _sums_in_order(backward: BackwardProblem) -> bool:
+    """Whether one CTA must visit all heads of a group, because they add to the same elements of a bias in a fixed order."""
+    if not backward.deterministic or backward.bias is None or _bias_kind(backward) is not CELLS:
+        return False
+    return backward.forward.group > 1 and (1, 1, 1, 1, *backward.bias.shape)[-3] == 1
 
 
 def _bias_kind(backward: BackwardProblem) -> BiasKind:

@@ -84,3 +84,12 @@ def test_sizes_do_not_reach_the_source() -> None:
         plan = make_backward_plan(backward_problem_of(problem_of("bfloat16", seqlens=seqlens)), DEVICES["sm_90a"])
         sources.add(backward_units(plan)["backward"].source)
     assert len(sources) == 1
+
+
+def test_sums_over_the_heads_of_a_group_have_one_order() -> None:
+    """Heads that add to the same elements of a bias are visited by one CTA, one after the other, in deterministic mode."""
+    bias = Bias(view((1, 512, 512), "bfloat16"))
+    problem = problem_of("bfloat16", seqlens=(512, 512), heads=(8, 2), mods=(bias,))
+    free, ordered = (make_backward_plan(backward_problem_of(problem, d), DEVICES["sm_90a"]) for d in (False, True))
+    assert free.q_splits > 1
+    assert ordered.q_splits == 1 and len(ordered.launches) > 1
