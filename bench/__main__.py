@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cuattn
-from bench import ablation, backward, cases, ceilings, compare, figures, forward, host, jit, memory, results
+from bench import ablation, backward, cases, ceilings, compare, decode, figures, forward, host, jit, memory, results
 from bench.baselines import TITLES, available
 from bench.timing import Deadline
 
-ROUNDS = {"forward": 7, "backward": 5, "ablation": 7, "jit": 3}
-QUICK_ROUNDS = {"forward": 3, "backward": 3, "ablation": 3, "jit": 1}
+ROUNDS = {"forward": 7, "backward": 5, "decode": 7, "ablation": 7, "jit": 3}
+QUICK_ROUNDS = {"forward": 3, "backward": 3, "decode": 5, "ablation": 3, "jit": 1}
 TIME_LIMIT = 480.0
 
 
@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     summaries = {
         "forward": "GPU time of the forward pass",
         "backward": "GPU time of the gradients",
+        "decode": "GPU time of attention over a KV cache",
         "ablation": "GPU time of the Hopper forward with single choices undone",
         "host": "host time of a warm call, its backward, and autograd",
         "jit": "first call of a process, cold and warm cache",
@@ -64,17 +65,18 @@ JSON_HELP = {
 }
 
 
-STORED = ("forward", "backward", "host", "jit", "memory")
+STORED = ("forward", "backward", "decode", "host", "jit", "memory")
 """The parts of `all`."""
 
 
-def selected(arguments: argparse.Namespace) -> list[cases.Case]:
+def selected(arguments: argparse.Namespace) -> list[cases.Case | decode.DecodeCase]:
     """The cases of a part that --quick and --only leave."""
     if arguments.part == "all":
         return [case for part in STORED for case in selected(argparse.Namespace(**{**vars(arguments), "part": part}))]
-    everything = {
+    everything: Sequence[cases.Case | decode.DecodeCase] = {
         "forward": cases.QUICK if arguments.quick else cases.FORWARD,
         "backward": cases.BACKWARD_QUICK if arguments.quick else cases.BACKWARD,
+        "decode": decode.QUICK if arguments.quick else decode.CASES,
         "ablation": cases.ABLATION,
         "host": [cases.HOST],
         "jit": cases.JIT,
@@ -103,6 +105,12 @@ def run_part(arguments: argparse.Namespace, chosen: Sequence[cases.Case]) -> Non
     rounds = arguments.rounds or counts.get(arguments.part, 1)
     print(f"{env['gpu']}, sources {env['source_hash'][:12]}, {env['versions']}")
     peers = []
+    if arguments.part == "decode":
+        named = [name for name in arguments.peers.split(",") if name in decode.PEERS]
+        wanted = named or [name for name in decode.PEERS if not arguments.peers]
+        decode.run(chosen, wanted, rounds, store, env, deadline)
+        print(f"rows in {store.path}")
+        return
     if arguments.part in ("forward", "backward", "host") and arguments.peers != "none":
         named = [name for name in arguments.peers.split(",") if name]
         peers = available(backward.peer_names(named) if arguments.part == "backward" else named)

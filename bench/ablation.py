@@ -11,7 +11,7 @@ from bench.cases import Case
 from bench.forward import free_memory, l2_bytes, ours
 from bench.inputs import Inputs, best_arrays
 from bench.timing import Contender, Deadline, first_line, measure
-from cuattn import api, registry
+from cuattn import call, registry
 from cuattn.plan import Plan, make_plan
 from cuattn.problem import Problem
 from cuattn.registry import Device
@@ -23,6 +23,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "warpgroups take turns": {"ping_pong": True},
     "a CTA for each query tile": {"persistent": False},
     "no sections for L2": {"section": 1},
+    "one buffer for Q": {"q_stages": 1},
+    "maxima of every tile": {"keep_maxima": False},
     "waits as the compiler likes": {"late_wait": False},
     "mma.sync and cp.async": {"kernel": "forward_sm80"},
 }
@@ -49,19 +51,19 @@ def replanned(problem: Problem, device: Device, section: int = 0, kernel: str = 
 
 def contender(name: str, changes: dict[str, Any], inputs: Inputs) -> Contender:
     """The public call, for which a plan with `changes` has been prepared."""
-    api._prepared.clear()
-    with mock.patch.object(api, "make_plan", lambda problem, device: replanned(problem, device, **changes)):
+    call._prepared.clear()
+    with mock.patch.object(call, "make_plan", lambda problem, device: replanned(problem, device, **changes)):
         ours(inputs)()
-    prepared = dict(api._prepared)
+    prepared = dict(call._prepared)
 
-    def prepared_call(call: Any) -> Any:
+    def prepared_call(attend: Any) -> Any:
         def run() -> Any:
-            api._prepared.update(prepared)
-            return call()
+            call._prepared.update(prepared)
+            return attend()
 
         return run
 
-    return Contender(name, [prepared_call(call) for call in ours(inputs).calls])
+    return Contender(name, [prepared_call(attend) for attend in ours(inputs).calls])
 
 
 def run(cases: Sequence[Case], rounds: int, deadline: Deadline) -> None:
@@ -83,5 +85,5 @@ def run(cases: Sequence[Case], rounds: int, deadline: Deadline) -> None:
         print(case)
         for name, timing in times.items():
             print(f"  {name:28} {case.flops() * 1e-6 / timing.us:7.1f} TFLOP/s  x{planned / timing.us:.2f}")
-        api._prepared.clear()
+        call._prepared.clear()
         free_memory(arrays)

@@ -201,6 +201,8 @@ def other_lines(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
         elif part == "jit":
             cache = "empty cache" if kind == "cold" else "filled disk cache"
             lines.append(f"- First call of a process, {row['dtype']} d{row['d']}, {cache}: {row['us'] * 1e-6:.2f} s")
+        elif part == "decode":
+            lines.append(decode_line(row, titles))
         elif part == "memory":
             size = f"{row['seqlen_q']} x {row['seqlen_k']}, {row['heads']} heads, {row['mask']}"
             measured = f"{row['bytes'] / 2**20:.2f} MiB"
@@ -211,6 +213,16 @@ def other_lines(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
             else:
                 lines.append(f"- Memory beyond inputs and outputs, {size}: {measured}")
     return lines
+
+
+def decode_line(row: Row, titles: Mapping[str, str]) -> str:
+    """A stored row as the report shows it."""
+    length = str(row["seqlen_k"]) if row["seqlen_k"] else "mixed lengths"
+    queries = f", {row['seqlen_q']} query tokens" if row["seqlen_q"] > 1 else ""
+    peers = ", ".join(f"{titles.get(name, name)} {us:.1f}" for name, us in row["peers"].items())
+    note = f" ({peers})" if peers else ""
+    shape = f"{row['batch']} x {length}, {row['heads']}/{row['heads_kv']} heads, d{row['d']}, {', '.join(row['mods'])}{queries}"
+    return f"- Decode, {shape}: {row['us']:.1f} us, {row['gbps']:.0f} GB/s{note}"
 
 
 HOST_LINES = {

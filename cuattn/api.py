@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cuattn import arrays, call, jit
+from cuattn import arrays, call, decode_call, jit
 from cuattn.arrays import View, library_of
 from cuattn.backward import BackwardPlan, make_backward_plan, make_backward_problem
+from cuattn.decode import Scalars
 from cuattn.masks import Mask
 from cuattn.plan import Plan, make_plan
 from cuattn.problem import contiguous_strides, parse_mask, parse_mods
@@ -22,6 +23,7 @@ __all__ = [
     "attention_backward",
     "attention_varlen",
     "attention_varlen_backward",
+    "attention_with_kvcache",
     "backend_info",
     "explain",
     "vjp",
@@ -164,6 +166,100 @@ def _mask_of(causal: Any, window: Any, mask: Any) -> Mask:
     if mask is None and window is None and (causal is False or causal is True):
         return _CAUSAL if causal else _FULL
     return parse_mask(causal, window, mask)
+
+
+def attention_with_kvcache(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any = None,
+    v: Any = None,
+    *,
+    cache_seqlens: Any,
+    page_table: Any = None,
+    cache_batch_idx: Any = None,
+    cache_leftpad: Any = None,
+    cu_seqlens_q: Any = None,
+    max_seqlen_q: int | None = None,
+    rotary_cos: Any = None,
+    rotary_sin: Any = None,
+    rotary_interleaved: bool = True,
+    num_splits: int = 0,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    scale: float | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Any = None,
+    bias: Any = None,
+    alibi_slopes: Any = None,
+    softcap: float | None = None,
+    score_mod: Any = None,
+    sinks: Any = None,
+    deterministic: bool = False,
+    precision: str = "ieee",
+    return_lse: bool = False,
+    out: Any = None,
+) -> Any:
+    """Attention of a few new tokens over a cache of keys and values, into which it first writes theirs.
+
+    q: (batch, seqlen_q, num_heads, head_dim), or packed (total_q, num_heads, head_dim) with cu_seqlens_q and max_seqlen_q as in
+      `attention_varlen`. Any number of tokens; built for one to a few dozen.
+    k_cache, v_cache: (rows, seqlen, num_heads_kv, head_dim or head_dim_v), or with page_table (pages, page_size, num_heads_kv,
+      ...). Of q's dtype, or under 16-bit q of 8 bits: float8_e4m3fn, uint8 that holds its bits, or int8.
+    k, v: (batch, tokens, num_heads_kv, ...), packed (total_q, num_heads_kv, ...): new tokens, written into the cache behind
+      what it holds. None: the cache holds everything already.
+    cache_seqlens: (batch,) int32 or one integer: tokens in the cache before the new ones, padding on the left included. They
+      stay on the device, unread, and are not changed.
+    page_table: (batch, max_pages) int32: token n of a sequence lies in page page_table[b, n // page_size].
+    cache_batch_idx: (batch,) int32: which row of the cache, or of the page table, is whose. Default: their own.
+    cache_leftpad: (batch,) int32: tokens to skip at the start. i, j and positions count from there.
+    rotary_cos, rotary_sin: (positions, rotary_dim / 2): rotates the first rotary_dim dimensions of new keys by their position
+      j, and of query i by that of the key it is aligned with, i + seqlen_k - seqlen_q. rotary_interleaved: pairs (0, 1), (2, 3)
+      ..., otherwise (0, rotary_dim / 2), (1, rotary_dim / 2 + 1) ...
+    num_splits: into how many parts a sequence's keys are divided; 0 divides all work evenly over the GPU.
+    k_scale, v_scale: (num_heads_kv,) or (batch, num_heads_kv) float32: what the elements of an 8-bit cache are multiplied with,
+      and new ones divided by; default 1.
+    deterministic: what a sequence yields does not depend, to the bit, on the others in the batch. Without it, results are
+      reproducible for the same lengths on the same GPU.
+    Other options are those of `attention`; seqlen_k is a sequence's length with its new tokens, and mask and bias broadcast to
+    (batch, num_heads, seqlen_q, tokens that the cache has room for).
+
+    Returns out of q's shape with head_dim_v, or (out, lse). A length or page that only the device knows and that lies outside
+    the cache is neither read nor written: its keys count as zeros. Has no gradient. Raises as `attention` does.
+
+    >>> import numpy as np
+    >>> cache_k, cache_v = np.zeros((2, 1, 16, 2, 8), np.float32)
+    >>> new = np.ones((1, 1, 2, 8), np.float32)
+    >>> attention_with_kvcache(new, cache_k, cache_v, new, new, cache_seqlens=0, causal=True)[0, 0, 0, :2]
+    array([1., 1.], dtype=float32)
+    >>> int(cache_k[0, :, 0, 0].sum())
+    1
+    """
+    named = {
+        "q": q,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "k": k,
+        "v": v,
+        "cache_seqlens": cache_seqlens,
+        "page_table": page_table,
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+        "cu_seqlens_q": cu_seqlens_q,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+        "sinks": sinks,
+        "out": out,
+    }
+    return decode_call.attend(
+        named,
+        _mask_of(causal, window, mask),
+        parse_mods(softcap, alibi_slopes, bias, score_mod),
+        Scalars(scale, return_lse, bool(deterministic), num_splits, bool(rotary_interleaved), max_seqlen_q, precision),
+    )
 
 
 # Gradients ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from cuattn.arrays import View
 from cuattn.fields import ITEMSIZE, Operand
-from cuattn.masks import Full
+from cuattn.masks import Full, SlidingWindow
+from cuattn.plan import SPLIT_PARTS
 from cuattn.problem import Problem, vector_bytes
 from cuattn.registry import Device, Tiles, register_weight, round_up
 from cuattn.score_mods import Bias, UserMod
@@ -25,14 +26,17 @@ POINTERS = (
     "dbias",
     "row_stats",
     "dq_sum",
+    "turns",
     "partial_dk",
     "partial_dv",
     "bias_sum",
+    "split_dout",
 )
 """The first words of BackwardParams; the gradients of the parameters of user code take the slots after."""
-ZEROED = ("dq_sum", "bias_sum")
+ZEROED = ("dq_sum", "turns", "bias_sum")
 """Parts of the workspace that kernels add to."""
-WORKSPACE = (*ZEROED, "row_stats", "partial_dk", "partial_dv", "tile_map")
+SPLIT = ("split_q", "split_k", "split_v", "split_dout", "magnitudes")
+WORKSPACE = (*ZEROED, "row_stats", "partial_dk", "partial_dv", "tile_map", *SPLIT)
 """Parts of the workspace, in order."""
 
 
@@ -159,10 +163,17 @@ class Gemm:
     """columns of a panel where tiles are swizzled instead"""
     lanes_across: int = 4
     """lanes that share the columns of a warp's scores"""
+    trailer: int = 0
+    """bytes after a tile"""
+
+    @property
+    def splits_inputs(self) -> bool:
+        """Whether q, k, v and dout are first written as pairs of fp16 numbers (kernels/mainloop/split_input.cuh)."""
+        return self.cuda == "WarpSplit"
 
     def tile_bytes(self, rows: int, cols: int, scores: bool = False) -> int:
         pitch = round_up(cols, self.panel) + self.pads[scores]
-        return rows * pitch * self.itemsize
+        return rows * pitch * self.itemsize + self.trailer
 
 
 SPLIT_LEAST = 512
@@ -181,7 +192,10 @@ def gemm_of(problem: Problem, device: Device) -> Gemm:
     few = queries * problem.group < SPLIT_LEAST or keys < SPLIT_LEAST
     if problem.precision == "ieee" or (problem.precision == "tf32x3" and few):
         return Gemm("WarpSimt", 4, (4, 16), (16, 32), (4, 32), (4, 8), lanes_across=8)
-    return Gemm(f"WarpTf32<{2 if problem.precision == 'tf32x3' else 1}>", 4, (16, 16), (16, 16), (16, 16), panel=32)
+    units = ((16, 16), (16, 16), (16, 16))
+    if problem.precision == "tf32x3":
+        return Gemm("WarpSplit", 4, *units, panel=32, trailer=4 * SPLIT_PARTS)
+    return Gemm("WarpTf32", 4, *units, panel=32)
 
 
 def warp_grid(rows: int, cols: int, warps: int, units: tuple[int, int]) -> tuple[int, int]:
@@ -227,7 +241,6 @@ class BackwardPlan:
     smem_bytes: int
     num_splits: int = field(default=1, init=False)
     dv_chunks: int = field(default=1, init=False)
-    split_inputs: bool = field(default=False, init=False)
     bias_stages: int = field(default=0, init=False)
 
     @property
@@ -254,16 +267,30 @@ class BackwardPlan:
         return not p.mods and p.scale > 0 and p.dropout == 0 and not p.mask.tiled
 
     @property
-    def rotates(self) -> bool:
-        """backward_sm90: key tiles, which all visit the same queries, begin with different ones."""
-        return self.tiles.rotate and isinstance(self.problem.mask, Full) and self.q_splits == 1
+    def takes_turns(self) -> bool:
+        """backward_sm90, deterministic: key tiles add to dq in their order."""
+        return self.uses_tma and self.backward.deterministic
 
     @property
     def section(self) -> int:
-        """backward_sm90: pairs of sequences and KV heads whose queries and sums of dq fit into L2 together."""
+        """backward_sm90: pairs of sequences and KV heads whose key tiles take turns: as many as have their queries and sums of
+        dq in L2 together, but enough of them to keep the GPU busy to the end.
+        """
         p = self.problem
         row = 2 * self.head_dim + 2 * self.head_dim_v + 4 * self.head_dim
-        return max(1, L2_BYTES // max(1, row * min(p.seqlen_q, p.total_q) * p.group))
+        in_cache = L2_BYTES // max(1, row * min(p.seqlen_q, p.total_q) * p.group)
+        pairs = self.q_splits * p.num_heads_kv * self.batches
+        return min(max(1, in_cache, -(-2 * self.device.num_sms // self.n_blocks)), max(1, pairs))
+
+    @property
+    def split_inputs(self) -> bool:
+        return self.gemm.splits_inputs
+
+    @property
+    def split_grid(self) -> int:
+        """CTAs of magnitude.cu and split.cu, and words of magnitudes."""
+        p = self.problem
+        return SPLIT_PARTS * (1 if p.packed else p.batch) * 2 * (p.num_heads + p.num_heads_kv)
 
     @property
     def batches(self) -> int:
@@ -283,7 +310,7 @@ class BackwardPlan:
 
     @property
     def shares(self) -> int:
-        return self.dq_splits if self.backward.deterministic else self.n_blocks
+        return self.dq_splits if self.backward.deterministic and not self.takes_turns else self.n_blocks
 
     @property
     def launches(self) -> tuple[tuple[int, int, int, int], ...]:
@@ -347,13 +374,22 @@ class BackwardPlan:
         sums = splits * rest[0] * rest[1] * rest[2] * rest[3]
         sizes = (
             size * self.dq_splits * self.dq_elements,
+            4 * self.dq_elements // (self.tiles.block_m * self.head_dim) if self.takes_turns else 0,
             size * sums,
             stats_bytes(p) * self.partial_rows,
             size * partial * p.head_dim,
             size * partial * p.head_dim_v,
             4 * self.map_batches * self.map_heads * self.m_blocks * 2 * self.map_words,
+            *self._split_workspace(),
         )
         return tuple(round_up(n, 256) for n in sizes)
+
+    def _split_workspace(self) -> tuple[int, ...]:
+        if not self.split_inputs:
+            return (0,) * len(SPLIT)
+        size, size_v = 4 * self.head_dim, 4 * self.head_dim_v
+        rows_q, rows_kv = self.partial_rows, self.rows_kv
+        return rows_q * size, rows_kv * size, rows_kv * size_v, rows_q * size_v, 4 * self.split_grid
 
     def __str__(self) -> str:
         t = self.tiles
@@ -361,6 +397,7 @@ class BackwardPlan:
         extras += f", {self.dq_splits} sums of dq" * (self.dq_splits > 1) + ", tile map" * bool(self.map_words)
         extras += f", bias by {self.bias_kind.name}" * (self.bias_kind is not NO_BIAS)
         instead = f" instead of {SM90}: {'; '.join(self.declined)}" * (bool(self.declined) and self.device.arch == "sm_90a")
+        extras += ", inputs as fp16 pairs" * self.split_inputs
         return (
             f"Plan({self.kernel} for {self.device.arch}: {self.gemm.cuda}, {t.block_m}x{t.block_n} x{t.stages}, "
             f"d{self.head_dim}/{self.head_dim_v}, {self.threads} threads, {self.smem_bytes} B shared, "
@@ -404,7 +441,7 @@ def smem_bytes(problem: Problem, tiles: Tiles, gemm: Gemm, staged: Operand | Non
     # Column sums of each warp and thread, or row sums of each warp.
     columns = down * n + 32 * tiles.warps * (n // max(1, across) // gemm.lanes_across)
     sums = real * max(columns, across * m) if any(isinstance(mod, Bias) for mod in problem.mods) else 0
-    results = n * (max(dim, dim_v) * gemm.itemsize + 16)
+    results = n * (max(dim, dim_v) * ITEMSIZE[problem.dtype] + 16)
     return max(keys + tiles.stages * stage + 2 * gemm.tile_bytes(m, n, scores=True) + sums, results)
 
 
@@ -464,6 +501,26 @@ _TF32 = {
     256: (Tiles(32, 32, 1, 8, 1), Tiles(16, 32, 1, 8, 1)),
     512: (Tiles(16, 32, 1, 8, 1, 15), Tiles(16, 16, 1, 8, 1)),
 }
+_SPLIT = {
+    64: (
+        Tiles(64, 64, 1, 4, 2, 5, "two CTAs hide each other's barriers", (90, 100)),
+        Tiles(64, 64, 1, 8, 1, 15),
+        Tiles(32, 64, 1, 8, 1),
+    ),
+    128: (
+        Tiles(64, 64, 2, 8, 1, 15),
+        Tiles(64, 64, 1, 8, 1, 15),
+        Tiles(32, 64, 1, 8, 1, 15),
+        Tiles(32, 32, 1, 8, 1),
+    ),
+    256: (
+        Tiles(64, 32, 1, 8, 1, archs=(80, 90)),
+        Tiles(32, 32, 1, 8, 1, archs=(80, 90)),
+        Tiles(16, 32, 1, 8, 1),
+        Tiles(16, 16, 1, 8, 1),
+    ),
+    512: (Tiles(16, 16, 1, 8, 1),),
+}
 _FP64 = {
     64: (Tiles(16, 64, 1, 4, 2, 5), Tiles(16, 64, 1, 8, 1), Tiles(16, 32, 1, 8, 1)),
     128: (Tiles(16, 32, 1, 4, 2, 5), Tiles(16, 32, 1, 8, 1), Tiles(16, 16, 1, 8, 1)),
@@ -479,8 +536,8 @@ MAX_REGISTERS = 232
 def candidates(problem: Problem, device: Device, deterministic: bool = False) -> Sequence[Tiles]:
     """Tiles that fit shared memory and registers, best first."""
     gemm = gemm_of(problem, device)
-    tables = {"WarpHalf": _16BIT, "WarpSimt": _FP32}
-    table = _FP64 if problem.dtype == "float64" else tables.get(gemm.cuda.partition("<")[0], _TF32)
+    tables = {"WarpHalf": _16BIT, "WarpSimt": _FP32, "WarpSplit": _SPLIT, "WarpTf32": _TF32, "WarpWide": _FP64}
+    table = tables[gemm.cuda.partition("<")[0]]
     # A bias that is not staged is read by addresses in registers, or gathered there.
     biased = any(isinstance(mod, Bias) for mod in problem.mods)
     weight = register_weight(problem)
@@ -505,6 +562,18 @@ L2_BYTES = 32 << 20
 """Of an H200's 50 MB, what may be counted on."""
 
 
+LEAST_WINDOW = 256
+"""Keys of a window from which its few query tiles a key tile outweigh what a CTA costs before and after them."""
+
+
+def _window(problem: Problem) -> int | None:
+    """Keys that a query of a window sees, None without one."""
+    mask = problem.mask
+    if not isinstance(mask, SlidingWindow) or mask.left is None or mask.right is None:
+        return None
+    return mask.left + mask.right + 1
+
+
 def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
     """Reasons why backward.cu, which serves everything, runs a problem instead."""
     p, reasons = backward.forward, []
@@ -512,22 +581,31 @@ def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
         return [f"needs sm_90a, got {device.arch}"]
     if p.dtype not in ("float16", "bfloat16"):
         return [f"multiplies float16 and bfloat16, got {p.dtype}"]
-    if max(p.head_dim, p.head_dim_v) > 128:
-        reasons.append(f"serves head dimensions to 128, got {p.head_dim} and {p.head_dim_v}")
+    widest = max(p.head_dim, p.head_dim_v)
+    if widest > 256:
+        reasons.append(f"serves head dimensions to 256, got {p.head_dim} and {p.head_dim_v}")
     for name, alignment in zip(("q", "k", "v"), p.vectors, strict=False):
         reasons += tma_obstacles(name, p.operand(name), alignment)
     reasons += tma_obstacles("dout", backward.dout, backward.vector_dout)
     reasons += [f"{name} is empty" for name, n in (("q", p.total_q), ("k", p.total_k)) if n == 0]
     if _bias_kind(backward) is ROWS:
         reasons.append("does not sum a bias over keys")
+    if _bias_kind(backward) is COLUMNS and widest > 128:
+        reasons.append("sums a bias over queries for head dimensions to 128")
+    if bias_to_stage(p) is not None:
+        reasons.append("reads a bias element by element, not in tiles")
+    window = _window(p)
+    if window is not None and window < LEAST_WINDOW:
+        reasons.append(f"does not repay its start in windows of less than {LEAST_WINDOW} keys, got {window}")
     if not reasons and not sm90_candidates(backward):
         reasons.append("has no registers left for these modifications")
     return reasons
 
 
 def sm90_dims(problem: Problem) -> tuple[int, int]:
-    """Head dimensions in whole panels of 64 columns."""
-    return round_up(problem.head_dim, 64), round_up(problem.head_dim_v, 64)
+    """Head dimensions in whole panels of 64 columns, beyond 128 for each of two warpgroups."""
+    unit = 64 if max(problem.head_dim, problem.head_dim_v) <= 128 else 128
+    return round_up(problem.head_dim, unit), round_up(problem.head_dim_v, unit)
 
 
 def sm90_smem_bytes(problem: Problem, tiles: Tiles) -> int:
@@ -536,7 +614,8 @@ def sm90_smem_bytes(problem: Problem, tiles: Tiles) -> int:
     m, n, stages = tiles.block_m, tiles.block_n, tiles.stages
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
     bulk = 4 * m * dim if tiles.bulk else 0
-    return 2 * n * (dim + dim_v) + stages * stage + 2 * 2 * m * n + bulk + 8 * (3 + 5 * stages) + 1024
+    through = 2 if n == 64 else 1  # dS, and P where the warpgroups share their keys
+    return 2 * n * (dim + dim_v) + stages * stage + through * 2 * 2 * m * n + bulk + 8 * (2 + 6 * stages) + 1024
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four
@@ -547,6 +626,7 @@ _SM90 = {  # by the wider head dimension; warps include the producer's four
         Tiles(32, 128, 2, 12, max_weight=17),
     ),
     128: (Tiles(64, 128, 2, 12, max_weight=5), Tiles(32, 128, 2, 12, max_weight=13)),
+    256: (Tiles(64, 64, 2, 12, max_weight=17),),
 }
 
 
@@ -557,10 +637,12 @@ def sm90_candidates(backward: BackwardProblem) -> Sequence[Tiles]:
     weight += backward.deterministic + 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
     widest = max(sm90_dims(problem))
     tiles = next((tiles for limit, tiles in _SM90.items() if widest <= limit), ())
-    # Under a causal mask additions to dq spread by themselves. Where all key tiles add to the same dq at once, the copy engine
-    # waits instead of the consumers.
-    bulk = isinstance(problem.mask, Full)
-    return [replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight]
+    # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
+    # spread by themselves, and at 256 there is no shared memory left to stage them.
+    bulk = widest == 128 or (widest == 64 and isinstance(problem.mask, Full))
+    # The rows that a window shows to 128 keys begin and end at multiples of 64 more often than of 96.
+    rows = 128 if _window(problem) is None else 64
+    return [replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight and t.block_m <= rows]
 
 
 def _sm90_gemm(problem: Problem) -> Gemm:
@@ -610,9 +692,10 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
     resident = max(1, min(tiles.min_blocks, device.smem_per_sm // (smem + 1024)))
     slots, heads = resident * device.num_sms, max(1, p.num_heads_kv * p.batch)
     dq_splits = 1
-    if backward.deterministic:
+    in_turn = backward.deterministic and not hopper
+    if in_turn:
         dq_splits = min(n_blocks, max(1, slots // heads))
-    ctas = heads * (dq_splits if backward.deterministic else n_blocks)
+    ctas = heads * (dq_splits if in_turn else n_blocks)
     per_batch, per_head = p.mask.varies(p.mask_operands)
     own_lengths = p.packed or p.operand("q_lens") is not None or p.operand("kv_lens") is not None
     return BackwardPlan(

@@ -28,6 +28,7 @@ from cuattn.backward import (
     make_backward_problem,
 )
 from cuattn.codegen import BIAS_THREADS, COMBINE_THREADS, PREPARE_THREADS, Unit, backward_units, bias_is_wide, units
+from cuattn.decode import DecodePlan
 from cuattn.fields import ITEMSIZE
 from cuattn.launch import BackwardParameters, Parameters
 from cuattn.masks import Mask
@@ -463,7 +464,11 @@ _calls = itertools.count(secrets.randbits(62))
 
 
 def _allocate(
-    library: Library, device: ArrayDevice, parts: tuple[tuple[int, int], ...], plan: Plan | BackwardPlan, pointers: list[int]
+    library: Library,
+    device: ArrayDevice,
+    parts: tuple[tuple[int, int], ...],
+    plan: Plan | BackwardPlan | DecodePlan,
+    pointers: list[int],
 ) -> Any:
     """One allocation for the whole workspace, parts of it as (slot, bytes); their addresses go into `pointers`."""
     total = sum(size for _, size in parts)
@@ -509,7 +514,7 @@ def _remember(key: Any, prepared: Any) -> None:
         _prepared[key] = prepared
 
 
-def _load(unit: Unit, plan: Plan | BackwardPlan) -> Any:
+def _load(unit: Unit, plan: Plan | BackwardPlan | DecodePlan) -> Any:
     """The kernel of a translation unit, built if need be."""
     try:
         cubin = jit.build(unit.source, plan.device.arch)
@@ -663,6 +668,8 @@ def _prepare_backward(
 def _backward_steps(plan: BackwardPlan) -> tuple[_Step, ...]:
     p, bias = plan.problem, plan.backward.bias
     grids = {
+        "magnitude": plan.split_grid,
+        "split": plan.split_grid,
         "tile_map": -(-plan.map_batches * plan.map_heads * plan.m_blocks * plan.map_words // WARPS_PER_TILE_MAP),
         "prepare": -(-plan.partial_rows * plan.prepare_lanes // PREPARE_THREADS),
         "sinks": p.num_heads,

@@ -8,7 +8,8 @@ from typing import Any
 
 from cuattn.arrays import View
 from cuattn.backward import BackwardPlan, BackwardProblem, declines, make_backward_plan, make_backward_problem
-from cuattn.masks import BlockSparse, BooleanMask, Full, Mask, SlidingWindow
+from cuattn.decode import DecodePlan, DecodeProblem, Scalars, declines_decode, make_decode_plan, make_decode_problem
+from cuattn.masks import BlockSparse, BooleanMask, Full, Mask, SlidingWindow, TreeMask
 from cuattn.plan import Plan, make_plan
 from cuattn.problem import Problem, contiguous_strides, make_problem
 from cuattn.registry import DEVICES, FORWARD, Device
@@ -151,10 +152,13 @@ def backward_plans(arch: str, everything: bool = False) -> list[BackwardPlan]:
 
 
 def _hopper_plans(device: Device) -> Iterator[BackwardPlan]:
-    """Every option at both widths of backward_sm90, and deterministic calls."""
-    for dtype, dims in itertools.product(("float16", "bfloat16"), ((64, 64), (128, 128))):
+    """Every option at every width of backward_sm90, and deterministic calls."""
+    for dtype, dims in itertools.product(("float16", "bfloat16"), ((64, 64), (128, 128), (256, 256), (192, 128))):
+        # Biases that are not aligned, which keeps them on this kernel.
+        biases = [Bias(view(shape, dtype, 2)) for shape in ((1, 16, 4096, 4096), (16, 1, 4096))]
+        more = [{"mods": (bias,)} for bias in biases] + [{"mask": SlidingWindow(1024, 0)}]
         problems = [(problem_of(dtype, dims=dims, mask=mask), True) for mask in (Full(), SlidingWindow(None, 0))]
-        problems += [(problem_of(dtype, dims=dims, **options), False) for options in ({}, *_features(dtype))]
+        problems += [(problem_of(dtype, dims=dims, **options), False) for options in ({}, *_features(dtype), *more)]
         for problem, deterministic in problems:
             if not declines(problem, device):
                 yield make_backward_plan(backward_problem_of(problem, deterministic), device)
@@ -171,3 +175,67 @@ def plans(arch: str, everything: bool = False) -> list[Plan]:
         for problem in problems(everything)
         if not all(spec.unsupported(problem, device) for spec in FORWARD)
     ]
+
+
+def decode_problem_of(
+    dtype: str = "bfloat16",
+    cache_dtype: str | None = None,
+    dims: tuple[int, int] = (128, 128),
+    *,
+    seqlen_q: int = 1,
+    heads: tuple[int, int] = (64, 8),
+    page_size: int = 16,
+    mask: Mask | None = None,
+    mods: tuple[ScoreMod, ...] = (),
+    appends: bool = False,
+    packed: bool = False,
+    rotary_dim: int = 0,
+    sinks: bool = False,
+    misaligned: bool = False,
+    **options: Any,
+) -> DecodeProblem:
+    """A call over a cache that need not exist: four sequences of up to 4096 tokens, contiguous where page_size is 0."""
+    batch, length, ptr = 4, 4096, 2 if misaligned else 0
+    cache = (batch * length // page_size, page_size) if page_size else (batch, length)
+    lead = (batch * seqlen_q,) if packed else (batch, seqlen_q)
+    views = {
+        "q": view((*lead, heads[0], dims[0]), dtype, ptr),
+        "k_cache": view((*cache, heads[1], dims[0]), cache_dtype or dtype, ptr),
+        "v_cache": view((*cache, heads[1], dims[1]), cache_dtype or dtype, ptr),
+        "cache_seqlens": view((batch,), "int32"),
+    }
+    if page_size:
+        views["page_table"] = view((batch, length // page_size), "int32")
+    if packed:
+        views["cu_seqlens_q"] = view((batch + 1,), "int32")
+    if appends:
+        views.update({name: view((*lead, heads[1], dim), dtype) for name, dim in zip(("k", "v"), dims, strict=True)})
+    if rotary_dim:
+        views.update({name: view((length, rotary_dim // 2), "float32") for name in ("rotary_cos", "rotary_sin")})
+    if sinks:
+        views["sinks"] = view((heads[0],), "float32")
+    mask = mask or SlidingWindow(None, 0)
+    own = [*mask.arrays, *(a for mod in mods for a in mod.arrays)]
+    scalars = Scalars(None, True, False, 0, True, seqlen_q if packed else None, "tf32" if dtype == "float32" else "ieee")
+    return make_decode_problem(views, mask, mods, own, scalars._replace(**options))
+
+
+def decode_plans(arch: str, everything: bool = False) -> list[DecodePlan]:
+    """As `plans`, over a KV cache: one query token, or also several, other caches and options."""
+    device = DEVICES[arch]
+    problems = [decode_problem_of(dims=dims, appends=True) for dims in COMMON_DIMS]
+    if everything:
+        alibi, bias = Alibi(view((64,), "float32")), Bias(view((4, 64, 8, 4096), "bfloat16"))
+        tree = TreeMask(view((4, 1, 8, 8), "bool")) & SlidingWindow(512, None)
+        problems += [
+            decode_problem_of("float16", page_size=0, seqlen_q=4, appends=True, rotary_dim=64),
+            decode_problem_of(seqlen_q=8, mask=tree, mods=(SoftCap(30.0), alibi, bias), sinks=True, packed=True),
+            decode_problem_of("float16", "int8", rotary_dim=32, appends=True, packed=True),
+            decode_problem_of("bfloat16", "float8_e4m3fn", seqlen_q=8, appends=True),
+            decode_problem_of("bfloat16", "float8_e4m3fn", (256, 256), heads=(32, 8)),
+            decode_problem_of(dims=(256, 256), heads=(32, 8), seqlen_q=16),
+            decode_problem_of(dims=(100, 72), misaligned=True),
+            decode_problem_of("float32", dims=(256, 256), seqlen_q=8),
+            decode_problem_of("float64", seqlen_q=8),
+        ]
+    return [make_decode_plan(problem, device) for problem in problems if not declines_decode(problem, device)]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from cuattn.backward import CELLS, COLUMNS, STORE, BackwardPlan, one_row
+from cuattn.decode import APPEND_THREADS, CACHE_DTYPES, DecodePlan, decode_words
 from cuattn.fields import CTYPES, ITEMSIZE, Operand
 from cuattn.launch import backward_parameter_bytes, parameter_bytes
 from cuattn.plan import SPLIT_THREADS, WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan
@@ -46,7 +47,7 @@ def _flag(value: bool) -> str:
     return "true" if value else "false"
 
 
-def mod_type(plan: Plan | BackwardPlan) -> str:
+def mod_type(plan: Plan | BackwardPlan | DecodePlan) -> str:
     """C++ type of a plan's score modifications, applied in order."""
     types = [mod.cuda_type(operands, uniform) for mod, operands, uniform in _mods(plan)]
     if not types:
@@ -54,7 +55,7 @@ def mod_type(plan: Plan | BackwardPlan) -> str:
     return functools.reduce(lambda rest, first: f"Chain<{first}, {rest}>", reversed(types))
 
 
-def _mods(plan: Plan | BackwardPlan) -> Iterator[tuple[ScoreMod, Sequence[Operand], int | None]]:
+def _mods(plan: Plan | BackwardPlan | DecodePlan) -> Iterator[tuple[ScoreMod, Sequence[Operand], int | None]]:
     """Each modification, its operands, and what `ScoreMod.cuda_type` wants to know of the backward."""
     p = plan.problem
     wanted = plan.backward.wanted if isinstance(plan, BackwardPlan) else (False,) * len(p.mods)
@@ -77,6 +78,9 @@ def _translation_unit(
     """The text around `struct Config`. `arguments`: name of the parameter struct in kernels/params.cuh, of so many bytes."""
     p = plan.problem
     definitions = [mod.cuda_source(operands, uniform) for mod, operands, uniform in _mods(plan)] if with_mods else []
+    if any(definitions):
+        functions = "FastFunctions" if p.dtype in ("float16", "bfloat16") else "LibraryFunctions"
+        definitions.insert(0, f"using Functions = {functions};")
     sinks = p.operand("sinks")
     lens = p.operand("q_lens") is not None or p.operand("kv_lens") is not None
     types = {
@@ -152,12 +156,13 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
         **{f"kVec{name}": n for name, n in zip(("Q", "K", "V", "Out"), vectors, strict=True)},
     }
     types = {"Mma": plan.mma} if attends and plan.mma else {}
-    flags = {"kOneChunk": plan.dv_chunks == 1, "kSplit": plan.num_splits > 1}
+    flags = {"kOneChunk": plan.dv_chunks == 1, "kSplit": plan.num_splits > 1, "kPairRuns": False}
     tma = attends and plan.uses_tma
     if tma:
-        constants["kBiasStages"] = plan.bias_stages
         t = plan.tiles
+        constants |= {"kBiasStages": plan.bias_stages, "kQStages": t.q_stages}
         flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong, "kPersistent": t.persistent, "kLateWait": t.late_wait}
+        flags["kKeepsMaxima"] = t.keep_maxima
     arguments = "TmaArguments" if tma else "ForwardArguments"
     size = parameter_bytes(plan, attends)
     return _translation_unit(plan, kernel, arguments, size, types, constants, flags, attends)
@@ -172,11 +177,15 @@ COMBINE_THREADS = 128
 
 
 def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
-    """By role, in launch order: tile_map (if the mask needs one), prepare, sinks (if there are), backward, convert, combine (if
-    CTAs shared queries), bias (unless there is none, or it is stored as it comes).
+    """By role, in launch order: magnitude and split (if inputs become pairs of fp16 numbers), tile_map (if the mask needs one),
+    prepare, sinks (if there are), backward, convert, combine (if CTAs shared queries), bias (unless there is none, or it is
+    stored as it comes).
     """
     p, bias = plan.problem, plan.backward.bias
     result = {}
+    if plan.split_inputs:
+        result["magnitude"] = _backward_unit(plan, "magnitude", SPLIT_THREADS, 0)
+        result["split"] = _backward_unit(plan, "split", SPLIT_THREADS, 0)
     if plan.map_words:
         constants = {
             **_constants(plan, 32 * WARPS_PER_TILE_MAP, 0, 1),
@@ -189,7 +198,7 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
     if p.operand("sinks") is not None:
         result["sinks"] = _backward_unit(plan, "backward_sinks", SINKS_THREADS, 0)
     result["backward"] = _backward_unit(plan, plan.kernel, plan.threads, plan.smem_bytes)
-    staged = plan.tiles.block_m * (plan.head_dim * plan.gemm.itemsize + 16)
+    staged = plan.tiles.block_m * (plan.head_dim * ITEMSIZE[p.dtype] + 16)
     result["convert"] = _backward_unit(plan, "backward_convert", plan.slab_threads, staged)
     if plan.q_splits > 1:
         result["combine"] = _backward_unit(plan, "backward_combine", COMBINE_THREADS, 0)
@@ -198,7 +207,10 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
     return result
 
 
+_SPLIT_NEEDS = ("kHeadDim", "kHeadDimV", "kVecQ", "kVecK", "kVecV", "kVecDout", "kPairRuns")
 NEEDS = {
+    "magnitude": _SPLIT_NEEDS,
+    "split": _SPLIT_NEEDS,
     "backward_prepare": ("kPrepareLanes", "kVecOut", "kVecDout", "kTf32"),
     "backward_sinks": ("Sink",),
     "backward_convert": ("Gemm", "kHeadDim", "kBlockM", "kBlockN", "kSlabThreads", "kVecDq", "kVectorRed", "kWarpSlabs"),
@@ -214,7 +226,10 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
     attends = kernel == plan.kernel
     size = ITEMSIZE[p.dtype]
     ours = [math.gcd(16, dim * size) for dim in (p.head_dim, p.head_dim, p.head_dim_v)]  # contiguous, at an aligned address
-    vectors = (*p.vectors, backward.vector_dout, *ours)
+    theirs = (*p.vectors, backward.vector_dout)
+    if attends and plan.split_inputs:
+        theirs = (16, 16, 16, p.vectors[3], 16)  # the workspace is aligned
+    vectors = (*theirs, *ours)
     constants = {
         **_constants(plan, threads, smem_bytes, plan.tiles.min_blocks if attends else 1),
         "kSlabThreads": plan.slab_threads,
@@ -233,6 +248,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
     }
     flags = {
         "kTf32": p.precision == "tf32",
+        "kPairRuns": True,
         "kDeterministic": backward.deterministic,
         "kQuerySplit": plan.q_splits > 1,
         "kVectorRed": plan.device.number >= 90,
@@ -245,8 +261,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
     size = backward_parameter_bytes(plan, attends)
     if attends:
         if plan.uses_tma:
-            bulk = plan.tiles.bulk and not backward.deterministic
-            flags |= {"kEarly": plan.early, "kRotate": plan.rotates, "kBulkDq": bulk}
+            flags |= {"kEarly": plan.early, "kBulkDq": plan.tiles.bulk}
         arguments = "BackwardTmaArguments" if plan.uses_tma else "BackwardArguments"
         return _translation_unit(plan, kernel, arguments, size, types, constants, flags, True)
     sinks = p.operand("sinks")
@@ -273,3 +288,47 @@ def bias_is_wide(plan: BackwardPlan) -> bool:
     """Whether an element of dbias is a sum over all keys, which takes a CTA."""
     bias = plan.backward.bias
     return bias is not None and plan.bias_kind is COLUMNS and bias.shape[-1] == 1 and plan.problem.seqlen_k > 1
+
+
+# KV cache -------------------------------------------------------------------------------------------------------------
+
+
+def decode_units(plan: DecodePlan) -> dict[str, Unit]:
+    """By role, in launch order: append (if there are new keys), decode."""
+    p = plan.problem
+    result = {"append": _decode_unit(plan, "append", APPEND_THREADS, 0)} if p.appends else {}
+    return {**result, "decode": _decode_unit(plan, "decode", plan.threads, plan.smem_bytes)}
+
+
+def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -> Unit:
+    p, attends = plan.problem, kernel == "decode"
+    sinks, rotary = p.operand("sinks"), p.operand("rotary_cos")
+    types = {
+        "Element": CTYPES[p.dtype],
+        "Cache": CACHE_DTYPES.get(p.cache_dtype) or CTYPES[p.dtype],
+        "Real": "cuattn::Real",
+        "Rotary": CTYPES[rotary.dtype if rotary is not None else p.real],
+        "Mask": p.mask.cuda_type([op.dtype for op in p.mask_operands]) if attends else "FullMask",
+        "ScoreMod": mod_type(plan) if attends else "NoScoreMod",
+    }
+    constants = {"kThreads": threads, "kSmemBytes": smem_bytes, "kMinBlocks": plan.min_blocks if attends else 1}
+    flags = {"kPacked": p.packed, "kPaged": p.paged, "kRotary": rotary is not None}
+    flags["kInterleaved"] = p.rotary_interleaved and rotary is not None
+    if attends:
+        types |= {"Sink": CTYPES[sinks.dtype if sinks is not None else p.real], "Mma": plan.mma}
+        constants |= {
+            "kHeadDim": plan.head_dim,
+            "kHeadDimV": plan.head_dim_v,
+            "kBlockN": plan.block_n,
+            "kWarpsM": plan.warps_m,
+            "kWarpsN": plan.warps_n,
+            "kStages": plan.stages,
+            **{f"kVec{name}": n for name, n in zip(("Q", "K", "V", "Out"), p.vectors, strict=True)},
+        }
+        flags["kSinks"] = sinks is not None
+        flags["kWholeRows"] = (p.head_dim, p.head_dim_v) == (plan.head_dim, plan.head_dim_v)
+        caches = [p.operand(name) for name in ("k_cache", "v_cache")]
+        flags["kAlike"] = len({op.strides for op in caches if op is not None}) == 1
+    definitions = [mod.cuda_source(operands, uniform) for mod, operands, uniform in _mods(plan)] if attends else []
+    size = 8 * decode_words(plan, attends)
+    return _source(kernel, "DecodeArguments", size, CTYPES[p.real], definitions, types, constants, flags)

@@ -78,11 +78,11 @@ def forward(
         for span in spans(q, k, **lengths):
             q_b = np.multiply(q[span.q], float(scale), dtype=wide, casting="unsafe")
             k_b, v_b = k[span.k].astype(wide, copy=False), v[span.k].astype(wide, copy=False)
-            _sequence(span.batch, q_b, k_b, v_b, sinks, options, out[span.q], lse[span.lse])
+            sequence(span.batch, q_b, k_b, v_b, sinks, options, out[span.q], lse[span.lse])
     return out, lse
 
 
-def _sequence(b: int, q: Array, k: Array, v: Array, sinks: Array, options: Options, out: Array, lse: Array) -> None:
+def sequence(b: int, q: Array, k: Array, v: Array, sinks: Array, options: Options, out: Array, lse: Array) -> None:
     """One sequence: scaled q (Sq, Hq, D), k (Sk, Hkv, D), v (Sk, Hkv, Dv), sinks (Hq,) -> out (Sq, Hq, Dv), lse (Hq, Sq)."""
     group = max(1, q.shape[1] // max(1, k.shape[1]))
     k, v = k.transpose(1, 0, 2), v.transpose(1, 0, 2)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from cuattn.backward import POINTERS as BACKWARD_POINTERS
 from cuattn.backward import BackwardPlan
+from cuattn.decode import POINTERS as DECODE_POINTERS
+from cuattn.decode import DecodePlan, decode_fields, decode_variant
 from cuattn.fields import Field, Operand
 from cuattn.problem import POINTERS, SLOT, Problem, contiguous_strides
 from cuattn.registry import staged_bias
@@ -23,8 +25,8 @@ _Q, _SPLIT_Q = SLOT["q"], SLOT["split_q"]
 
 
 def _strides(plan: Plan | BackwardPlan, of_pairs: bool) -> list[int]:
-    """Batch, row and head strides of q, k, v and out. `of_pairs`: q, k and v are the fp16 pairs that split.cu wrote,
-    and their strides count rows.
+    """Batch, row and head strides of q, k, v and out. `of_pairs`: q, k and v are the fp16 pairs that split.cu wrote; the
+    forward's strides then count rows.
     """
     p = plan.problem
     strides: list[int] = []
@@ -34,9 +36,15 @@ def _strides(plan: Plan | BackwardPlan, of_pairs: bool) -> list[int]:
         # A packed array has no batch axis of its own: its sequences lie one after the other.
         strides += [0 if p.packed else operand.strides[0], operand.strides[1], operand.strides[2]]
     if of_pairs:
-        kinds = ((p.num_heads, p.total_q), (p.num_heads_kv, p.total_k), (p.num_heads_kv, p.total_k))
-        strides[:9] = [n for heads, rows in kinds for n in (0 if p.packed else heads * rows, 1, rows)]
+        row, row_v = (2 * plan.head_dim, 2 * plan.head_dim_v) if isinstance(plan, BackwardPlan) else (1, 1)
+        kinds = ((p.num_heads, p.total_q, row), (p.num_heads_kv, p.total_k, row), (p.num_heads_kv, p.total_k, row_v))
+        strides[:9] = [n for kind in kinds for n in _pair_strides(p, *kind)]
     return strides
+
+
+def _pair_strides(problem: Problem, heads: int, rows: int, pitch: int) -> tuple[int, int, int]:
+    """Batch, row and head strides of an array of pairs whose rows are `pitch` long."""
+    return 0 if problem.packed else heads * rows * pitch, pitch, rows * pitch
 
 
 def fixed_fields(plan: Plan | BackwardPlan, of_pairs: bool = False) -> list[tuple[str, int | float]]:
@@ -91,18 +99,20 @@ def parameter_bytes(plan: Plan | BackwardPlan, with_mods: bool) -> int:
 
 
 def _tensor_maps(plan: Plan | BackwardPlan) -> list[TensorMap]:
-    """Of q, k and v as (head_dim, row, head, batch), in boxes of 64 columns by the rows of a tile, and of a staged bias."""
+    """Of q, k and v as (head_dim, row, head, batch), in boxes of 64 columns by the rows of a tile (of q, of those of a
+    warpgroup), and of a staged bias.
+    """
     p, tiles = plan.problem, plan.tiles
-    arrays = [(p.operand(name), rows) for name, rows in (("q", tiles.block_m), ("k", tiles.block_n), ("v", tiles.block_n))]
+    arrays = [(p.operand(name), rows) for name, rows in (("q", 64), ("k", tiles.block_n), ("v", tiles.block_n))]
     arrays += [(staged_bias(p), tiles.block_m)] if plan.bias_stages else []
     return [TensorMap(operand, (64, rows, 1, 1)) for operand, rows in arrays if operand is not None]
 
 
 def _layout(
-    problem: Problem, fixed: Sequence[tuple[str, int | float]], variant: Sequence[Field]
+    real: str, fixed: Sequence[tuple[str, int | float]], variant: Sequence[Field]
 ) -> tuple[bytes, list[tuple[int, int]]]:
     """The bytes after the pointers of ForwardParams, and where in them (offset, slot) pointers of the variant belong."""
-    codes = {"ptr": "Q", "int": "q", "real": "d" if problem.real == "float64" else "f4x"}
+    codes = {"ptr": "Q", "int": "q", "real": "d" if real == "float64" else "f4x"}
     layout = "<" + "".join(code for code, _ in fixed) + "".join(codes[f.kind] for f in variant)
     values = [value for _, value in fixed] + [0 if f.kind == "ptr" else f.value for f in variant]
     start = 8 * len(fixed)
@@ -116,7 +126,7 @@ class Parameters:
         # Where inputs are split first, attention reads the pairs in the place of q, k and v.
         self.of_pairs = with_mods and plan.split_inputs
         fixed, variant = fixed_fields(plan, self.of_pairs), _variant_fields(plan, with_mods)
-        self.tail, self.patches = _layout(plan.problem, fixed, variant)
+        self.tail, self.patches = _layout(plan.problem.real, fixed, variant)
         self.maps = _tensor_maps(plan) if with_mods and plan.uses_tma else []
         if self.maps:
             self.tail += bytes(-(8 * len(POINTERS) + len(self.tail)) % MAP_ALIGNMENT)
@@ -139,10 +149,13 @@ class Parameters:
 
 # Backward -------------------------------------------------------------------------------------------------------------
 
+_DOUT, _SPLIT_DOUT = BACKWARD_POINTERS.index("dout"), BACKWARD_POINTERS.index("split_dout")
 BACKWARD_HEAD = struct.Struct(f"<{len(BACKWARD_POINTERS)}Q")
 
 
-def _backward_fields(plan: BackwardPlan, launch: tuple[int, int, int, int]) -> Sequence[tuple[str, int | float]]:
+def _backward_fields(
+    plan: BackwardPlan, launch: tuple[int, int, int, int], of_pairs: bool = False
+) -> Sequence[tuple[str, int | float]]:
     """Members of BackwardParams after its pointers, in order, as (struct code, value)."""
     backward, p, bias = plan.backward, plan.problem, plan.backward.bias
 
@@ -156,8 +169,9 @@ def _backward_fields(plan: BackwardPlan, launch: tuple[int, int, int, int]) -> S
     shape = (1, 1, 1, 1, *(bias.shape if bias is not None else ()))[-4:]
     extents = plan.sum_shape
     sum_strides = [s if n > 1 else 0 for s, n in zip(contiguous_strides(extents), extents, strict=True)]
+    dout = rows(backward.dout.strides)
     longs = [
-        *rows(backward.dout.strides),
+        *(_pair_strides(p, p.num_heads, p.total_q, 2 * plan.head_dim_v) if of_pairs else dout),
         *stats(backward.lse),
         *stats(backward.dlse),
         *gradients,
@@ -211,23 +225,50 @@ class BackwardParameters:
     """The bytes of the parameter struct of one launch of the backward."""
 
     def __init__(self, plan: BackwardPlan, launch: tuple[int, int, int, int], attends: bool) -> None:
-        self.base = _layout(plan.problem, fixed_fields(plan), [])[0]
+        self.of_pairs = attends and plan.split_inputs
+        self.base = _layout(plan.problem.real, fixed_fields(plan, self.of_pairs), [])[0]
         self.start = plan.backward.first_slot
         variant = _backward_variant(plan, attends)
-        self.tail, self.patches = _layout(plan.problem, _backward_fields(plan, launch), variant)
+        self.tail, self.patches = _layout(plan.problem.real, _backward_fields(plan, launch, self.of_pairs), variant)
         self.maps = _backward_maps(plan) if attends and plan.uses_tma else []
         if self.maps:
             self.tail += bytes(-8 * backward_words(plan, attends) % MAP_ALIGNMENT)
 
     def pack(self, pointers: list[int]) -> bytes:
         """`pointers` by slot: of the forward, of masks and modifications, then those of the backward."""
-        head = HEAD.pack(*pointers[: len(POINTERS)])
+        inputs, own_pointers = pointers[: len(POINTERS)], pointers[self.start : self.start + len(BACKWARD_POINTERS)]
+        if self.of_pairs:
+            inputs[_Q : _Q + 3] = inputs[_SPLIT_Q : _SPLIT_Q + 3]
+            own_pointers[_DOUT] = own_pointers[_SPLIT_DOUT]
+        head = HEAD.pack(*inputs)
         if self.maps:
             head = b"".join([m.at(pointers[m.operand.slot]) for m in self.maps]) + head
-        own = BACKWARD_HEAD.pack(*pointers[self.start : self.start + len(BACKWARD_POINTERS)])
+        own = BACKWARD_HEAD.pack(*own_pointers)
         if not self.patches:
             return head + self.base + own + self.tail
         tail = bytearray(self.tail)
         for offset, slot in self.patches:
             struct.pack_into("<Q", tail, offset, pointers[slot])
         return head + self.base + own + bytes(tail)
+
+
+# KV cache -------------------------------------------------------------------------------------------------------------
+
+DECODE_HEAD = struct.Struct(f"<{len(DECODE_POINTERS)}Q")
+
+
+class DecodeParameters:
+    """The bytes of the parameter struct of a kernel over a KV cache."""
+
+    def __init__(self, plan: DecodePlan, attends: bool) -> None:
+        self.tail, self.patches = _layout(plan.problem.real, decode_fields(plan), decode_variant(plan, attends))
+
+    def pack(self, pointers: list[int]) -> bytes:
+        """`pointers` by slot."""
+        head = DECODE_HEAD.pack(*pointers[: len(DECODE_POINTERS)])
+        if not self.patches:
+            return head + self.tail
+        tail = bytearray(self.tail)
+        for offset, slot in self.patches:
+            struct.pack_into("<Q", tail, offset, pointers[slot])
+        return head + bytes(tail)

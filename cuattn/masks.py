@@ -258,6 +258,44 @@ class BlockSparse(Mask):
 
 
 @dataclass(frozen=True, eq=False)
+class TreeMask(Mask):
+    """The last keys by a boolean array, every key before them visible: drafts that branch, in speculative decoding.
+
+    `array` broadcasts to (batch, num_heads, seqlen_q, n): query i sees key seqlen_k - n + m iff array[b, h, i, m].
+
+    >>> TreeMask(np.eye(2, dtype=np.bool_)).materialize(2, 3)[0].astype(int).tolist()
+    [[1, 1, 0], [1, 0, 1]]
+    """
+
+    array: Any = field(repr=False)
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return (self.array,)
+
+    def bind(self, arrays: Sequence[Any]) -> Mask:
+        return TreeMask(arrays[0])
+
+    def key(self) -> Hashable:
+        return TreeMask
+
+    def keep(self, tile: Tile) -> BoolArray:
+        array = np.asarray(self.array)
+        column = tile.col - (tile.seqlen_k - array.shape[-1])
+        return np.asarray((column < 0) | gather(array, tile.batch, tile.head, tile.row, np.maximum(column, 0)), np.bool_)
+
+    def cuda_type(self, dtypes: Sequence[str]) -> str:
+        return "TreeMask"
+
+    def fields(self, operands: Sequence[Operand]) -> tuple[Field, ...]:
+        return (Field.ptr(operands[0]), *Field.ints((*operands[0].broadcast_strides(4), operands[0].shape[-1])))
+
+    @property
+    def tiled(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, eq=False)
 class And(Mask):
     """Keys visible under every one of `masks`."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from cuattn.arrays import View
 from cuattn.fields import ITEMSIZE, Operand
-from cuattn.masks import And, BlockSparse, BooleanMask, Full, Mask, SlidingWindow
+from cuattn.masks import And, BlockSparse, BooleanMask, Full, Mask, SlidingWindow, TreeMask
 from cuattn.score_mods import Alibi, Bias, ScoreMod, SoftCap, UserMod
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -204,30 +204,30 @@ def make_problem(
     mask_views, mod_views: of `mask.arrays` and of the arrays of all `mods`.
     """
     packed = "cu_seqlens_q" in views
-    q, k, v = (_canonical(name, views[name], packed) for name in ("q", "k", "v"))
+    q, k, v = (canonical(name, views[name], packed) for name in ("q", "k", "v"))
     _check_qkv(q, k, v, packed)
-    _check_scalars(scale, dropout, precision)
+    check_scalars(scale, dropout, precision)
     if precision != "ieee" and q.dtype != "float32":
         raise ValueError(f"precision: got {precision!r} with {q.dtype} inputs, expected it with float32 only")
     batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
     total_q, total_k = seqlen_q, seqlen_k
     if packed:
         batch = _check_cu_seqlens(views)
-        seqlen_q = _max_seqlen("max_seqlen_q", max_seqlen_q)
-        seqlen_k = _max_seqlen("max_seqlen_k", max_seqlen_k)
+        seqlen_q = max_seqlen_of("max_seqlen_q", max_seqlen_q)
+        seqlen_k = max_seqlen_of("max_seqlen_k", max_seqlen_k)
     num_heads = q.shape[2]
     for name in ("q_lens", "kv_lens"):
         if name in views:
-            _check_vector(name, views[name], batch, ("int32",))
+            check_vector(name, views[name], batch, ("int32",))
     if "sinks" in views:
-        _check_vector("sinks", views["sinks"], num_heads, FLOATS)
+        check_vector("sinks", views["sinks"], num_heads, FLOATS)
     full_shape = (batch, num_heads, seqlen_q, seqlen_k)
-    _check_mask_arrays(mask, mask_views, full_shape)
-    _check_mod_arrays(mods, mod_views, full_shape)
+    check_mask_arrays(mask, mask_views, full_shape)
+    check_mod_arrays(mods, mod_views, full_shape)
     out_shape = (*views["q"].shape[:-1], v.shape[3])
-    out = _out_view(views, out_shape)
-    canonical = {**views, "q": q, "k": k, "v": v, "out": _canonical("out", out, packed)}
-    vectors = (vector_bytes(q), vector_bytes(k), vector_bytes(v), vector_bytes(canonical["out"]))
+    out = out_view(views, out_shape)
+    named = {**views, "q": q, "k": k, "v": v, "out": canonical("out", out, packed)}
+    vectors = (vector_bytes(q), vector_bytes(k), vector_bytes(v), vector_bytes(named["out"]))
     return Problem(
         dtype=q.dtype,
         precision=precision if q.dtype == "float32" else "ieee",
@@ -246,12 +246,12 @@ def make_problem(
         mods=mods,
         dropout=float(dropout),
         return_lse=return_lse,
-        operands=_operands(canonical, mask_views, mod_views),
+        operands=_operands(named, mask_views, mod_views),
         vectors=vectors,
     )
 
 
-def _canonical(name: str, view: View, packed: bool) -> View:
+def canonical(name: str, view: View, packed: bool) -> View:
     """A 4-D view (batch, tokens, heads, dim) of a dense 4-D or 3-D, or packed 3-D, array."""
     expected = "(tokens, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim) or (seqlen, heads, head_dim)"
     if len(view.shape) != 3 and (packed or len(view.shape) != 4):
@@ -287,7 +287,8 @@ def _check_qkv(q: View, k: View, v: View, packed: bool) -> None:
             raise ValueError(f"{name}: got {x.shape[1]} tokens, expected at most {limit}")
 
 
-def _check_scalars(scale: Any, dropout: Any, precision: Any) -> None:
+def check_scalars(scale: Any, dropout: Any, precision: Any) -> None:
+    """Refuse options that are no numbers, or out of range."""
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale)):
         raise ValueError(f"scale: got {scale!r}, expected a finite number or None")
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
@@ -302,11 +303,12 @@ def _check_cu_seqlens(views: dict[str, View]) -> int:
         view = views[name]
         if len(view.shape) != 1 or view.shape[0] < 1:
             raise ValueError(f"{name}: got shape {view.shape}, expected (batch + 1,)")
-        _check_vector(name, view, views["cu_seqlens_q"].shape[0], ("int32",))
+        check_vector(name, view, views["cu_seqlens_q"].shape[0], ("int32",))
     return views["cu_seqlens_q"].shape[0] - 1
 
 
-def _max_seqlen(name: str, value: Any) -> int:
+def max_seqlen_of(name: str, value: Any) -> int:
+    """The longest length, as an integer."""
     try:
         length = value.__index__()
     except (AttributeError, TypeError):
@@ -316,7 +318,8 @@ def _max_seqlen(name: str, value: Any) -> int:
     return int(length)
 
 
-def _check_vector(name: str, view: View, length: int, dtypes: tuple[str, ...]) -> None:
+def check_vector(name: str, view: View, length: int, dtypes: tuple[str, ...]) -> None:
+    """Refuse anything but a contiguous vector of `length` elements."""
     if view.dtype not in dtypes:
         raise TypeError(f"{name}: got dtype {view.dtype}, expected {' or '.join(dtypes)}")
     if view.shape != (length,):
@@ -331,7 +334,8 @@ def _check_broadcast(name: str, shape: tuple[int, ...], full: tuple[int, ...], m
         raise ValueError(f"{name}: got shape {shape}, expected one that broadcasts to {meaning} = {full}")
 
 
-def _check_mask_arrays(mask: Mask, views: Sequence[View], full: tuple[int, int, int, int]) -> None:
+def check_mask_arrays(mask: Mask, views: Sequence[View], full: tuple[int, int, int, int]) -> None:
+    """Refuse a mask whose arrays do not fit (batch, num_heads, seqlen_q, seqlen_k)."""
     position = 0
     for part in mask.masks if isinstance(mask, And) else (mask,):
         own = views[position : position + len(part.arrays)]
@@ -340,6 +344,12 @@ def _check_mask_arrays(mask: Mask, views: Sequence[View], full: tuple[int, int, 
             if own[0].dtype not in ("bool", "uint8"):
                 raise TypeError(f"mask: got dtype {own[0].dtype}, expected bool (True = visible) or uint8")
             _check_broadcast("mask", own[0].shape, full, "(batch, num_heads, seqlen_q, seqlen_k)")
+        elif isinstance(part, TreeMask):
+            if own[0].dtype not in ("bool", "uint8"):
+                raise TypeError(f"mask: got a tree of dtype {own[0].dtype}, expected bool (True = visible) or uint8")
+            if not own[0].shape:
+                raise ValueError("mask: got a tree without axes, expected (..., seqlen_q, columns)")
+            _check_broadcast("mask", own[0].shape, (*full[:3], own[0].shape[-1]), "(batch, num_heads, seqlen_q, columns)")
         elif isinstance(part, BlockSparse):
             _check_block_sparse(part, own, full)
 
@@ -369,7 +379,8 @@ def _check_packed_rows(name: str, view: View) -> None:
         expected *= n
 
 
-def _check_mod_arrays(mods: tuple[ScoreMod, ...], views: Sequence[View], full: tuple[int, int, int, int]) -> None:
+def check_mod_arrays(mods: tuple[ScoreMod, ...], views: Sequence[View], full: tuple[int, int, int, int]) -> None:
+    """Refuse modifications whose arrays do not fit (batch, num_heads, seqlen_q, seqlen_k)."""
     position = 0
     for mod in mods:
         own = views[position : position + len(mod.arrays)]
@@ -391,7 +402,7 @@ def _check_mod_arrays(mods: tuple[ScoreMod, ...], views: Sequence[View], full: t
                     raise ValueError(f"score_mod: got a parameter of shape {view.shape}, expected a contiguous vector")
 
 
-def _out_view(views: dict[str, View], shape: tuple[int, ...]) -> View:
+def out_view(views: dict[str, View], shape: tuple[int, ...]) -> View:
     """The caller's out, checked; or the contiguous one that will be made."""
     if "out" not in views:
         return View(0, shape, contiguous_strides(shape), views["q"].dtype)

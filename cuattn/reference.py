@@ -89,17 +89,143 @@ def forward(
     lengths = {"q_lens": q_lens, "kv_lens": kv_lens, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     with np.errstate(all="ignore"):
         for span in spans(q, k, **lengths):
-            q_b, k_b, v_b, out_b, lse_b = q[span.q], k[span.k], v[span.k], out[span.q], lse[span.lse]
-            group = max(1, q_b.shape[1] // max(1, k_b.shape[1]))
-            for h in range(q_b.shape[1]):
-                tile = Tile.of(span.batch, range(h, h + 1), range(len(q_b)), range(len(k_b)), len(q_b), len(k_b))
-                s, visible = scores(q_b[:, h], k_b[:, h // group], tile, scale, mask, mods, dtype)
-                p, lse_b[h] = softmax(s, None if sinks is None else np.asarray(sinks)[h].astype(wide))
-                if dropout > 0:
-                    p = p * dropout_bits.keep(seed, dropout, tile)[0] / (1 - dropout)
-                o = weighted_sum(rounded(p, dtype)[None], v_b[None, :, h // group], visible[None])
-                out_b[:, h] = rounded(o[0], dtype)
+            parts = q[span.q], k[span.k], v[span.k], out[span.q], lse[span.lse]
+            _sequence(span.batch, *parts, scale, mask, mods, sinks, dropout, seed, dtype)
     return out, lse
+
+
+def _sequence(
+    batch: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    scale: float,
+    mask: Mask,
+    mods: Sequence[ScoreMod],
+    sinks: Array | None,
+    dropout: float,
+    seed: int,
+    dtype: np.dtype[Any],
+) -> None:
+    """One sequence: q (seqlen_q, num_heads, D), k, v (seqlen_k, num_heads_kv, ...) -> out, lse (num_heads, seqlen_q)."""
+    group = max(1, q.shape[1] // max(1, k.shape[1]))
+    for h in range(q.shape[1]):
+        tile = Tile.of(batch, range(h, h + 1), range(len(q)), range(len(k)), len(q), len(k))
+        s, visible = scores(q[:, h], k[:, h // group], tile, scale, mask, mods, dtype)
+        p, lse[h] = softmax(s, None if sinks is None else np.asarray(sinks)[h].astype(q.dtype))
+        if dropout > 0:
+            p = p * dropout_bits.keep(seed, dropout, tile)[0] / (1 - dropout)
+        o = weighted_sum(rounded(p, dtype)[None], v[None, :, h // group], visible[None])
+        out[:, h] = rounded(o[0], dtype)
+
+
+def with_kvcache(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    *,
+    scale: float,
+    mask: Mask,
+    cache_seqlens: Array,
+    mods: Sequence[ScoreMod] = (),
+    sinks: Array | None = None,
+    k: Array | None = None,
+    v: Array | None = None,
+    page_table: Array | None = None,
+    cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    rotary_cos: Array | None = None,
+    rotary_sin: Array | None = None,
+    rotary_interleaved: bool = True,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
+    dtype: npt.DTypeLike = np.float64,
+) -> tuple[Array, Array, Array, Array]:
+    """`attention_with_kvcache` a token at a time: (out, lse, the caches with the new tokens in them).
+
+    The caches keep their dtype, so what is read is rounded to it whatever `dtype` is; the rest is as in `forward`.
+    """
+    dtype = np.dtype(dtype)
+    wide = np.dtype(np.float32) if dtype.itemsize < 4 else dtype
+    packed = cu_seqlens_q is not None
+    starts = np.arange(len(q)) if cu_seqlens_q is None else cu_seqlens_q[:-1]
+    k_cache, v_cache = k_cache.copy(), v_cache.copy()
+    out = np.zeros((*q.shape[:-1], v_cache.shape[-1]), wide)
+    lse = np.full((*q.shape[:-3], q.shape[-2], q.shape[-3]), -np.inf, wide)
+    with np.errstate(all="ignore"):
+        for b, start in enumerate(starts):
+            at: Index = (b,) if cu_seqlens_q is None else (slice(int(start), int(cu_seqlens_q[b + 1])),)
+            row = b if cache_batch_idx is None else int(cache_batch_idx[b])
+            pad = 0 if cache_leftpad is None else int(cache_leftpad[b])
+            new = 0 if k is None else len(k[at])
+            length = int(cache_seqlens[b])
+
+            def place(n: int, row: int = row) -> tuple[int, int]:
+                if page_table is None:
+                    return row, n
+                return int(page_table[row, n // k_cache.shape[1]]), n % k_cache.shape[1]
+
+            scales = [np.ones((), np.float32) if s is None else s[b] if s.ndim == 2 else s for s in (k_scale, v_scale)]
+            for n in range(new):
+                assert k is not None and v is not None
+                token = k[at][n].astype(np.float64)
+                if rotary_cos is not None and rotary_sin is not None:
+                    position = length - pad + n
+                    token = rotated(token, rotary_cos[position], rotary_sin[position], rotary_interleaved)
+                k_cache[place(length + n)] = stored(token, scales[0], k_cache.dtype)
+                v_cache[place(length + n)] = stored(v[at][n].astype(np.float64), scales[1], v_cache.dtype)
+            q_b = q[at].astype(dtype).astype(wide)
+            seqlen_q, seqlen_k = len(q_b), length + new - pad
+            if rotary_cos is not None and rotary_sin is not None:
+                for i in range(seqlen_q):
+                    position = max(0, seqlen_k - seqlen_q + i)
+                    q_b[i] = rounded(rotated(q_b[i], rotary_cos[position], rotary_sin[position], rotary_interleaved), dtype)
+            places = [place(pad + j) for j in range(seqlen_k)]
+            keys, values = (
+                np.array([loaded(c[n], s) for n in places]).reshape(seqlen_k, *c.shape[2:]).astype(dtype).astype(wide)
+                for c, s in zip((k_cache, v_cache), scales, strict=True)
+            )
+            lse_b = lse[:, at[0]] if packed else lse[b]
+            _sequence(b, q_b, keys, values, out[at], lse_b, scale, mask, mods, sinks, 0.0, 0, dtype)
+    return out, lse, k_cache, v_cache
+
+
+def rotated(x: Array, cosine: Array, sine: Array, interleaved: bool) -> Array:
+    """Rotary embedding of x (heads, D) by angles (rotary_dim / 2,): of neighbours, or of the halves of the first rotary_dim."""
+    half, x = len(cosine), x.copy()
+    cosine, sine = cosine.astype(x.dtype), sine.astype(x.dtype)
+    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(0, half), slice(half, 2 * half))
+    a, b = x[:, first].copy(), x[:, second].copy()
+    x[:, first], x[:, second] = a * cosine - b * sine, a * sine + b * cosine
+    return x
+
+
+def stored(x: Array, scale: Array, dtype: np.dtype[Any]) -> Array:
+    """x (heads, D) as a cache of `dtype` holds it; scale (heads,) or a number."""
+    if dtype.itemsize > 1:
+        return x.astype(dtype)
+    quotient = x.astype(np.float32) / np.asarray(scale, np.float32)[..., None]
+    if dtype == np.int8:
+        return np.clip(np.where(np.isnan(quotient), -128, np.rint(quotient)), -128, 127).astype(np.int8)
+    return np.asarray(np.clip(quotient, -448, 448).astype(_e4m3()).view(dtype))
+
+
+def loaded(x: Array, scale: Array) -> Array:
+    """The inverse of `stored`, in float64."""
+    if x.dtype.itemsize > 1:
+        return x.astype(np.float64)
+    numbers = x.astype(np.float64) if x.dtype == np.int8 else x.view(_e4m3()).astype(np.float64)
+    return np.asarray(numbers * np.asarray(scale, np.float64)[..., None])
+
+
+def _e4m3() -> np.dtype[Any]:
+    import ml_dtypes
+
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.float8_e4m3fn)
+    return dtype
 
 
 class Gradients(NamedTuple):

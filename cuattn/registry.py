@@ -60,12 +60,14 @@ class Tiles:
     """forward_sm90: warpgroups take turns at the tensor cores"""
     persistent: bool = False
     """forward_sm90: one CTA per slot of the GPU works through the query tiles, where there are more of them"""
+    q_stages: int = 1
+    """forward_sm90: buffers for q; with two, the next query tile's has come before this one's is free"""
+    keep_maxima: bool = False
+    """forward_sm90: a row keeps the maximum of its first keys until a sum exceeds 2^40, which bfloat16 probabilities may"""
     late_wait: bool = True
     """forward_sm90: the compiler may not wait for the output before the maxima of the next scores"""
     bulk: bool = False
     """backward_sm90: dq is added by the copy engine, through shared memory"""
-    rotate: bool = False
-    """backward_sm90: without a mask, each key tile begins with another query tile"""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def _smem_sm90(problem: Problem, tiles: Tiles, device: Device) -> int:
     rings = tiles.stages * tiles.block_n * (width + width_v)
     bias_stages = BIAS_STAGES if staged_bias(problem) else 0
     rings += bias_stages * tiles.block_m * 2 * round_up(tiles.block_n, 64)
-    return tiles.block_m * width + rings + 8 * (5 + 4 * tiles.stages + 2 * bias_stages) + 1024
+    barriers = 4 + 2 * tiles.q_stages * tiles.block_m // 64 + 4 * tiles.stages + 2 * bias_stages
+    return tiles.q_stages * tiles.block_m * width + rings + 8 * barriers + 32 + 1024
 
 
 def _weight_sm90(problem: Problem) -> int:
@@ -148,7 +151,7 @@ def _weight_sm90(problem: Problem) -> int:
 
 SHORT = 2048
 """Keys up to which a row is so short that the ends of tiles count: they overlap where an SM holds two CTAs."""
-LONG = 8192
+LONG = 2048
 """Keys from which fewer, wider tiles of keys pay."""
 
 
@@ -164,8 +167,9 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
     keys = _keys_of_a_tile(problem)
     if widest <= 64 and keys <= SHORT:
-        tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False))
-    if 64 < widest <= 128 and min(problem.seqlen_k, problem.total_k) >= LONG and keys >= LONG // 2:
+        keeps = problem.dtype == "bfloat16" and not problem.mods and problem.scale > 0
+        tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False, keep_maxima=keeps))
+    if 64 < widest <= 128 and keys >= LONG and not (problem.packed or problem.mask.tiled):
         tiles.insert(0, Tiles(128, 176, 2, 12, persistent=True, max_weight=0))
     # Beside more columns of out the compiler has no room for what a late wait lets it interleave.
     tiles = [replace(t, late_wait=problem.head_dim_v <= 128) for t in tiles]
@@ -174,12 +178,13 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
 
 _TILES_SM90 = {  # by the wider of head_dim and head_dim_v; warps include the producer's four
     64: (
-        Tiles(192, 128, 2, 16, persistent=True, max_weight=2),
+        Tiles(192, 128, 2, 16, persistent=True, max_weight=2, q_stages=2),
         Tiles(128, 128, 2, 12, persistent=True, max_weight=6),
         Tiles(128, 96, 2, 12, persistent=True, max_weight=8),
         Tiles(128, 64, 2, 12, persistent=True),
     ),
     128: (
+        Tiles(128, 128, 2, 12, persistent=True, max_weight=2, q_stages=2),
         Tiles(128, 128, 2, 12, persistent=True, max_weight=2),
         Tiles(128, 96, 2, 12, persistent=True, max_weight=8),
         Tiles(128, 64, 2, 12, persistent=True),

@@ -190,7 +190,8 @@ class UserMod(ScoreMod):
 
     expression, gradient: C expressions over s, b, h, i, j, seqlen_q, seqlen_k and the parameters. `Real` names the type of
       the scores (float, or double for float64 inputs); use overloaded functions (tanh, exp, fabs, min) and write
-      constants as Real(0.5): a bare 0.5 makes float kernels compute in double.
+      constants as Real(0.5): a bare 0.5 makes float kernels compute in double. Beside float16 and bfloat16 arrays, exp, exp2,
+      log, log2 and tanh are short forms in float, whose error is about 2^-21 of the result or of 1.
     params: Python floats (of type Real in the expression) or one-dimensional arrays (indexed in the expression: slope[h]).
     param_gradients: for each float vector of `params` whose gradient is wanted, a pair of expressions (index, derivative): the
       element of the vector that the score reads, an integer, and d expression / d that element. `expression` may read such
@@ -341,9 +342,9 @@ class UserMod(ScoreMod):
             methods.append(self._method(signature, "\n        ".join(pull), sums))
             methods.append(self._method("void flush(Sums& sums, const Coord& at)", "\n        ".join(flush), sums))
         return (
-            f"struct alignas(8) {self.cuda_type(operands, uniform)} {{\n"
+            f"struct alignas(8) {self.cuda_type(operands, uniform)} : Functions {{\n"
             + "\n".join(members or ["    long long unused;"])
-            + "\n    static constexpr bool kIdentity = false, kReadsMemory = true;\n"
+            + f"\n    static constexpr bool kIdentity = false, kReadsMemory = {'true' if self._array_names else 'false'};\n"
             + "\n".join(methods)
             + "\n};\n"
         )

@@ -3,6 +3,7 @@
 #include "mainloop/backward.cuh"
 #include "tile/warp_half.cuh"
 #include "tile/warp_simt.cuh"
+#include "tile/warp_split.cuh"
 #include "tile/warp_tf32.cuh"
 #include "tile/warp_wide.cuh"
 

@@ -6,6 +6,7 @@
 #include "tile/copy.cuh"
 #include "tile/warp_half.cuh"
 #include "tile/warp_simt.cuh"
+#include "tile/warp_split.cuh"
 #include "tile/warp_tf32.cuh"
 #include "tile/warp_wide.cuh"
 #include "tile/warpgroup_half.cuh"

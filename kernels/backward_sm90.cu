@@ -1,5 +1,4 @@
-// Entry of mainloop/backward_sm90.cuh: one CTA per key tile (deterministic: per share of the key tiles), part of the queries,
-// KV head and batch.
+// Entry of mainloop/backward_sm90.cuh: one CTA per key tile, part of the queries, KV head and batch.
 #include "mainloop/backward_sm90.cuh"
 #include "ptx/address.cuh"
 

@@ -1,17 +1,11 @@
-// The largest finite magnitudes in q, k and v, which decide the exponents of their fp16 pairs (mainloop/split_input.cuh).
-// One CTA per array, batch, head and part of the rows writes one word: every word is written, in no particular order, and no
-// result depends on one.
+// The largest finite magnitudes in q, k and v (of the backward, dout too), which decide the exponents of their fp16 pairs
+// (mainloop/split_input.cuh). One CTA per array, batch, head and part of the rows writes one word: every word is written, in no
+// particular order, and no result depends on one.
 #include "attention/mask.cuh"
 #include "attention/score_mod.cuh"
 #include "mainloop/split_input.cuh"
 
 namespace cuattn {
-
-// |x| as an integer, ordered as the magnitudes are; 0 for infinities and NaN.
-__device__ __forceinline__ unsigned finite_bits(float x) {
-    const unsigned bits = __float_as_uint(x) & 0x7fffffffu;
-    return bits < kInfinityBits ? bits : 0u;
-}
 
 template <class Config>
 struct FindMagnitude {
@@ -29,13 +23,17 @@ struct FindMagnitude {
         __syncthreads();
         if (threadIdx.x != 0) return;
         for (unsigned other : tops) top = max(top, other);
-        p.magnitudes[static_cast<long long>(array.first_slot + slot) * kMagnitudes + part] = top;
+        p.magnitudes[static_cast<long long>(array.first_slot + slot) * kTops + part] = top;
     }
 };
 
 template <class Config>
 __device__ __forceinline__ void magnitude(const ForwardArguments<Config>& arguments) {
     for_split_work<Config>(arguments.base, FindMagnitude<Config>{arguments.base});
+}
+template <class Config>
+__device__ __forceinline__ void magnitude(const BackwardArguments<Config>& arguments) {
+    for_split_work<Config>(arguments.base, arguments.grad, FindMagnitude<Config>{arguments.base});
 }
 
 }  // namespace cuattn

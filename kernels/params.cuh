@@ -73,9 +73,11 @@ struct BackwardParams {
     void* dbias;       // of the shape and dtype of the bias, or null
     void* row_stats;   // (B, H, Sq) pairs (lse to base 2, delta) in the dtype of the scores; packed: (H, Tq)
     void* dq_sum;      // (dq_splits, B, H, m_blocks) slabs; packed: (dq_splits, H, q_slabs)
+    unsigned* turns;   // backward_sm90, deterministic: of each slab, how many warps have added to it
     void* partial_dk;  // (q_splits, B, Hkv, Sk, D), packed: (q_splits, Hkv, Tk, D); null where q_splits is 1
     void* partial_dv;  // likewise with Dv
     void* bias_sum;    // see attention/mod_sums.cuh
+    void* split_dout;  // dout as pairs of fp16 numbers, see mainloop/split_input.cuh; null without
     long long dout_batch, dout_row, dout_head;
     long long lse_batch, lse_head, lse_row;
     long long dlse_batch, dlse_head, dlse_row;
@@ -104,6 +106,79 @@ template <class Config>
 struct BackwardArguments {
     ForwardParams base;
     BackwardParams grad;
+    typename Config::Mask mask;
+    typename Config::ScoreMod score_mod;
+};
+
+// Attention over a cache of keys and values. A page is page_size tokens of all heads; a cache without a page table is one in
+// which each sequence has a single page. S tokens of new keys, R rotary positions.
+struct DecodeParams {
+    // Rewritten on every call.
+    const void* q;               // (B, Sq, H, D)                packed: (Tq, H, D)
+    void* k;                     // (pages, page_size, Hkv, D)   of Config::Cache
+    void* v;                     // (pages, page_size, Hkv, Dv)
+    void* out;                   // (B, Sq, H, Dv)               packed: (Tq, H, Dv)
+    void* lse;                   // (B, H, Sq)                   packed: (H, Tq); natural logarithm; null when not wanted
+    const void* sinks;           // (H) of Config::Sink, or null
+    const int* cache_seqlens;    // (B) tokens before the new ones, padding on the left included; null: `cache_seqlen` for all
+    const int* page_table;       // (B, max_pages), or null
+    const int* cache_batch_idx;  // (B) or null: which page of a cache without a table; which row of a table
+    const int* cache_leftpad;    // (B) or null: tokens to skip at the start of a sequence
+    const int* cu_seqlens_q;     // (B + 1), packed only
+    const void* k_new;           // (B, S, Hkv, D)               packed: (Tq, Hkv, D), token for token with q
+    const void* v_new;           // (B, S, Hkv, Dv)
+    const void* rotary_cos;      // (R, rotary_dim / 2) of Config::Rotary
+    const void* rotary_sin;
+    const float* k_scale;  // (B, Hkv), strides below: what the elements of an 8-bit cache are multiplied with
+    const float* v_scale;
+    void* partial_out;            // (slots, kRows, Dv)           see mainloop/decode_schedule.cuh
+    void* partial_lse;            // (slots, kRows), to base 2
+    unsigned long long* tickets;  // of items that are split
+    unsigned long long call;      // as in ForwardParams
+    long long cache_seqlen;
+    // Fixed by the plan.
+    long long q_batch, q_row, q_head;
+    long long k_page, k_row, k_head;
+    long long v_page, v_row, v_head;
+    long long out_batch, out_row, out_head;
+    long long lse_batch, lse_head;
+    long long k_new_batch, k_new_row, k_new_head;
+    long long v_new_batch, v_new_row, v_new_head;
+    long long rotary_row;
+    long long table_row;
+    long long k_scale_batch, k_scale_head;
+    long long v_scale_batch, v_scale_head;
+    double scale;  // of the scores
+    alignas(8) int batch;
+    alignas(8) int seqlen_q;    // packed: the longest
+    alignas(8) int total_q;     // packed: rows of q
+    alignas(8) int seqlen_new;  // S; packed: 0
+    alignas(8) int num_heads;
+    alignas(8) int num_heads_kv;
+    alignas(8) int group;
+    alignas(8) unsigned group_multiplier;  // see attention/divisor.cuh
+    alignas(8) int group_shift;
+    alignas(8) int head_dim;
+    alignas(8) int head_dim_v;
+    alignas(8) int pages;
+    alignas(8) int page_size;
+    alignas(8) unsigned page_multiplier;
+    alignas(8) int page_shift;
+    alignas(8) int table_rows;
+    alignas(8) int max_pages;  // of a sequence
+    alignas(8) int rotary_dim;
+    alignas(8) int rotary_len;  // R
+    alignas(8) int m_blocks;    // row tiles of the longest sequence
+    alignas(8) int head_lanes;  // KV heads that CTAs of one team share
+    alignas(8) int head_sets;   // of so many
+    alignas(8) int min_units;   // of work for a CTA
+    alignas(8) int max_parts;   // 0: work is divided evenly; otherwise each item into at most so many parts, by its own length
+    alignas(8) int min_part;    // key tiles in a part
+};
+
+template <class Config>
+struct DecodeArguments {
+    DecodeParams base;
     typename Config::Mask mask;
     typename Config::ScoreMod score_mod;
 };

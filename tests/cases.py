@@ -14,7 +14,7 @@ import math
 import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 import cuattn
 from cuattn import reference
-from cuattn.masks import BlockSparse, BooleanMask, Causal, Full, Mask, SlidingWindow
+from cuattn.masks import BlockSparse, BooleanMask, Causal, Full, Mask, SlidingWindow, TreeMask
 from cuattn.score_mods import Alibi, Bias, ScoreMod, SoftCap, UserMod
 
 Array = npt.NDArray[Any]
@@ -77,6 +77,8 @@ class Case:
     """'inf q', 'nan k', ...: one such element in that input"""
     batch_axis: bool = True
     seed: int = 0
+    growth: float = field(default=0.0, repr=False)
+    """How much larger the last key is than the first: late scores then exceed all before. Not part of what seeds the inputs."""
 
     def __str__(self) -> str:
         kind = {"ieee": self.dtype}.get(self.precision, self.precision)
@@ -88,6 +90,7 @@ class Case:
         tags += [f"dropout{self.dropout:g}"] if self.dropout else []
         tags += [f"scale{self.scale:g}"] if self.scale is not None else []
         tags += [f"x{self.magnitude:g}"] if self.magnitude != 1 else []
+        tags += [f"growth{self.growth:g}"] if self.growth else []
         tags += [self.nonfinite.replace(" ", "_")] if self.nonfinite else []
         return "-".join(tags)
 
@@ -218,6 +221,11 @@ def _bsr(case: Case, rng: np.random.Generator) -> Feature:
     return Feature({"mask": matrix}, BooleanMask(dense != 0))
 
 
+def _tree(case: Case, rng: np.random.Generator) -> Feature:
+    mask = TreeMask(rng.random((case.batch, 1, case.seqlen_q, 19)) < 0.5)
+    return Feature({"mask": mask}, mask)
+
+
 def _composed(case: Case, rng: np.random.Generator) -> Feature:
     mask = SlidingWindow(50, 20) & BooleanMask(rng.random((case.num_heads, 1, case.seqlen_k)) < 0.7)
     return Feature({"mask": mask, "causal": True}, mask & Causal())
@@ -235,6 +243,7 @@ MASKS: dict[str, Callable[[Case, np.random.Generator], Feature]] = {
     "boolean_keys": _boolean_keys,
     "block_sparse": _block_sparse,
     "bsr": _bsr,
+    "tree": _tree,
     "composed": _composed,
 }
 
@@ -348,6 +357,8 @@ def _inputs(case: Case) -> Inputs:
     shapes = (*shapes, (*lead_k, case.num_heads_kv, head_dim_v))
     q, k, v = (rng.standard_normal(shape, np.float32) for shape in shapes)
     q, k, v = (x.astype(case.numpy_dtype) for x in (q * np.float32(case.magnitude), k * np.float32(case.magnitude), v))
+    if case.growth:
+        k = (k * (1 + case.growth * np.linspace(0, 1, case.seqlen_k, dtype=np.float32)[:, None, None] ** 3)).astype(k.dtype)
     if case.layout == "broadcast":
         q, k, v = (np.broadcast_to(x[_repeated(x, n)], x.shape) for x, n in ((q, "q"), (k, "k"), (v, "v")))
     else:
@@ -635,6 +646,10 @@ def _corner_edges() -> Iterator[Case]:
         )  # float64 is its own oracle: rounding grows with the scores
         yield replace(base, magnitude=large)  # scores of magnitude 1e4
         yield replace(base, magnitude=large, mask="causal", mods=("alibi",))
+        if dtype in ("float16", "bfloat16"):
+            yield replace(base, growth=40.0)
+            yield replace(base, growth=40.0, seqlen_q=300, seqlen_k=500, mask="causal")
+            yield replace(base, growth=40.0, seqlen_q=300, seqlen_k=500, mask="window", head_dim=128)
         for nonfinite in ("nan q", "nan k", "nan v", "inf q", "inf k", "inf v"):
             yield replace(base, nonfinite=nonfinite)
         yield replace(base, batch=1, batch_axis=False, mask="causal", mods=("alibi",))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import cuattn
+from cuattn import reference
 from tests.cases import CORNERS, FEATURES, KINDS, LAYOUTS, MASKS, MODS, REGULAR, SMALL, Case
-from tests.tolerance import verify
+from tests.tolerance import assert_close, limit, verify
 
 DENSE = tuple(c for c in (*REGULAR, *FEATURES, *CORNERS) if not c.packed)
 RERUNS = (
@@ -125,6 +126,23 @@ def test_defaults(backend: Any, dtype: str, precision: str) -> None:
     plain = backend.get(case.run(backend.put))
     assert plain.tobytes() == backend.get(case.run(backend.put, **neutral)).tobytes()
     verify(case, backend.get(case.run(backend.put, q_lens=backend.put(full[0]), kv_lens=backend.put(full[1]))))
+
+
+@pytest.mark.parametrize("function", ["exp", "exp2", "log", "log2", "tanh"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_functions_in_user_code(backend: Any, dtype: str, function: str) -> None:
+    """lse shows their accuracy, as it is not rounded to 16 bits."""
+    rng, kind = np.random.default_rng(5), Case(dtype).numpy_dtype
+    q, k, v = (rng.standard_normal((2, n, 4, 64), np.float32).astype(kind) for n in (150, 200, 200))
+    mod = cuattn.UserMod(f"s + {function}(Real(0.01) + fabs(Real(i - j)) * Real(0.02))")
+    out, lse = cuattn.attention(*map(backend.put, (q, k, v)), score_mod=mod, return_lse=True)
+    exact, naive, single = (
+        reference.forward(q, k, v, scale=0.125, mask=cuattn.Full(), mods=(mod,), dtype=t)
+        for t in (np.float64, kind, np.float32)
+    )
+    assert_close("out", backend.get(out), exact[0], limit(exact[0], naive[0], kind, dtype))
+    arithmetic = "statistics" if kind.itemsize == 2 else dtype
+    assert_close("lse", backend.get(lse), exact[1], limit(exact[1], single[1], np.float32, arithmetic, least_scale=1.0))
 
 
 def test_every_feature_has_a_case() -> None:

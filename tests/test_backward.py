@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import cuattn
+from cuattn import backward
 from tests.cases import CORNERS, FEATURES, KINDS, REGULAR, SMALL, Case
 from tests.tolerance import verify_gradients
 
@@ -22,6 +23,9 @@ RERUNS = (
     Case("float32", "tf32x3", 3, 260, 303, 4, 2, 64, mods=("bias_pairs",)),
     Case("float64", "ieee", 2, 170, 190, 2, 1, 64, mask="window", mods=("bias_queries",)),
     Case("bfloat16", "ieee", 5, 400, 500, 4, 2, 96, mask="causal", sequences="packed", mods=("bias_queries",)),
+    Case("bfloat16", "ieee", 4, 400, 500, 6, 2, 64, mask="causal", sequences="lens"),
+    Case("bfloat16", "ieee", 2, 300, 700, 4, 1, 128, mask="block_sparse"),
+    Case("float16", "ieee", 2, 500, 600, 4, 2, 256, mask="causal"),
 )
 """Several key tiles, shared heads, and every way in which a bias is summed."""
 
@@ -67,6 +71,16 @@ def test_deterministic(cupy_backend: Any, case: Case) -> None:
     check(cupy_backend, case, deterministic=True)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_narrow_windows(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, head_dim: int, deterministic: bool) -> None:
+    """On the kernel that wide ones run on."""
+    monkeypatch.setattr(backward, "LEAST_WINDOW", 0)
+    case = Case("bfloat16", "ieee", 3, 410, 520 + 8 * deterministic, 4, 2, head_dim, mask="window")
+    check(cupy_backend, case, deterministic=deterministic)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_rows_without_keys_get_zero(backend: Any, dtype: str) -> None:
     case = Case(dtype, seqlen_q=203, seqlen_k=40, mask="causal")
@@ -108,6 +122,50 @@ def test_vjp(backend: Any) -> None:
         cuattn.vjp(**arguments, out=out)
 
 
+def _pairs(*sizes: int, **options: Any) -> Case:
+    return Case("float32", "tf32x3", *sizes, **options)
+
+
+PAIRS = (
+    _pairs(2, 530, 700, 4, 2, 64, mask="causal", mods=("softcap", "alibi"), dropout=0.2),
+    _pairs(4, 600, 650, 4, 2, 128, mask="boolean", sequences="lens", mods=("bias",), sinks=True),
+    _pairs(4, 600, 700, 2, 1, 96, mask="window", sequences="packed", mods=("bias_keys",)),
+    _pairs(1, 520, 600, 2, 1, 256, mask="causal", mods=("user_params",)),
+    _pairs(1, 530, 520, 2, 1, 40, 72, mask="composed", mods=("bias_pairs",), layout="mixed"),
+    _pairs(1, 600, 520, 2, 2, 33, mods=("user",), layout="broadcast"),
+    _pairs(1, 520, 530, 2, 1, 512),
+    _pairs(1, 300, 777, 4, 1, 192, 128, mask="block_sparse"),
+    _pairs(1, 600, 520, 2, 1, 64, nonfinite="nan q"),
+    _pairs(1, 600, 520, 2, 1, 64, nonfinite="nan v"),
+)
+"""Enough queries and keys for pairs of fp16 numbers, with every option that meets them."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_pairs(cupy_backend: Any, case: Case) -> None:
+    plan = cuattn.explain(**case.arguments(cupy_backend.put), backward=True)
+    assert plan.split_inputs
+    check(cupy_backend, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("of_dout", "of_q"), [(40, 0), (-60, 0), (100, 0), (0, 50), (-30, -40)])
+def test_pairs_have_no_range(cupy_backend: Any, of_dout: int, of_q: int) -> None:
+    """Powers of two on the cotangents, or moved from k to q, come out of the gradients as they went in, to the last bit."""
+    case = _pairs(1, 600, 700, 2, 1, 64, mask="causal")
+    arguments = case.arguments(cupy_backend.put)
+    out, lse = case.run(cupy_backend.put, return_lse=True)
+    dout, dlse = (cupy_backend.put(x) for x in case.cotangents())
+    plain = cuattn.attention_backward(dout, **arguments, out=out, lse=lse, dlse=dlse, deterministic=True)
+    one, other = np.float32(2.0**of_dout), np.float32(2.0**of_q)
+    moved = {**arguments, "q": arguments["q"] * other, "k": arguments["k"] / other}
+    scaled = cuattn.attention_backward(dout * one, **moved, out=out, lse=lse, dlse=dlse * one, deterministic=True)
+    for name, power in (("dq", one / other), ("dk", one * other), ("dv", one)):
+        x, y = (cupy_backend.get(getattr(g, name)) for g in (plain, scaled))
+        assert x.any() and (x * power).tobytes() == y.tobytes(), name
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -132,8 +190,10 @@ def test_errors(numpy_backend: Any, change: dict[str, Any], error: type[Exceptio
 
 
 @pytest.mark.gpu
-def test_strided_and_broadcast_cotangents(cupy_backend: Any) -> None:
-    """dout of stride 0 (the gradient of a sum), lse and dlse of any strides."""
+def test_strided_and_broadcast_cotangents(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dout of stride 0 (the gradient of a sum), lse and dlse of any strides: the same bits as from contiguous arrays on the
+    kernel that takes them, and close to those of any other.
+    """
     import cupy
 
     case = Case("bfloat16", mask="causal")
@@ -141,6 +201,7 @@ def test_strided_and_broadcast_cotangents(cupy_backend: Any) -> None:
     out, lse = case.run(cupy_backend.put, return_lse=True)
     ones = cupy.broadcast_to(cupy.ones((1, 1, 1, out.shape[-1]), out.dtype), out.shape)
     plain = cuattn.attention_backward(cupy.ones_like(out), **arguments, out=out, lse=lse, dlse=cupy.ones_like(lse))
+    monkeypatch.setattr(backward, "sm90_declines", lambda *_: ["as if no array were one that TMA takes"])
     turned = cupy.ascontiguousarray(lse.transpose(2, 0, 1)).transpose(1, 2, 0)
     dlse = cupy.broadcast_to(cupy.ones((1, 1, 1), lse.dtype), lse.shape)
     strided = cuattn.attention_backward(ones, **arguments, out=out, lse=turned, dlse=dlse, deterministic=True)

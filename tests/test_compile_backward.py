@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cuattn import jit
 from cuattn.backward import make_backward_plan
-from cuattn.catalogue import backward_plans, backward_problem_of, problem_of
+from cuattn.catalogue import COMMON_DIMS, backward_plans, backward_problem_of, problem_of, view
 from cuattn.codegen import backward_units
 from cuattn.masks import SlidingWindow
 from cuattn.registry import DEVICES
+from cuattn.score_mods import Bias
 from tests.test_compile import complaints, sass
 
 pytest.importorskip("cupy")
@@ -27,7 +29,7 @@ def test_every_plan_compiles_without_spills(arch: str) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 def test_hopper_kernels_hold_hopper_instructions(dim: int, causal: bool, tmp_path: Path) -> None:
     problem = problem_of("bfloat16", dims=(dim, dim), mask=SlidingWindow(None, 0) if causal else None)
     plan = make_backward_plan(backward_problem_of(problem), DEVICES["sm_90a"])
@@ -39,10 +41,19 @@ def test_hopper_kernels_hold_hopper_instructions(dim: int, causal: bool, tmp_pat
     assert "HMMA" not in text.replace("HGMMA", "")
 
 
-def test_what_the_copy_engine_cannot_take_says_so() -> None:
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dims": (100, 100), "misaligned": True}, "TMA needs rows of q aligned to 16 bytes"),
+        ({"dims": (512, 512)}, "serves head dimensions to 256, got 512 and 512"),
+        ({"mask": SlidingWindow(128, 0)}, "does not repay its start in windows of less than 256 keys, got 129"),
+        ({"mods": (Bias(view((1, 16, 4096, 4096), "bfloat16")),)}, "reads a bias element by element"),
+    ],
+)
+def test_what_hopper_does_not_serve_says_so(options: dict[str, Any], reason: str) -> None:
     device = DEVICES["sm_90a"]
-    plan = make_backward_plan(backward_problem_of(problem_of("bfloat16", dims=(100, 100), misaligned=True)), device)
-    assert plan.kernel == "backward" and "instead of backward_sm90: TMA needs rows of q aligned" in str(plan)
+    plan = make_backward_plan(backward_problem_of(problem_of("bfloat16", **options)), device)
+    assert plan.kernel == "backward" and "instead of backward_sm90: " in str(plan) and reason in str(plan)
     plan = make_backward_plan(backward_problem_of(problem_of("bfloat16")), device)
     assert plan.kernel == "backward_sm90" and "instead" not in str(plan)
 
@@ -51,6 +62,20 @@ def test_shared_memory_fits() -> None:
     for arch, device in DEVICES.items():
         for plan in backward_plans(arch, everything=True):
             assert plan.smem_bytes <= device.smem_per_block, str(plan)
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+def test_pairs_serve_what_is_large_enough(arch: str) -> None:
+    """tf32x3 of every head dimension that the architecture has room for, and no element of them for each score."""
+    for dims in COMMON_DIMS:
+        plan, longer = (
+            make_backward_plan(backward_problem_of(problem_of("float32", "tf32x3", dims, seqlens=(n, n))), DEVICES[arch])
+            for n in (4096, 8192)
+        )
+        assert plan.split_inputs and list(backward_units(plan))[:2] == ["magnitude", "split"]
+        assert sum(longer.workspace) <= 2 * sum(plan.workspace)
+    few = problem_of("float32", "tf32x3", seqlens=(100, 4096), heads=(8, 8))
+    assert not make_backward_plan(backward_problem_of(few), DEVICES[arch]).split_inputs
 
 
 def test_sizes_do_not_reach_the_source() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from cuattn.fields import Operand
-from cuattn.masks import And, BlockSparse, BooleanMask, Causal, Full, Mask, SlidingWindow, Tile, gather
+from cuattn.masks import And, BlockSparse, BooleanMask, Causal, Full, Mask, SlidingWindow, Tile, TreeMask, gather
 
 LENGTHS = [(1, 1), (1, 9), (9, 1), (5, 7), (7, 5), (6, 6), (0, 4), (4, 0)]
 BANDS = [
@@ -53,7 +53,8 @@ def samples(batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> Iterator[Ma
     grid = (batch, heads, -(-seqlen_q // 2), -(-seqlen_k // 3))
     coded = BlockSparse(rng.integers(0, 4, grid).astype(np.int32), 2, 3, rng.random((2, 2, 3)) < 0.5)
     plain = BlockSparse(rng.random(grid) < 0.5, 2, 3)
-    yield from (*BANDS, boolean, coded, plain)
+    tree = TreeMask(rng.random((batch, heads, seqlen_q, 3)) < 0.5)
+    yield from (*BANDS, boolean, coded, plain, tree)
     yield from (SlidingWindow(2, 1) & boolean, boolean & coded & Causal(), plain & (Causal(top_left=True) & boolean))
 
 
@@ -233,6 +234,15 @@ def test_device_struct_names_every_array() -> None:
         assert [f.value for f in fields if f.kind == "ptr"] == list(range(len(operands)))
         assert fields and mask.cuda_type([op.dtype for op in operands])
         assert mask.tiled == bool(mask.arrays)
+
+
+def test_tree_mask_hides_last_keys_alone() -> None:
+    """Fewer keys than columns: those of the last keys count."""
+    array = np.random.default_rng(4).random((2, 1, 3, 4)) < 0.5
+    for seqlen_k in (2, 4, 7):
+        expected = np.ones((3, seqlen_k), np.bool_)
+        expected[:, max(0, seqlen_k - 4) :] = array[1, 0, :, max(0, 4 - seqlen_k) :]
+        assert np.array_equal(TreeMask(array).materialize(3, seqlen_k, batch=1)[0], expected)
 
 
 def test_gather_reads_missing_axes_as_repeated() -> None:

@@ -52,6 +52,20 @@ struct alignas(8) BandMask {
     }
 };
 
+// A tile by its elements. Called by all 32 lanes of a warp, which share them.
+template <class Mask>
+__device__ __forceinline__ TileClass classify_elements(const Mask& mask, const Coord& at, Range rows, Range keys) {
+    bool any = false, all = true;
+    for (int i = rows.start; i < rows.stop; i++) {
+        for (int j = keys.start + lane_index(); j < keys.stop; j += 32) {
+            const bool kept = mask.keep(at, i, j);
+            any |= kept, all &= kept;
+        }
+    }
+    if (!__any_sync(0xffffffffu, any)) return kTileEmpty;
+    return __all_sync(0xffffffffu, all) ? kTileFull : kTilePartial;
+}
+
 // An array of bytes over (batch, heads, queries, keys), strides 0 along broadcast axes.
 struct alignas(8) BooleanMask {
     static constexpr bool kTiled = true;
@@ -65,17 +79,29 @@ struct alignas(8) BooleanMask {
     __device__ __forceinline__ Range q_range(const Coord& at, Range) const { return {0, at.seqlen_q}; }
     __device__ __forceinline__ bool covers(const Coord&, Range, Range) const { return false; }
 
-    // Called by all 32 lanes of a warp, which share the elements.
     __device__ __forceinline__ TileClass classify(const Coord& at, Range rows, Range keys) const {
-        bool any = false, all = true;
-        for (int i = rows.start; i < rows.stop; i++) {
-            for (int j = keys.start + lane_index(); j < keys.stop; j += 32) {
-                const bool kept = keep(at, i, j);
-                any |= kept, all &= kept;
-            }
-        }
-        if (!__any_sync(0xffffffffu, any)) return kTileEmpty;
-        return __all_sync(0xffffffffu, all) ? kTileFull : kTilePartial;
+        return classify_elements(*this, at, rows, keys);
+    }
+};
+
+// The last `columns` keys by an array of bytes over (batch, heads, queries, columns); those before them are visible.
+struct alignas(8) TreeMask {
+    static constexpr bool kTiled = true;
+    const unsigned char* array;
+    long long stride_batch, stride_head, stride_q, stride_k;
+    alignas(8) int columns;
+
+    __device__ __forceinline__ bool keep(const Coord& at, int i, int j) const {
+        const int column = j - (at.seqlen_k - columns);
+        return column < 0 || array[at.batch * stride_batch + at.head * stride_head + i * stride_q + column * stride_k] != 0;
+    }
+    __device__ __forceinline__ Range kv_range(const Coord& at, Range) const { return {0, at.seqlen_k}; }
+    __device__ __forceinline__ Range q_range(const Coord& at, Range) const { return {0, at.seqlen_q}; }
+    __device__ __forceinline__ bool covers(const Coord& at, Range, Range keys) const {
+        return keys.stop <= at.seqlen_k - columns;
+    }
+    __device__ __forceinline__ TileClass classify(const Coord& at, Range rows, Range keys) const {
+        return covers(at, rows, keys) ? kTileFull : classify_elements(*this, at, rows, keys);
     }
 };
 

@@ -21,9 +21,14 @@ __device__ __forceinline__ void modify_scores(Tile& s, const Coord& at, int row0
     for (int x = 0; x < (kFoldScale && !kChecked ? 0 : Tile::kSize); x++) {
         // Memory is read inside the sequences only; what a clamped coordinate yields is discarded.
         const int i = kReads ? min(row0 + Tile::row(x), at.seqlen_q - 1) : row0 + Tile::row(x);
-        const int j = col0 + Tile::col(x);
+        const TileColumn column = {col0 + Tile::col(0), Tile::col(x) - Tile::col(0)};
+        const int j = column;
         if constexpr (!kFoldScale) {
-            s[x] = score_mod.apply(s[x] * scale, at, i, kChecked && ScoreMod::kReadsMemory ? min(j, at.seqlen_k - 1) : j);
+            if constexpr (kChecked && ScoreMod::kReadsMemory) {
+                s[x] = score_mod.apply(s[x] * scale, at, i, min(j, at.seqlen_k - 1));
+            } else {
+                s[x] = score_mod.apply(s[x] * scale, at, i, column);
+            }
         }
         if constexpr (kChecked) {
             if (j >= at.seqlen_k || !mask.keep(at, i, j)) s[x] = negative_infinity<Real>();

@@ -45,11 +45,9 @@ struct Sequence {
     }
 };
 
-// Whether token i of a packed array lies inside its sequence; `lens` may be null.
-__device__ __forceinline__ bool token_exists(const int* cumulative, const int* lens, int batches, int i) {
-    if (i >= cumulative[batches]) return false;
-    if (lens == nullptr) return true;
-    int low = 0, high = batches - 1;  // the last sequence that starts at or before the token
+// The last sequence of a packed array that starts at or before token i.
+__device__ __forceinline__ int sequence_of(const int* cumulative, int batches, int i) {
+    int low = 0, high = batches - 1;
     while (low < high) {
         const int middle = (low + high + 1) / 2;
         if (cumulative[middle] <= i) {
@@ -58,7 +56,15 @@ __device__ __forceinline__ bool token_exists(const int* cumulative, const int* l
             high = middle - 1;
         }
     }
-    return i - cumulative[low] < lens[low];
+    return low;
+}
+
+// Whether token i of a packed array lies inside its sequence; `lens` may be null.
+__device__ __forceinline__ bool token_exists(const int* cumulative, const int* lens, int batches, int i) {
+    if (i >= cumulative[batches]) return false;
+    if (lens == nullptr) return true;
+    const int batch = sequence_of(cumulative, batches, i);
+    return i - cumulative[batch] < lens[batch];
 }
 
 }  // namespace cuattn

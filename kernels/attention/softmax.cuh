@@ -56,4 +56,44 @@ __device__ __forceinline__ RowResult<Real> finish_row(Real max_log2, Real sum, R
     return {shrink / total, top + log2_fast(total)};
 }
 
+// Scores of a warp's rows to probabilities times 2^exponent, in place; rescales what has been accumulated in `o` when a maximum
+// of the warp grew enough to matter. The four lanes that share a row hold its columns.
+template <class Scores, class Output, class Real, int kM>
+__device__ __forceinline__ void online_softmax(Scores& s, Output& o, RowState<Real> (&rows)[kM][2], Real factor,
+                                               Real exponent) {
+    constexpr int kN = Scores::kThreadCols / 2;
+    Real shrink[kM][2];
+    bool grew = false;
+#pragma unroll
+    for (int x = 0; x < 2 * kM; x++) {
+        const int m = x / 2, half = x % 2;
+        Real top = s.data[m][0][2 * half];
+#pragma unroll
+        for (int u = 0; u < kN; u++) top = maximum(top, maximum(s.data[m][u][2 * half], s.data[m][u][2 * half + 1]));
+        top = maximum(top, __shfl_xor_sync(0xffffffffu, top, 1));
+        top = maximum(top, __shfl_xor_sync(0xffffffffu, top, 2));
+        shrink[m][half] = rows[m][half].rescale(top, factor);
+        grew |= shrink[m][half] != Real(1);
+    }
+    if (__any_sync(0xffffffffu, grew)) {
+#pragma unroll
+        for (int x = 0; x < Output::kSize; x++) o[x] *= shrink[x / (Output::kSize / kM)][x % 4 / 2];
+    }
+#pragma unroll
+    for (int x = 0; x < 2 * kM; x++) {
+        const int m = x / 2, half = x % 2;
+        const Real offset = rows[m][half].offset(factor) - exponent;
+        Real sum = 0;
+#pragma unroll
+        for (int u = 0; u < kN; u++) {
+#pragma unroll
+            for (int e = 2 * half; e < 2 * half + 2; e++) {
+                s.data[m][u][e] = exp2_fast(s.data[m][u][e] * factor - offset);
+                sum += s.data[m][u][e];
+            }
+        }
+        rows[m][half].sum += sum;
+    }
+}
+
 }  // namespace cuattn

@@ -1,5 +1,5 @@
 // Backward of attention: dk and dv of a key tile, and its share of dq. One algorithm for every element type; how warps multiply
-// tiles is the policy Config::Gemm (tile/warp_half.cuh, warp_wide.cuh, warp_simt.cuh). sm_80 and up.
+// tiles is the policy Config::Gemm, one of tile/warp_*.cuh. sm_80 and up.
 //
 //   P = exp(S - lse)   dP = dO V^T   dS = P o (dP - delta)   dV = P^T dO   dK = scale dS^T Q   dQ = scale dS K
 //   (FlashAttention-2, algorithm 2; delta = rowsum(dO o O) - dlse, from backward_prepare.cu)
@@ -14,8 +14,8 @@
 //
 // Shared memory   sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x { sQ (kBlockM x D), sdO (kBlockM x Dv), stats } | sP | sdS |
 //                 sSums (where a bias is differentiated); dk and dv are staged over the front at the end
-// Loop            wait Q, dO; load the next ones; S = Q K^T, dP = dO V^T; P and dS to shared memory; barrier;
-//                 dQ = dS K, added to dq_sum; dV += P^T dO; dK += dS^T Q
+// Loop            wait Q, dO; load the next ones; S = Q K^T, dP = dO V^T; (of pairs: the largest magnitudes of P and dS;
+//                 barrier;) P and dS to shared memory; barrier; dQ = dS K, added to dq_sum; dV += P^T dO; dK += dS^T Q
 #pragma once
 #include "attention/mod_sums.cuh"
 #include "attention/row_stats.cuh"
@@ -23,6 +23,7 @@
 #include "attention/seqlen.cuh"
 #include "mainloop/query_tiles.cuh"
 #include "mainloop/slab.cuh"
+#include "mainloop/split_input.cuh"
 #include "ptx/special_registers.cuh"
 #include "tile/copy.cuh"
 
@@ -31,7 +32,8 @@ namespace cuattn {
 template <class Config>
 struct Backward {
     using Gemm = typename Config::Gemm;
-    using Element = typename Gemm::Element;
+    using Element = typename Gemm::Element;   // of what is multiplied
+    using Output = typename Config::Element;  // of dk and dv: float where inputs are pairs of __half
     using Real = typename Gemm::Accum;
     using Mask = typename Config::Mask;
     using ScoreMod = typename Config::ScoreMod;
@@ -52,6 +54,7 @@ struct Backward {
     using KTile = typename Gemm::template Tile<kBlockN, kHeadDim>;
     using VTile = typename Gemm::template Tile<kBlockN, kHeadDimV>;
     using PTile = typename Gemm::template ScoreTile<kBlockM, kBlockN>;
+    static constexpr bool kSplitInput = Gemm::kParts > 1;  // see mainloop/split_input.cuh
     using Sums = ModSums<Config, Scores>;
     using Stats = RowStats<Config>;
     static constexpr int kStatsCopy = sizeof(Stats) < 16 ? sizeof(Stats) : 16, kStatsParts = sizeof(Stats) / kStatsCopy;
@@ -70,7 +73,7 @@ struct Backward {
     static constexpr int kOffsetP = kOffsetStages + kStages * kStageBytes, kOffsetDs = kOffsetP + PTile::kBytes;
     static constexpr int kOffsetSums = kOffsetDs + PTile::kBytes;
     template <int kCols>
-    using OutTile = SmemTile<Element, kBlockN, kCols, 1>;
+    using OutTile = SmemTile<Output, kBlockN, kCols, 1>;
     static_assert(kOffsetSums + kSumsBytes <= Config::kSmemBytes && OutTile<kHeadDim>::kBytes <= Config::kSmemBytes &&
                       OutTile<kHeadDimV>::kBytes <= Config::kSmemBytes,
                   "the plan's shared memory is too small");
@@ -142,12 +145,26 @@ struct Backward {
         }
     }
 
+    // An operand from global memory. Where inputs are pairs, a row is as long as the tile's, and the words that decide the
+    // exponent of its slot come along.
+    template <int kVecBytes, class Tile>
+    __device__ __forceinline__ void load_operand(const Tile& tile, const Element* source, long long pitch, int rows, int cols,
+                                                 int slot) const {
+        load_tile<kThreads, kVecBytes>(tile, source, pitch, rows, kSplitInput ? Tile::kCols : cols);
+        if constexpr (kSplitInput) {
+            constexpr int kCopies = kTops / 4;
+            if (threadIdx.x < kCopies)
+                cp_async<16>(smem_address(tile.tops() + 4 * threadIdx.x), magnitudes_of(p, slot) + 4 * threadIdx.x);
+        }
+    }
+
     __device__ __forceinline__ void load_keys(const Work& w, int n) const {
         const int start = n * kBlockN, rows = w.at.seqlen_k - start;
         const Element* k = static_cast<const Element*>(p.k) + w.seq.k + w.head_kv * p.k_head + start * p.k_row;
         const Element* v = static_cast<const Element*>(p.v) + w.seq.v + w.head_kv * p.v_head + start * p.v_row;
-        load_tile<kThreads, Config::kVecK>(sK(), k, p.k_row, rows, p.head_dim);
-        load_tile<kThreads, Config::kVecV>(sV(), v, p.v_row, rows, p.head_dim_v);
+        const auto slots = SplitSlots<Config>::of(p);
+        load_operand<Config::kVecK>(sK(), k, p.k_row, rows, p.head_dim, slots.k(w.at.batch, w.head_kv));
+        load_operand<Config::kVecV>(sV(), v, p.v_row, rows, p.head_dim_v, slots.v(w.at.batch, w.head_kv));
     }
 
     __device__ __forceinline__ void load_queries(const Work& w, int n, int head, int m, int stage) const {
@@ -156,8 +173,9 @@ struct Backward {
         const Element* q = static_cast<const Element*>(p.q) + w.at.batch * p.q_batch + head * p.q_head + row * p.q_row;
         const Element* dout =
             static_cast<const Element*>(g.dout) + w.at.batch * g.dout_batch + head * g.dout_head + row * g.dout_row;
-        load_tile<kThreads, Config::kVecQ>(sQ(stage), q, p.q_row, rows, p.head_dim);
-        load_tile<kThreads, Config::kVecDout>(sdO(stage), dout, g.dout_row, rows, p.head_dim_v);
+        const auto slots = SplitSlots<Config>::of(p);
+        load_operand<Config::kVecQ>(sQ(stage), q, p.q_row, rows, p.head_dim, slots.q(w.at.batch, head));
+        load_operand<Config::kVecDout>(sdO(stage), dout, g.dout_row, rows, p.head_dim_v, slots.dout(w.at.batch, head));
         if constexpr (Config::kStageBias) {
             const auto& bias = BiasIn<ScoreMod>::get(score_mod);
             const BiasElement* from = bias.array + w.at.batch * bias.stride_batch + head * bias.stride_head +
@@ -226,6 +244,11 @@ struct Backward {
         } else {
             score_gradients<Config, true>(s, dp, at, row0, col0, scale, factor, mask, mod, stats, sums, p.seed,
                                           p.dropout_threshold, dropout_scale);
+        }
+        if constexpr (kSplitInput) {
+            Gemm::template measure<ScoreGrid>(s, sP());
+            Gemm::template measure<ScoreGrid>(dp, sdS());
+            ScoreGrid::sync();  // the exponents depend on all warps
         }
         Gemm::store(s, sP(), ScoreGrid::row(), ScoreGrid::col());
         Gemm::store(dp, sdS(), ScoreGrid::row(), ScoreGrid::col());
@@ -328,15 +351,15 @@ struct Backward {
 
     // The rows of one gradient, scaled, through shared memory into place.
     template <int kCols, int kVecBytes, class Grid, class Gradient>
-    __device__ __forceinline__ void store_gradient(Gradient& gradient, Real scale, Element* target, long long pitch, int rows,
+    __device__ __forceinline__ void store_gradient(Gradient& gradient, Real scale, Output* target, long long pitch, int rows,
                                                    int cols) const {
-        const OutTile<kCols> staged{reinterpret_cast<Element*>(smem)};
+        const OutTile<kCols> staged{reinterpret_cast<Output*>(smem)};
         __syncthreads();  // nobody reads what lies there
 #pragma unroll
         for (int x = 0; x < Gradient::kSize; x++) {
             if (!Grid::active()) break;
             *staged.at(Grid::row() + Gradient::row(x), Grid::col() + Gradient::col(x)) =
-                static_cast<Element>(gradient[x] * scale);
+                static_cast<Output>(gradient[x] * scale);
         }
         __syncthreads();
         store_tile<kThreads, kVecBytes>(staged, target, pitch, rows, cols);
@@ -367,8 +390,8 @@ struct Backward {
             store_partial<ValueGrid>(dv, scale_v, static_cast<Real*>(g.partial_dv) + row * p.head_dim_v, rows, p.head_dim_v);
         } else {
             const long long row = w.seq.token_k + start;
-            Element* dk_to = static_cast<Element*>(g.dk) + w.at.batch * g.dk_batch + w.head_kv * g.dk_head + row * g.dk_row;
-            Element* dv_to = static_cast<Element*>(g.dv) + w.at.batch * g.dv_batch + w.head_kv * g.dv_head + row * g.dv_row;
+            Output* dk_to = static_cast<Output*>(g.dk) + w.at.batch * g.dk_batch + w.head_kv * g.dk_head + row * g.dk_row;
+            Output* dv_to = static_cast<Output*>(g.dv) + w.at.batch * g.dv_batch + w.head_kv * g.dv_head + row * g.dv_row;
             store_gradient<kHeadDim, Config::kVecDk, KeyGrid>(dk, scale, dk_to, g.dk_row, rows, p.head_dim);
             store_gradient<kHeadDimV, Config::kVecDv, ValueGrid>(dv, scale_v, dv_to, g.dv_row, rows, p.head_dim_v);
         }
@@ -380,13 +403,13 @@ struct Backward {
         for (int block = w.share; block * kBlockN < w.seq.rows_k; block += shares) {
             const int start = max(block * kBlockN, w.at.seqlen_k), stop = min((block + 1) * kBlockN, w.seq.rows_k);
             const long long row = w.seq.token_k + start;
-            Element* dk_to = static_cast<Element*>(g.dk) + w.at.batch * g.dk_batch + w.head_kv * g.dk_head + row * g.dk_row;
-            Element* dv_to = static_cast<Element*>(g.dv) + w.at.batch * g.dv_batch + w.head_kv * g.dv_head + row * g.dv_row;
+            Output* dk_to = static_cast<Output*>(g.dk) + w.at.batch * g.dk_batch + w.head_kv * g.dk_head + row * g.dk_row;
+            Output* dv_to = static_cast<Output*>(g.dv) + w.at.batch * g.dv_batch + w.head_kv * g.dv_head + row * g.dv_row;
             for (int x = threadIdx.x; x < (stop - start) * p.head_dim; x += kThreads) {
-                dk_to[x / p.head_dim * g.dk_row + x % p.head_dim] = Element(0.0f);
+                dk_to[x / p.head_dim * g.dk_row + x % p.head_dim] = Output(0.0f);
             }
             for (int x = threadIdx.x; x < (stop - start) * p.head_dim_v; x += kThreads) {
-                dv_to[x / p.head_dim_v * g.dv_row + x % p.head_dim_v] = Element(0.0f);
+                dv_to[x / p.head_dim_v * g.dv_row + x % p.head_dim_v] = Output(0.0f);
             }
         }
     }

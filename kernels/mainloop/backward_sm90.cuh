@@ -1,28 +1,34 @@
 // Backward on Hopper: dk and dv of a key tile, and its share of dq, by TMA loads, wgmma products and warpgroups with roles.
-// 16-bit elements, head dimensions to 128, sm_90a. Formulas, slabs of dq, deterministic mode and query splits: see
-// backward.cuh.
+// 16-bit elements, head dimensions to 256, sm_90a. Formulas, slabs of dq and query splits: see backward.cuh.
 //
 // Products    scores are transposed, so P^T and dS^T are operands in the registers that hold them:
 //                 S^T = K Q^T    dP^T = V dO^T    64 keys a warpgroup x kBlockM
 //                 dV += P^T dO   dK += dS^T Q     64 keys x D, A in registers
 //                 dQ^T = K^T dS^T                 dS from shared memory, where both warpgroups write it; see WarpgroupHalf
-// Roles       consumers: warpgroups 0 and 1, 64 keys each
+// (kWide)     beyond 128 columns dk and dv of 64 keys take the registers of both warpgroups. A warpgroup then holds the scores
+//             of half the queries, and half the columns of dk, dv and dq; P goes through shared memory as dS does
+// Roles       consumers: warpgroups 0 and 1, 64 keys each (kWide: the same 64 keys)
 //             loader: one thread of warp 8 issues all tile loads
 //             guide: warp 9 says which query tile a stage holds (Visit) and brings its row statistics, which TMA cannot: their
 //             rows are neither padded nor aligned
+//             doorman: warp 10, deterministic: lets the consumers add to dq once all key tiles before have
 // Registers   the producer warpgroup hands all but kProducerRegisters over
 // Memory      sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x sQ (kBlockM x D) | kStages x sdO (kBlockM x Dv) |
-//             2 x sdS (kBlockM x kBlockN) | sdQ (kBlockM x D floats, with kBulkDq) | kStages x row statistics |
-//             kStages x Visit | barriers
+//             2 x sdS (kBlockM x kBlockN) | 2 x sP (likewise, kWide) | sdQ (kBlockM x D floats, with kBulkDq) |
+//             kStages x row statistics | kStages x Visit | barriers
 // Barriers    name             arrives                         count   waits
 //             full (k, v, q, do)  the loader, and the bytes    1       consumers
 //             visit_full       the guide                       32      consumers
-//             q_empty          one lane of each consumer warp  8       the loader, the guide
-//             kv_empty, do_empty  likewise                     8       the loader
+//             turn             the doorman                     1       consumers
+//             q_empty          one lane of each consumer warp  8       the loader, the guide, the doorman
+//             do_empty         likewise                        8       the loader
 // Loop        wait; issue S, dP; P and dS; issue dV; dS to shared memory; barrier of the consumers; issue dQ, dK; wait dQ;
 //             add it to memory; wait dK
 // (kEarly)    where P needs no dP: issue S, dP; wait S; P; issue dV; wait dP; dS, which thus runs under dV; ...; row statistics
 //             of the next tile are read before dq is added: behind the additions they would wait in the same queue
+// Order       deterministic: a key tile adds to dq of a query tile after all key tiles before it have. CTAs start in that
+// order,
+//             so none waits for one that has not started
 #pragma once
 #include "attention/mod_sums.cuh"
 #include "attention/row_stats.cuh"
@@ -57,26 +63,36 @@ struct BackwardSm90 {
     static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kStages = Config::kStages;
     static constexpr int kHeadDim = Config::kHeadDim, kHeadDimV = Config::kHeadDimV;
     static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
-    static_assert(Config::kThreads == kConsumerThreads + 128 && kBlockN == 64 * kConsumers && kBlockM % 32 == 0);
+    static constexpr bool kWide = kBlockN == 64;
+    static_assert(Config::kThreads == kConsumerThreads + 128 && kBlockM % 32 == 0);
+    static_assert(kWide ? kHeadDim % 128 == 0 && kHeadDimV % 128 == 0 : kBlockN == 64 * kConsumers);
+    // Of a warpgroup: rows of its scores, columns of dk and dv.
+    static constexpr int kScoreRows = kWide ? kBlockM / 2 : kBlockM;
+    static constexpr int kKeyCols = kWide ? kHeadDim / 2 : kHeadDim, kValueCols = kWide ? kHeadDimV / 2 : kHeadDimV;
     // Two buffers of dS let one barrier a tile do.
     static_assert(kStages == 2);
     // Per thread; 504 for a thread of each warpgroup. Small sums leave more to the guide, who asks the mask.
-    static constexpr bool kSmallSums = kBlockM + (kHeadDim + kHeadDimV) / 2 <= 160;
-    static constexpr int kProducerRegisters = kSmallSums ? 72 : 40, kConsumerRegisters = kSmallSums ? 216 : 232;
+    static constexpr bool kSmallSums = kScoreRows + (kKeyCols + kValueCols) / 2 <= 160 && !kWide;
+    static constexpr int kProducerRegisters = kSmallSums ? 72 : Mask::kTiled && kWide ? 56 : 40;
+    static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
 
     using QTile = PanelTile<kBlockM, kHeadDim>;
     using DoTile = PanelTile<kBlockM, kHeadDimV>;
     using KTile = PanelTile<kBlockN, kHeadDim>;
     using VTile = PanelTile<kBlockN, kHeadDimV>;
     using DsTile = PanelTile<kBlockM, kBlockN>;
-    using Scores = WgmmaTransposedTile<kBlockM>;
+    using Scores = WgmmaTransposedTile<kScoreRows>;
     using Slab = QuerySlab<Config>;
     using DqGrid = typename Slab::Grid;
+    static constexpr int kDqPanels = DqGrid::kCols / 64;
+    static_assert(kDqPanels <= 2);
     using Stats = RowStats<Config>;
     using Sums = ModSums<Config, Scores>;
     using Slot = RingSlot<kStages>;
-    using Tiles = QueryTiles<Mask, kBlockM, kBlockN>;
-    static_assert(Sums::kKind != kBiasRows);
+    // Deterministic: key tiles add to a query tile's dq in their order. All begin with the last query tiles, which under a
+    // causal mask they share, so that none waits for long.
+    using Tiles = QueryTiles<Mask, kBlockM, kBlockN, Config::kDeterministic>;
+    static_assert(Sums::kKind != kBiasRows && !(kWide && Sums::kKind == kBiasColumns));
     // A part of dQ^T starts at a multiple of 8 rows of a panel of dS.
     static_assert(DqGrid::kRows % 8 == 0);
 
@@ -87,15 +103,17 @@ struct BackwardSm90 {
     };
     static constexpr bool kEarly = Config::kEarly;
     // Of 128 rows they take registers that the products need.
-    static constexpr bool kStatsAhead = kEarly && kBlockM <= 64;
+    static constexpr bool kStatsAhead = kEarly && kScoreRows <= 64;
     static constexpr int kDqWarpBytes = Config::kBulkDq ? Slab::kWarpElements * 4 : 0;
     static constexpr int kOffsetV = KTile::kBytes, kOffsetQ = kOffsetV + VTile::kBytes;
     static constexpr int kOffsetDo = kOffsetQ + kStages * QTile::kBytes, kOffsetDs = kOffsetDo + kStages * DoTile::kBytes;
-    static constexpr int kOffsetDq = kOffsetDs + 2 * DsTile::kBytes, kOffsetStats = kOffsetDq + 8 * kDqWarpBytes;
+    static constexpr int kOffsetP = kOffsetDs + 2 * DsTile::kBytes, kOffsetDq = kOffsetP + (kWide ? 2 * DsTile::kBytes : 0);
+    static constexpr int kOffsetStats = kOffsetDq + 8 * kDqWarpBytes;
     static constexpr int kStatsBytes = kBlockM * static_cast<int>(sizeof(Stats));
+    static_assert(sizeof(Stats) == 8);
     static constexpr int kOffsetVisits = kOffsetStats + kStages * kStatsBytes;
     static constexpr int kOffsetBarriers = kOffsetVisits + kStages * static_cast<int>(sizeof(Visit));
-    static constexpr int kBarriers = 3 + 5 * kStages;
+    static constexpr int kBarriers = 2 + 6 * kStages;
     // The dynamic shared memory of a CTA is aligned by hand.
     static_assert(kOffsetBarriers + 8 * kBarriers + QTile::kAlignment <= Config::kSmemBytes,
                   "the plan's shared memory is too small");
@@ -103,7 +121,7 @@ struct BackwardSm90 {
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
     // Named barriers; 0 is __syncthreads.
-    static constexpr int kDsBarrier = 1, kClearBarrier = 2;
+    static constexpr int kDsBarrier = 1, kPBarrier = 2, kClearBarrier = 3;
 
     const BackwardTmaArguments<Config>& arguments;
     char* smem;  // aligned
@@ -114,14 +132,34 @@ struct BackwardSm90 {
     __device__ __forceinline__ unsigned barrier(int number) const { return base + kOffsetBarriers + 8 * number; }
     __device__ __forceinline__ unsigned k_full() const { return barrier(0); }
     __device__ __forceinline__ unsigned v_full() const { return barrier(1); }
-    __device__ __forceinline__ unsigned kv_empty() const { return barrier(2); }
-    __device__ __forceinline__ unsigned q_full(int stage) const { return barrier(3 + stage); }
-    __device__ __forceinline__ unsigned q_empty(int stage) const { return barrier(3 + kStages + stage); }
-    __device__ __forceinline__ unsigned do_full(int stage) const { return barrier(3 + 2 * kStages + stage); }
-    __device__ __forceinline__ unsigned do_empty(int stage) const { return barrier(3 + 3 * kStages + stage); }
-    __device__ __forceinline__ unsigned visit_full(int stage) const { return barrier(3 + 4 * kStages + stage); }
-    __device__ __forceinline__ Stats* stats(int stage) const {
-        return reinterpret_cast<Stats*>(smem + kOffsetStats + stage * kStatsBytes);
+    __device__ __forceinline__ unsigned q_full(int stage) const { return barrier(2 + stage); }
+    __device__ __forceinline__ unsigned q_empty(int stage) const { return barrier(2 + kStages + stage); }
+    __device__ __forceinline__ unsigned do_full(int stage) const { return barrier(2 + 2 * kStages + stage); }
+    __device__ __forceinline__ unsigned do_empty(int stage) const { return barrier(2 + 3 * kStages + stage); }
+    __device__ __forceinline__ unsigned visit_full(int stage) const { return barrier(2 + 4 * kStages + stage); }
+    __device__ __forceinline__ unsigned turn(int stage) const { return barrier(2 + 5 * kStages + stage); }
+    __device__ __forceinline__ float* stats(int stage) const {
+        return reinterpret_cast<float*>(smem + kOffsetStats + stage * kStatsBytes);
+    }
+    // Row statistics of a tile: lse of all rows, then delta, in an order in which the four of 16 rows that a thread's elements
+    // lie in are neighbours.
+    __device__ __forceinline__ static int stats_place(int row) {
+        return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;
+    }
+    struct StatsReader {
+        const float4* own;  // of this thread
+
+        __device__ __forceinline__ float at(int r) const {
+            const float4 four = own[r / 4 * 4];
+            return r % 4 == 0 ? four.x : r % 4 == 1 ? four.y : r % 4 == 2 ? four.z : four.w;
+        }
+        __device__ __forceinline__ float lse(int r) const { return at(r); }
+        __device__ __forceinline__ float delta(int r) const { return at(r + kBlockM / 4); }
+        __device__ __forceinline__ Stats operator()(int r) const { return {lse(r), delta(r)}; }
+    };
+    __device__ __forceinline__ StatsReader read_stats(int stage) const {
+        const int first = kWide ? static_cast<int>(threadIdx.x / 128) * kScoreRows / 4 : 0;
+        return {reinterpret_cast<const float4*>(stats(stage)) + first + threadIdx.x % 4};
     }
     __device__ __forceinline__ Visit& visit(int stage) const { return reinterpret_cast<Visit*>(smem + kOffsetVisits)[stage]; }
 
@@ -130,18 +168,18 @@ struct BackwardSm90 {
     struct Work {
         Coord at;  // head: the first of the group
         Sequence seq;
-        int head_kv, share, q_split;
+        int head_kv, n, q_split;
 
         // Pairs of KV heads (and parts of their queries) and sequences form sections whose queries and sums of dq fit into L2
         // together. Within a section, key tiles that run side by side belong to different pairs, and the first ones, which
         // under a causal mask are the longest, go first.
         __device__ __forceinline__ static Work of(const ForwardParams& p, const BackwardParams& g) {
-            const int index = static_cast<int>(cta_index()), shares = Config::kDeterministic ? g.dq_splits : g.n_blocks;
+            const int index = static_cast<int>(cta_index()), shares = g.n_blocks;
             const int pairs = g.q_splits * g.heads_kv * g.batches, first = index / (p.section * shares) * p.section;
             const int size = min(p.section, pairs - first), rest = index - first * shares;
             int pair = first + rest % size;
             Work w;
-            w.share = rest / size;
+            w.n = rest / size;
             w.q_split = pair % g.q_splits;
             pair /= g.q_splits;
             w.head_kv = g.first_head_kv + pair % g.heads_kv;
@@ -153,65 +191,38 @@ struct BackwardSm90 {
         }
     };
 
-    // Calls visitor(n) for each key tile of this CTA.
+    // Calls visitor(place) for each query tile that this CTA visits.
     template <class Visitor>
-    __device__ __forceinline__ void for_key_tiles(const Visitor& visitor) const {
-        const ForwardParams& p = params();
-        const BackwardParams& g = grads();
-        if constexpr (Config::kDeterministic) {
-            for (int turn = 0; turn * g.dq_splits < g.n_blocks; turn++) {  // back and forth, which balances causal masks
-                const Work w = Work::of(p, g);
-                const int n = turn * g.dq_splits + (turn % 2 == 0 ? w.share : g.dq_splits - 1 - w.share);
-                if (n * kBlockN < w.at.seqlen_k) visitor(n);
-            }
-        } else {
-            const Work w = Work::of(p, g);
-            if (w.share * kBlockN < w.at.seqlen_k) visitor(w.share);
+    __device__ __forceinline__ static void for_places(const Work& w, const Tiles& tiles, const Visitor& visitor) {
+        for (Place place = tiles.after({0, tiles.first}, w.q_split); !tiles.is_end(place);
+             place = tiles.after(place, tiles.step)) {
+            visitor(tiles.at(place));
         }
     }
-    // Where every key tile visits all query tiles, each starts elsewhere, so that not all add to the same dq at once.
-    __device__ __forceinline__ static int query_tile(const Tiles& tiles, Place place) {
-        if constexpr (!Config::kRotate) return place.m;
-        const int m = place.m + tiles.n % tiles.count;
-        return m >= tiles.first + tiles.count ? m - tiles.count : m;
+    __device__ __forceinline__ Tiles tiles_of(const Work& w, int n) const {
+        return Tiles::of(params(), grads(), arguments.variant.mask, w.at, n);
     }
 
     // ---------------------------------------------------------------------------------------------------------- producers
 
     __device__ __forceinline__ void load_tiles() const {
-        const ForwardParams& p = params();
         Slot slot;
-        unsigned parity = 0;
-        for_key_tiles([&](int n) {
-            const Work w = Work::of(p, grads());
-            const Tiles tiles = Tiles::of(p, grads(), arguments.variant.mask, w.at, n);
-            Place place = tiles.after({0, tiles.first}, w.q_split);
-            if (!tiles.is_end(place)) {
-                // Packed sequences share one axis of tokens.
-                const int batch = Config::kPacked ? 0 : w.at.batch, row_k = w.seq.token_k + n * kBlockN;
-                mbarrier_wait(kv_empty(), parity ^ 1);
-                KTile::load(base, arguments.maps[kBackwardMapK], k_full(), 0, row_k, w.head_kv, batch);
-                for (bool first = true; !tiles.is_end(place); place = tiles.after(place, tiles.step)) {
-                    const int row = w.seq.token_q + query_tile(tiles, place) * kBlockM, head = w.at.head + place.head;
-                    mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
-                    QTile::load(base + kOffsetQ + slot.stage * QTile::kBytes, arguments.maps[kBackwardMapQ], q_full(slot.stage),
-                                0, row, head, batch);
-                    if (first) {
-                        VTile::load(base + kOffsetV, arguments.maps[kBackwardMapV], v_full(), 0, row_k, w.head_kv, batch);
-                        first = false;
-                    }
-                    mbarrier_wait(do_empty(slot.stage), slot.parity ^ 1);
-                    DoTile::load(base + kOffsetDo + slot.stage * DoTile::kBytes, arguments.maps[kBackwardMapDout],
-                                 do_full(slot.stage), 0, row, head, batch);
-                    slot.advance();
-                }
-                parity ^= 1;
-            }
-            // The visit that says it is the end takes a place in the ring too: its phases pass empty.
+        const Work w = Work::of(params(), grads());
+        const Tiles tiles = tiles_of(w, w.n);
+        // Packed sequences share one axis of tokens.
+        const int batch = Config::kPacked ? 0 : w.at.batch, row_k = w.seq.token_k + w.n * kBlockN;
+        bool first = true;
+        for_places(w, tiles, [&](Place here) {
+            const int row = w.seq.token_q + here.m * kBlockM, head = w.at.head + here.head;
+            if (first) KTile::load(base, arguments.maps[kBackwardMapK], k_full(), 0, row_k, w.head_kv, batch);
             mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
-            mbarrier_arrive(q_full(slot.stage));
+            QTile::load(base + kOffsetQ + slot.stage * QTile::kBytes, arguments.maps[kBackwardMapQ], q_full(slot.stage), 0, row,
+                        head, batch);
+            if (first) VTile::load(base + kOffsetV, arguments.maps[kBackwardMapV], v_full(), 0, row_k, w.head_kv, batch);
+            first = false;
             mbarrier_wait(do_empty(slot.stage), slot.parity ^ 1);
-            mbarrier_arrive(do_full(slot.stage));
+            DoTile::load(base + kOffsetDo + slot.stage * DoTile::kBytes, arguments.maps[kBackwardMapDout], do_full(slot.stage),
+                         0, row, head, batch);
             slot.advance();
         });
     }
@@ -226,30 +237,53 @@ struct BackwardSm90 {
             mbarrier_arrive(visit_full(slot.stage));
             slot.advance();
         };
-        for_key_tiles([&](int n) {
-            const Work w = Work::of(p, g);
-            const Tiles tiles = Tiles::of(p, g, arguments.variant.mask, w.at, n);
-            const Stats* from = static_cast<const Stats*>(g.row_stats) + w.seq.row + w.at.head * w.seq.head_rows;
-            Place place = tiles.after({0, tiles.first}, w.q_split);
-            for (; !tiles.is_end(place); place = tiles.after(place, tiles.step)) {
-                const Place here{place.head, query_tile(tiles, place)};
-                const int row = here.m * kBlockM + lane;
-                Stats own[kBlockM / 32];
+        const Work w = Work::of(p, g);
+        const Tiles tiles = tiles_of(w, w.n);
+        const Stats* from = static_cast<const Stats*>(g.row_stats) + w.seq.row + w.at.head * w.seq.head_rows;
+        for_places(w, tiles, [&](Place here) {
+            const int row = here.m * kBlockM + lane;
+            Stats own[kBlockM / 32];
 #pragma unroll
-                for (int x = 0; x < kBlockM / 32; x++) {
-                    own[x] = row + 32 * x < w.at.seqlen_q ? from[here.head * w.seq.head_rows + row + 32 * x] : Stats::nothing();
-                }
-                Coord at = w.at;
-                at.head += here.head;
-                const bool full = tiles.full(arguments.variant.mask, at, here);
-                const long long slab = Slab::number(p, g, w.seq, at, here.m);
-                mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
-#pragma unroll
-                for (int x = 0; x < kBlockM / 32; x++) stats(slot.stage)[lane + 32 * x] = own[x];
-                publish({here.head, here.m, full, 0, slab, 0});
+            for (int x = 0; x < kBlockM / 32; x++) {
+                own[x] = row + 32 * x < w.at.seqlen_q ? from[here.head * w.seq.head_rows + row + 32 * x] : Stats::nothing();
             }
+            Coord at = w.at;
+            at.head += here.head;
+            const bool full = tiles.full(arguments.variant.mask, at, here);
+            const long long slab = Slab::number(p, g, w.seq, at, here.m);
             mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
-            publish({0, -1, 0, 0, 0, 0});
+            float* to = stats(slot.stage) + stats_place(lane);
+#pragma unroll
+            for (int x = 0; x < kBlockM / 32; x++) to[32 * x] = own[x].lse, to[32 * x + kBlockM] = own[x].delta;
+            publish({here.head, here.m, full, 0, slab, 0});
+        });
+        mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
+        publish({0, -1, 0, 0, 0, 0});
+    }
+
+    // Key tiles before this one that visit a query tile: their number, found by all lanes of a warp.
+    __device__ __forceinline__ int tiles_before(const Work& w, Place here) const {
+        int count = 0;
+        for (int start = 0; start < w.n; start += 32) {
+            const int other = start + lane_index();
+            count += __popc(__ballot_sync(0xffffffffu, other < w.n && tiles_of(w, other).visits(here)));
+        }
+        return count;
+    }
+    __device__ __forceinline__ void keep_order() const {
+        const Work w = Work::of(params(), grads());
+        Slot slot;
+        for_places(w, tiles_of(w, w.n), [&](Place here) {
+            Coord at = w.at;
+            at.head += here.head;
+            const unsigned* counter = grads().turns + Slab::number(params(), grads(), w.seq, at, here.m);
+            const unsigned before = 4 * kConsumers * tiles_before(w, here);
+            mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
+            while (count_acquire(counter) < before) {
+            }
+            __syncwarp();
+            if (lane_index() == 0) mbarrier_arrive(turn(slot.stage));
+            slot.advance();
         });
     }
 
@@ -261,10 +295,11 @@ struct BackwardSm90 {
         Slot slot;
         Coord at;
         int first_head, n, m, full;  // of the visit at hand
+        long long last_slab = -1;    // deterministic: to which this one has added without having told
         float factor;                // turns a score into the exponent of 2
         float lse[kStatsAhead ? Scores::kThreadRows : 1];
-        WgmmaTile<kHeadDim> dk;
-        WgmmaTile<kHeadDimV> dv;
+        WgmmaTile<kKeyCols> dk;
+        WgmmaTile<kValueCols> dv;
         Sums sums;
         float columns[Sums::kKind == kBiasColumns ? Scores::kThreadCols : 1];  // sums over the tiles of a head
 
@@ -272,7 +307,8 @@ struct BackwardSm90 {
         __device__ __forceinline__ const ForwardParams& params() const { return kernel.params(); }
         __device__ __forceinline__ const BackwardParams& grads() const { return kernel.grads(); }
         __device__ __forceinline__ const Mask& mask() const { return kernel.arguments.variant.mask; }
-        __device__ __forceinline__ int first_key() const { return n * kBlockN + 64 * wg; }
+        __device__ __forceinline__ int first_key() const { return n * kBlockN + (kWide ? 0 : 64 * wg); }
+        __device__ __forceinline__ int first_query() const { return m * kBlockM + (kWide ? kScoreRows * wg : 0); }
 
         // Takes over what the guide says of a stage.
         __device__ __forceinline__ int read_visit(const Slot& next) {
@@ -280,17 +316,17 @@ struct BackwardSm90 {
             const Visit& visit = kernel.visit(next.stage);
             m = uniform(visit.m), full = uniform(visit.full);
             if constexpr (kStatsAhead) {
-                const Stats* own = kernel.stats(next.stage);
+                const StatsReader stats = kernel.read_stats(next.stage);
 #pragma unroll
-                for (int r = 0; r < Scores::kThreadRows; r++) lse[r] = own[Scores::row_at(r)].lse;
+                for (int r = 0; r < Scores::kThreadRows; r++) lse[r] = stats.lse(r);
             }
             return first_head + uniform(visit.head);
         }
         __device__ __forceinline__ void clear_sums() {
 #pragma unroll
-            for (int x = 0; x < kHeadDim / 2; x++) dk[x] = 0;
+            for (int x = 0; x < kKeyCols / 2; x++) dk[x] = 0;
 #pragma unroll
-            for (int x = 0; x < kHeadDimV / 2; x++) dv[x] = 0;
+            for (int x = 0; x < kValueCols / 2; x++) dv[x] = 0;
             clear_head();
         }
         __device__ __forceinline__ void clear_head() {
@@ -343,56 +379,64 @@ struct BackwardSm90 {
         // P and the gradients of the scores, in place of the products.
         __device__ __forceinline__ void differentiate(Scores& s, Scores& dp) {
             const ForwardParams& p = params();
-            const Stats* own = kernel.stats(slot.stage);
-            const auto stats = [&](int r) { return own[Scores::row_at(r)]; };
+            const StatsReader stats = kernel.read_stats(slot.stage);
             const float scale = static_cast<float>(p.scale), dropout_scale = static_cast<float>(p.dropout_scale);
             const auto& score_mod = kernel.arguments.variant.score_mod;
             sums.clear_tile();
             if (full) {
-                score_gradients<Config, false>(s, dp, at, m * kBlockM, first_key(), scale, factor, mask(), score_mod, stats,
+                score_gradients<Config, false>(s, dp, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
                                                sums, p.seed, p.dropout_threshold, dropout_scale);
             } else {
-                score_gradients<Config, true>(s, dp, at, m * kBlockM, first_key(), scale, factor, mask(), score_mod, stats,
+                score_gradients<Config, true>(s, dp, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
                                               sums, p.seed, p.dropout_threshold, dropout_scale);
             }
-            sums.write_cells(grads(), at, m * kBlockM, first_key());
+            sums.write_cells(grads(), at, first_query(), first_key());
             if constexpr (Sums::kKind == kBiasColumns) {
 #pragma unroll
                 for (int c = 0; c < Scores::kThreadCols; c++) columns[c] += sums.columns[c];
             }
         }
         __device__ __forceinline__ void find_probabilities(Scores& s) const {
-            const Stats* own = kernel.stats(slot.stage);
-            const auto stats = [&](int r) {
-                return kStatsAhead ? Stats{lse[kStatsAhead ? r : 0], 0.0f} : own[Scores::row_at(r)];
-            };
+            const StatsReader reader = kernel.read_stats(slot.stage);
+            const auto stats = [&](int r) { return Stats{kStatsAhead ? lse[kStatsAhead ? r : 0] : reader.lse(r), 0.0f}; };
             if (full) {
-                score_probabilities<false>(s, at, m * kBlockM, first_key(), factor, mask(), stats);
+                score_probabilities<false>(s, at, first_query(), first_key(), factor, mask(), stats);
             } else {
-                score_probabilities<true>(s, at, m * kBlockM, first_key(), factor, mask(), stats);
+                score_probabilities<true>(s, at, first_query(), first_key(), factor, mask(), stats);
             }
         }
         __device__ __forceinline__ void find_gradients(Scores& dp, Scores& p) const {
-            const Stats* own = kernel.stats(slot.stage);
-            const auto stats = [&](int r) { return own[Scores::row_at(r)]; };
+            const StatsReader stats = kernel.read_stats(slot.stage);
             if (full) {
-                probability_gradients<false>(dp, p, at, m * kBlockM, first_key(), mask(), stats);
+                probability_gradients<false>(dp, p, at, first_query(), first_key(), mask(), stats);
             } else {
-                probability_gradients<true>(dp, p, at, m * kBlockM, first_key(), mask(), stats);
+                probability_gradients<true>(dp, p, at, first_query(), first_key(), mask(), stats);
             }
         }
 
-        __device__ __forceinline__ void add_dq(typename Slab::Sums& dq, unsigned start) const {
-            const BackwardParams& g = grads();
-            float* to = static_cast<float*>(g.dq_sum) + kernel.visit(slot.stage).slab * Slab::kElements;
-            if constexpr (Config::kDeterministic) to += Work::of(params(), g).share * g.dq_split;
+        // Where dq of the tile at hand lies.
+        __device__ __forceinline__ float* dq_target() const {
+            return static_cast<float*>(grads().dq_sum) + kernel.visit(slot.stage).slab * Slab::kElements;
+        }
+        // Deterministic: lets the next key tile add to where this one did. Called a tile later, when the additions are done.
+        __device__ __forceinline__ void pass_turn() const {
             if constexpr (Config::kBulkDq) {
+                if (leads()) cp_async_bulk_wait();
+            }
+            __syncwarp();
+            if (leads() && last_slab >= 0) count_release(grads().turns + last_slab);
+        }
+        // kPanel: of the 64 columns that a product of dq has.
+        template <int kPanel>
+        __device__ __forceinline__ void add_dq(float* to, typename Slab::Sums::Panel& dq, unsigned start) const {
+            if constexpr (Config::kBulkDq) {
+                static_assert(sizeof(dq) == sizeof(typename Slab::Sums));
                 const int warp = uniform(static_cast<int>(threadIdx.x / 32));
                 if (leads()) cp_async_bulk_wait_read();
                 __syncwarp();
                 float4* staged = reinterpret_cast<float4*>(kernel.smem + kOffsetDq + warp * kDqWarpBytes) + lane_index();
 #pragma unroll
-                for (int x = 0; x < Slab::Sums::kSize; x += 4) {
+                for (int x = 0; x < dq.kSize; x += 4) {
                     staged[x / 4 * 32] = make_float4(dq.data[x], dq.data[x + 1], dq.data[x + 2], dq.data[x + 3]);
                 }
                 fence_proxy_async();
@@ -402,7 +446,7 @@ struct BackwardSm90 {
                                              kDqWarpBytes);
                 }
             } else {
-                Slab::add(to, dq);
+                Slab::template add<kPanel * Slab::Sums::Panel::kSize>(to, dq);
             }
         }
 
@@ -417,14 +461,19 @@ struct BackwardSm90 {
             typename Slab::Sums dq;
             unsigned p_operand[Scores::kSize / 2], ds_operand[Scores::kSize / 2];
             mbarrier_wait(kernel.q_full(stage), slot.parity);
-            mbarrier_wait(kernel.do_full(stage), slot.parity);
-            clear_queries();
+            if constexpr (kForeignRows) {
+                mbarrier_wait(kernel.do_full(stage), slot.parity);
+                clear_queries();
+            }
             wgmma_pin(s.data);
+            wgmma_fence();
+            const int keys = kWide ? 0 : group * 64 * 128, queries = kWide ? group * kScoreRows * 128 : 0;
+            wgmma_qk<Element, kHeadDim, KTile, QTile>(s, KTile::k_major(start + keys), QTile::k_major(q + queries));
+            if constexpr (!kForeignRows) mbarrier_wait(kernel.do_full(stage), slot.parity);
             wgmma_pin(dp.data);
             wgmma_fence();
-            wgmma_qk<Element, kHeadDim, KTile, QTile>(s, KTile::k_major(start + group * 64 * 128), QTile::k_major(q));
-            wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(start + kOffsetV + group * 64 * 128),
-                                                        DoTile::k_major(dout));
+            wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(start + kOffsetV + keys),
+                                                        DoTile::k_major(dout + queries));
             if constexpr (kEarly) {
                 wgmma_wait_group<1>();
                 wgmma_pin(s.data);
@@ -437,77 +486,105 @@ struct BackwardSm90 {
                 pack_operand<Element>(ds_operand, dp);
             }
             pack_operand<Element>(p_operand, s);
-            wgmma_pin(p_operand);
-            wgmma_pin(dv.data);
-            wgmma_fence();
-            wgmma_pv<Element, DoTile>(dv, p_operand, DoTile::mn_major(dout));
+            const unsigned p = start + kOffsetP + stage * DsTile::kBytes;
+            if constexpr (kWide) {
+                store_panel(p + queries, p_operand);
+                if constexpr (!kEarly) store_panel(ds + queries, ds_operand);
+                fence_proxy_async();
+                bar_sync(kPBarrier, kConsumerThreads);
+                wgmma_pin(dv.data);
+                wgmma_fence();
+                wgmma_atb<Element, DsTile, DoTile>(dv, DsTile::descriptor(p, 16),
+                                                   DoTile::mn_major(dout + group * (kValueCols / 64) * DoTile::kPanelBytes));
+            } else {
+                wgmma_pin(p_operand);
+                wgmma_pin(dv.data);
+                wgmma_fence();
+                wgmma_pv<Element, DoTile>(dv, p_operand, DoTile::mn_major(dout));
+            }
             if constexpr (kEarly) {
                 wgmma_wait_group<1>();
                 wgmma_pin(dp.data);
                 find_gradients(dp, s);
                 pack_operand<Element>(ds_operand, dp);
             }
-            store_panel(ds + group * DsTile::kPanelBytes, ds_operand);
-            fence_proxy_async();
-            bar_sync(kDsBarrier, kConsumerThreads);
-            wgmma_pin(dq.data);
+            if constexpr (!kWide || kEarly) {
+                store_panel(ds + (kWide ? queries : group * DsTile::kPanelBytes), ds_operand);
+                fence_proxy_async();
+                bar_sync(kDsBarrier, kConsumerThreads);
+            }
+            const unsigned dq_keys = start + (DqGrid::kAcross == 2 ? group * kDqPanels : 0) * KTile::kPanelBytes;
+            const unsigned dq_rows = ds + (DqGrid::kDown == 2 ? group : 0) * DqGrid::kRows * 128;
+#pragma unroll
+            for (int panel = 0; panel < kDqPanels; panel++) wgmma_pin(dq.panels[panel].data);
             wgmma_pin(dk.data);
-            wgmma_pin(ds_operand);
+            if constexpr (!kWide) wgmma_pin(ds_operand);
             wgmma_fence();
-            wgmma_at<Element, KTile, DsTile>(
-                dq, KTile::descriptor(start + (DqGrid::kAcross == 2 ? group : 0) * KTile::kPanelBytes, 16),
-                DsTile::k_major(ds + (DqGrid::kDown == 2 ? group : 0) * DqGrid::kRows * 128));
-            wgmma_pv<Element, QTile>(dk, ds_operand, QTile::mn_major(q));
-            wgmma_wait_group<1>();
-            wgmma_pin(dq.data);
+#pragma unroll
+            for (int panel = 0; panel < kDqPanels; panel++) {
+                wgmma_at<Element, KTile, DsTile>(dq.panels[panel], KTile::descriptor(dq_keys + panel * KTile::kPanelBytes, 16),
+                                                 DsTile::k_major(dq_rows));
+            }
+            if constexpr (kWide) {
+                wgmma_atb<Element, DsTile, QTile>(dk, DsTile::descriptor(ds, 16),
+                                                  QTile::mn_major(q + group * (kKeyCols / 64) * QTile::kPanelBytes));
+            } else {
+                wgmma_pv<Element, QTile>(dk, ds_operand, QTile::mn_major(q));
+            }
+            wgmma_wait_group<kDqPanels>();
+            wgmma_pin(dq.panels[0].data);
             wgmma_pin(dv.data);
-            wgmma_pin(p_operand);
+            if constexpr (!kWide) wgmma_pin(p_operand);
             if (leads()) mbarrier_arrive(kernel.do_empty(stage));
             Slot next = slot;
             next.advance();
             const int head = read_visit(next);
-            add_dq(dq, start);
+            if constexpr (Config::kDeterministic) {
+                pass_turn();
+                last_slab = kernel.visit(slot.stage).slab;
+                mbarrier_wait(kernel.turn(stage), slot.parity);
+            }
+            float* const to = dq_target();
+            add_dq<0>(to, dq.panels[0], start);
+            if constexpr (kDqPanels == 2) {
+                wgmma_wait_group<1>();
+                wgmma_pin(dq.panels[1].data);
+                add_dq<1>(to, dq.panels[1], start);
+            }
             wgmma_wait_group<0>();
             wgmma_pin(dk.data);
-            wgmma_pin(ds_operand);
+            if constexpr (!kWide) wgmma_pin(ds_operand);
             if (leads()) mbarrier_arrive(kernel.q_empty(stage));
             slot = next;
             return head;
         }
 
-        // Returns whether there was any query tile.
-        __device__ __forceinline__ bool visit_queries(unsigned parity) {
+        __device__ __forceinline__ void visit_queries() {
             clear_sums();
             at.head = read_visit(slot);
-            const bool any = m >= 0;
-            if (any) {
-                mbarrier_wait(kernel.k_full(), parity);
-                mbarrier_wait(kernel.v_full(), parity);
-                clear_keys();
-                while (m >= 0) {
-                    const int head = step();
-                    if (head != at.head && m >= 0) {
-                        finish_head();
-                        at.head = head;
-                    }
+            if (m < 0) return;
+            mbarrier_wait(kernel.k_full(), 0);
+            mbarrier_wait(kernel.v_full(), 0);
+            clear_keys();
+            while (m >= 0) {
+                const int head = step();
+                if (head != at.head && m >= 0) {
+                    finish_head();
+                    at.head = head;
                 }
-                finish_head();
-                if (leads()) mbarrier_arrive(kernel.kv_empty());
             }
-            __syncwarp();
-            if (leads()) mbarrier_arrive(kernel.do_empty(slot.stage));
-            if (leads()) mbarrier_arrive(kernel.q_empty(slot.stage));
-            slot.advance();
-            return any;
+            finish_head();
+            if constexpr (Config::kDeterministic) pass_turn();
         }
 
         // In the dtype of the scores, for backward_combine.cu.
         template <int kCols>
         __device__ __forceinline__ void store_partial(const WgmmaTile<kCols>& gradient, float scale, float* target, int rows,
                                                       int cols) const {
+            const int first = kWide ? kCols * wg : 0;
 #pragma unroll
             for (int x = 0; x < kCols / 2; x++) {
-                const int j = gradient.row(x), col = gradient.col(x);
+                const int j = gradient.row(x), col = first + gradient.col(x);
                 if (j < rows && col < cols) target[static_cast<long long>(j) * cols + col] = gradient.data[x] * scale;
             }
         }
@@ -527,13 +604,16 @@ struct BackwardSm90 {
                 store_partial(dv, scale_v, static_cast<float*>(g.partial_dv) + row * p.head_dim_v, rows, p.head_dim_v);
             } else {
                 const long long row = w.seq.token_k + start;
+                const int first = kWide ? kKeyCols * wg : 0, first_v = kWide ? kValueCols * wg : 0;
                 Element* dk_to = static_cast<Element*>(g.dk) + w.at.batch * g.dk_batch + w.head_kv * g.dk_head + row * g.dk_row;
                 Element* dv_to = static_cast<Element*>(g.dv) + w.at.batch * g.dv_batch + w.head_kv * g.dv_head + row * g.dv_row;
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int j = dk.row(2 * half);
-                    store_row<Element, Config::kVecDk>(dk, half, scale, dk_to + j * g.dk_row, p.head_dim, j < rows);
-                    store_row<Element, Config::kVecDv>(dv, half, scale_v, dv_to + j * g.dv_row, p.head_dim_v, j < rows);
+                    store_row<Element, Config::kVecDk>(dk, half, scale, dk_to + j * g.dk_row + first, p.head_dim - first,
+                                                       j < rows);
+                    store_row<Element, Config::kVecDv>(dv, half, scale_v, dv_to + j * g.dv_row + first_v,
+                                                       p.head_dim_v - first_v, j < rows);
                 }
             }
         }
@@ -544,8 +624,7 @@ struct BackwardSm90 {
         const ForwardParams& p = params();
         const BackwardParams& g = grads();
         const Work w = Work::of(p, g);
-        const int shares = Config::kDeterministic ? g.dq_splits : g.n_blocks;
-        for (int block = w.share; block * kBlockN < w.seq.rows_k; block += shares) {
+        for (int block = w.n; block * kBlockN < w.seq.rows_k; block += g.n_blocks) {
             const int start = max(block * kBlockN, w.at.seqlen_k), stop = min((block + 1) * kBlockN, w.seq.rows_k);
             const long long row = w.seq.token_k + start;
             Element* dk_to = static_cast<Element*>(g.dk) + w.at.batch * g.dk_batch + w.head_kv * g.dk_head + row * g.dk_row;
@@ -563,13 +642,12 @@ struct BackwardSm90 {
         const ForwardParams& p = params();
         Consumer consumer{*this, wg};
         consumer.factor = static_cast<float>(Config::kFoldScale ? p.scale * kLog2e : kLog2e);
-        unsigned parity = 0;
-        for_key_tiles([&](int n) {
-            const Work w = Work::of(p, grads());
-            consumer.at = w.at, consumer.first_head = w.at.head, consumer.n = n;
-            if (consumer.visit_queries(parity)) parity ^= 1;
+        const Work w = Work::of(p, grads());
+        if (w.n * kBlockN < w.at.seqlen_k) {
+            consumer.at = w.at, consumer.first_head = w.at.head, consumer.n = w.n;
+            consumer.visit_queries();
             consumer.store();
-        });
+        }
         if constexpr (Config::kBulkDq) {
             if (Consumer::leads()) cp_async_bulk_wait();
         }
@@ -583,11 +661,11 @@ struct BackwardSm90 {
         if (threadIdx.x == 0) {
             mbarrier_init(k_full(), 1);
             mbarrier_init(v_full(), 1);
-            mbarrier_init(kv_empty(), 4 * kConsumers);
             for (int stage = 0; stage < kStages; stage++) {
                 mbarrier_init(q_full(stage), 1);
                 mbarrier_init(do_full(stage), 1);
                 mbarrier_init(visit_full(stage), 32);
+                mbarrier_init(turn(stage), 1);
                 mbarrier_init(q_empty(stage), 4 * kConsumers);
                 mbarrier_init(do_empty(stage), 4 * kConsumers);
             }
@@ -596,8 +674,11 @@ struct BackwardSm90 {
         __syncthreads();
         if (wg == kConsumers) {
             setmaxnreg_dec<kProducerRegisters>();
+            const Work w = Work::of(params(), grads());
+            if (w.n * kBlockN >= w.at.seqlen_k) return;
             if (warp == 4 * kConsumers && elect_sync()) load_tiles();
             if (warp == 4 * kConsumers + 1) guide();
+            if (Config::kDeterministic && warp == 4 * kConsumers + 2) keep_order();
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
             consume(wg);

@@ -115,43 +115,6 @@ struct ForwardSm80 {
         load_tile<kThreads, Config::kVecV>(sV(stage), v, kSplitInput ? kPitchV : p.v_row, w.at.seqlen_k - n * kBlockN, cols);
     }
 
-    // Scores to probabilities in place; rescales what has been accumulated when a maximum of the warp grew enough to matter.
-    __device__ __forceinline__ void softmax(RegTile<Real, kM, kN>& s) {
-        const Real f = factor();
-        Real shrink[kM][2];
-        bool grew = false;
-#pragma unroll
-        for (int x = 0; x < 2 * kM; x++) {
-            const int m = x / 2, half = x % 2;
-            Real top = s.data[m][0][2 * half];
-#pragma unroll
-            for (int u = 0; u < kN; u++) top = maximum(top, maximum(s.data[m][u][2 * half], s.data[m][u][2 * half + 1]));
-            top = maximum(top, __shfl_xor_sync(0xffffffffu, top, 1));
-            top = maximum(top, __shfl_xor_sync(0xffffffffu, top, 2));
-            shrink[m][half] = rows[m][half].rescale(top, f);
-            grew |= shrink[m][half] != Real(1);
-        }
-        if (__any_sync(0xffffffffu, grew)) {
-#pragma unroll
-            for (int x = 0; x < o.kSize; x++) o[x] *= shrink[x / (4 * kNv)][x % 4 / 2];
-        }
-#pragma unroll
-        for (int x = 0; x < 2 * kM; x++) {
-            const int m = x / 2, half = x % 2;
-            const Real offset = rows[m][half].offset(f) - static_cast<Real>(Mma::kProbabilityExponent);
-            Real sum = 0;
-#pragma unroll
-            for (int u = 0; u < kN; u++) {
-#pragma unroll
-                for (int e = 2 * half; e < 2 * half + 2; e++) {
-                    s.data[m][u][e] = exp2_fast(s.data[m][u][e] * f - offset);
-                    sum += s.data[m][u][e];
-                }
-            }
-            rows[m][half].sum += sum;
-        }
-    }
-
     __device__ __forceinline__ void score_and_softmax(RegTile<Real, kM, kN>& s, const Work& w,
                                                       const KeyTiles<Mask, kBlockM, kBlockN>& tiles, int n) {
         const int row0 = w.m_block * kBlockM + warp_row(), col0 = n * kBlockN;
@@ -160,7 +123,7 @@ struct ForwardSm80 {
         } else {
             modify_scores<Config::kFoldScale, true>(s, w.at, row0, col0, scale(), mask, score_mod);
         }
-        softmax(s);
+        online_softmax(s, o, rows, factor(), static_cast<Real>(Mma::kProbabilityExponent));
         if constexpr (Config::kDropout) drop_probabilities(s, w.at, row0, col0, p.seed, p.dropout_threshold);
     }
 

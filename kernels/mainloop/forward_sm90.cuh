@@ -5,25 +5,32 @@
 // Roles       consumers: kConsumers warpgroups, 64 query rows each; S, P and O stay in their registers
 //             producer: the last warpgroup, of which one thread issues all loads
 // Registers   a CTA's share is 65536 / kMinBlocks; the producer hands all but kProducerRegisters over
-// Memory      sQ (kBlockM x D) | kStages x sK (kBlockN x D) | kStages x sV (kBlockN x Dv) | kBiasStages x bias tile
-//             (kBlockM x kBlockN) | barriers; D, Dv and the columns of a bias tile padded to 64
-// Barriers    name            arrives                         count            waits
-//             full (q, k, v)  the producer, and the bytes     1                consumers
-//             empty (q, k, v) one lane of each consumer warp  4 * kConsumers   the producer
-//             tile_full       the producer                    1                consumers: the number of the next tile is there
-//             tile_empty      one lane of each consumer warp  4 * kConsumers   the producer
+// Memory      kQStages x sQ (kConsumers x 64 x D) | kStages x sK (kBlockN x D) | kStages x sV (kBlockN x Dv) | kBiasStages x
+// bias
+//             tile (kBlockM x kBlockN) | query tiles | barriers; D, Dv and the columns of a bias tile padded to 64
+// Barriers    name                  arrives                         count            waits
+//             full (q of a          the producer, and the bytes     1                consumers
+//               warpgroup, k, v)
+//             empty (k, v)          one lane of each consumer warp  4 * kConsumers   the producer
+//             empty (q)             one lane of each of its warps   4                the producer
+//             tile_full             the producer                    1                consumers: the next query tile is known
+//             tile_empty            one lane of each consumer warp  4 * kConsumers   the producer
 // Loop        S of this tile and O of the last one are issued together, and the softmax of this tile runs under both that O
 // (overlap)   and the other warpgroups' products:
 //                 wait K; issue S = Q K^T; issue O += P V; wait S; release K; modify, mask, maxima; wait O; release V;
 //                 P = exp(S - max), O *= shrink; wait V
-//             Without kOverlap, O of a tile follows its softmax, which needs fewer registers.
+//             The first S of a query tile goes with the last O of the one before. A warpgroup passes over tiles of keys that
+//             none of its rows sees. Without kOverlap, O of a tile follows its softmax, which needs fewer registers.
+// Maxima      with kKeepsMaxima, a row's maximum is that of the first tile in which it sees a key, unless sums grow too large.
 #pragma once
 #include "attention/scores.cuh"
 #include "attention/softmax.cuh"
 #include "mainloop/epilogue.cuh"
 #include "mainloop/ring.cuh"
 #include "mainloop/schedule_sm90.cuh"
+#include "ptx/ldmatrix.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/mma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/panel_tile.cuh"
 #include "tile/wgmma_tile.cuh"
@@ -56,23 +63,38 @@ struct ForwardSm90 {
     static constexpr int kConsumerRegisters = (kLaunchRegisters * kWarpgroups - kProducerRegisters) / kConsumers / 8 * 8;
     static_assert(kConsumers >= 2);  // one alone would have more than an instruction can name
 
-    using QTile = PanelTile<kBlockM, kHeadDim>;
+    using QTile = PanelTile<64, kHeadDim>;  // a warpgroup's
     using KTile = PanelTile<kBlockN, kHeadDim>;
     using VTile = PanelTile<kBlockN, kHeadDimV>;
     using Tiles = KeyTiles<Mask, kBlockM, kBlockN>;
     using Schedule = TileSchedule<Config>;
     using Slot = RingSlot<kStages>;
+    static constexpr int kQStages = Config::kQStages;
+    using QSlot = RingSlot<kQStages>;
+    // A warpgroup begins its next query tile before the last one's output is done.
+    static constexpr bool kCrosses = Config::kOverlap && Config::kPersistent;
+    static constexpr int kTileStages = 2;  // of query tiles: the one being finished and the next
+    using TileSlot = RingSlot<kTileStages>;
     // A bias that TMA can load comes in tiles like K; kBiasStages 0: there is none, or it is read from global memory.
     static constexpr int kBiasStages = Config::kBiasStages;
     using BiasTile = PanelTile<kBlockM, kBlockN>;
     using BiasSlot = RingSlot<kBiasStages>;
-    static constexpr int kOffsetK = QTile::kBytes, kOffsetV = kOffsetK + kStages * KTile::kBytes;
+    static constexpr int kOffsetK = kQStages * kConsumers * QTile::kBytes, kOffsetV = kOffsetK + kStages * KTile::kBytes;
     static constexpr int kOffsetBias = kOffsetV + kStages * VTile::kBytes;
-    static constexpr int kOffsetBarriers = kOffsetBias + kBiasStages * BiasTile::kBytes;
-    static constexpr int kBarriers = 4 + 4 * kStages + 2 * kBiasStages;
-    static constexpr int kOffsetTile = kOffsetBarriers + 8 * kBarriers;  // the number of the tile after this one
+    static constexpr int kOffsetTile = kOffsetBias + kBiasStages * BiasTile::kBytes;
+    static constexpr int kOffsetBarriers = kOffsetTile + kTileStages * static_cast<int>(sizeof(QueryTile));
+    static constexpr int kBarriers = 2 * kTileStages + 2 * kQStages * kConsumers + 4 * kStages + 2 * kBiasStages;
     // The dynamic shared memory of a CTA is aligned by hand.
-    static_assert(kOffsetTile + 8 + QTile::kAlignment <= Config::kSmemBytes, "the plan's shared memory is too small");
+    static_assert(kOffsetBarriers + 8 * kBarriers + QTile::kAlignment <= Config::kSmemBytes,
+                  "the plan's shared memory is too small");
+
+    // A row keeps its first maximum while the sums of its probabilities stay below kLargestSum.
+    static constexpr bool kKeepsMaxima = Config::kKeepsMaxima;
+    static constexpr float kLargestSum = 1099511627776.0f;  // 2^40: far from what bfloat16 holds, and so is O
+    static_assert(!kKeepsMaxima || Config::kFoldScale);
+
+    // One buffer for V is not free for the next tile before O is done.
+    static constexpr bool kLateWait = Config::kLateWait && kStages > 1;
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
@@ -85,45 +107,64 @@ struct ForwardSm90 {
 
     __device__ __forceinline__ const ForwardParams& params() const { return arguments.variant.base; }
     __device__ __forceinline__ unsigned barrier(int number) const { return base + kOffsetBarriers + 8 * number; }
-    __device__ __forceinline__ unsigned q_full() const { return barrier(0); }
-    __device__ __forceinline__ unsigned q_empty() const { return barrier(1); }
-    __device__ __forceinline__ unsigned tile_full() const { return barrier(2); }
-    __device__ __forceinline__ unsigned tile_empty() const { return barrier(3); }
-    __device__ __forceinline__ unsigned k_full(int stage) const { return barrier(4 + stage); }
-    __device__ __forceinline__ unsigned k_empty(int stage) const { return barrier(4 + kStages + stage); }
-    __device__ __forceinline__ unsigned v_full(int stage) const { return barrier(4 + 2 * kStages + stage); }
-    __device__ __forceinline__ unsigned v_empty(int stage) const { return barrier(4 + 3 * kStages + stage); }
-    __device__ __forceinline__ unsigned bias_full(int stage) const { return barrier(4 + 4 * kStages + stage); }
-    __device__ __forceinline__ unsigned bias_empty(int stage) const { return barrier(4 + 4 * kStages + kBiasStages + stage); }
-    __device__ __forceinline__ volatile int& next_tile() const { return *reinterpret_cast<int*>(smem + kOffsetTile); }
+    __device__ __forceinline__ unsigned tile_full(int stage) const { return barrier(stage); }
+    __device__ __forceinline__ unsigned tile_empty(int stage) const { return barrier(kTileStages + stage); }
+    __device__ __forceinline__ unsigned q_full(int stage, int wg) const { return of_q(stage * kConsumers + wg); }
+    __device__ __forceinline__ unsigned q_empty(int stage, int wg) const { return of_q((kQStages + stage) * kConsumers + wg); }
+    __device__ __forceinline__ unsigned of_q(int number) const { return barrier(2 * kTileStages + number); }
+    __device__ __forceinline__ unsigned ring(int number) const { return of_q(2 * kQStages * kConsumers + number); }
+    __device__ __forceinline__ unsigned k_full(int stage) const { return ring(stage); }
+    __device__ __forceinline__ unsigned k_empty(int stage) const { return ring(kStages + stage); }
+    __device__ __forceinline__ unsigned v_full(int stage) const { return ring(2 * kStages + stage); }
+    __device__ __forceinline__ unsigned v_empty(int stage) const { return ring(3 * kStages + stage); }
+    __device__ __forceinline__ unsigned bias_full(int stage) const { return ring(4 * kStages + stage); }
+    __device__ __forceinline__ unsigned bias_empty(int stage) const { return ring(4 * kStages + kBiasStages + stage); }
+    __device__ __forceinline__ volatile QueryTile& query_tile(int stage) const {
+        return reinterpret_cast<QueryTile*>(smem + kOffsetTile)[stage];
+    }
 
     // ---------------------------------------------------------------------------------------------------------- producer
 
     __device__ __forceinline__ void produce() const {
         const ForwardParams& p = params();
-        const Schedule schedule = Schedule::of(p);
+        Schedule schedule = Schedule::of(p);
         Slot k, v;
+        QSlot q;
         BiasSlot bias;
-        unsigned q_parity = 0, tile_parity = 0;
+        TileSlot slot;
+        auto announce = [&](const QueryTile& tile) {
+            mbarrier_wait(tile_empty(slot.stage), slot.parity ^ 1);
+            volatile QueryTile& target = query_tile(slot.stage);
+            target.m_block = tile.m_block, target.head = tile.head, target.batch = tile.batch;
+            mbarrier_arrive(tile_full(slot.stage));
+            slot.advance();
+        };
         if constexpr (Config::kPersistent) schedule.open(p);
-        for (int tile = static_cast<int>(blockIdx.x); tile < schedule.count;) {
-            const Work w = schedule.work(p, tile);
-            load(w, k, v, bias, q_parity);
+        QueryTile tile = schedule.place(p, static_cast<int>(blockIdx.x));
+        announce(tile);
+        while (tile.m_block >= 0) {
+            // NOTE: drawn when all but the last load is issued. Earlier, the CTA with the longest tile would hold back the
+            // longest of those left; later, the loads of the next tile would wait for the counter.
+            int drawn = 0;
+            load(schedule.work(p, tile), q, k, v, bias, [&] {
+                if constexpr (Config::kPersistent) drawn = schedule.draw(p);
+            });
             if constexpr (!Config::kPersistent) break;
-            // NOTE: not before, or the CTA with the longest tile holds back the longest of those left.
-            tile = schedule.draw(p);
-            mbarrier_wait(tile_empty(), tile_parity ^ 1);
-            next_tile() = tile;
-            mbarrier_arrive(tile_full());
-            tile_parity ^= 1;
+            tile = schedule.place(p, schedule.drawn_tile(p, drawn));
+            announce(tile);
         }
     }
-    // Loads what a query tile needs.
-    __device__ __forceinline__ void load(const Work& w, Slot& k, Slot& v, BiasSlot& bias, unsigned& q_parity) const {
+    // Loads what a query tile needs, and calls `before_last` once.
+    template <class BeforeLast>
+    __device__ __forceinline__ void load(const Work& w, QSlot& q, Slot& k, Slot& v, BiasSlot& bias,
+                                         BeforeLast before_last) const {
         const ForwardParams& p = params();
         const Tiles tiles = Tiles::of(p, arguments.variant.mask, w);
         int n = tiles.next(tiles.blocks.start);
-        if (n >= tiles.blocks.stop) return;
+        if (n >= tiles.blocks.stop) {
+            before_last();
+            return;
+        }
         // Packed sequences share one axis of tokens.
         const int batch = Config::kPacked ? 0 : w.at.batch;
         const int row_q = (Config::kPacked ? p.cu_seqlens_q[w.at.batch] : 0) + w.m_block * kBlockM;
@@ -151,9 +192,13 @@ struct ForwardSm90 {
             }
         };
         load_k(n);
-        mbarrier_wait(q_empty(), q_parity ^ 1);
-        QTile::load(base, arguments.maps[kMapQ], q_full(), 0, row_q, w.at.head, batch);
-        q_parity ^= 1;
+#pragma unroll
+        for (int wg = 0; wg < kConsumers; wg++) {
+            mbarrier_wait(q_empty(q.stage, wg), q.parity ^ 1);
+            QTile::load(base + (q.stage * kConsumers + wg) * QTile::kBytes, arguments.maps[kMapQ], q_full(q.stage, wg), 0,
+                        row_q + 64 * wg, w.at.head, batch);
+        }
+        q.advance();
         load_bias(n);
         for (int following = tiles.next(n + 1); following < tiles.blocks.stop; following = tiles.next(n + 1)) {
             load_k(following);
@@ -161,6 +206,7 @@ struct ForwardSm90 {
             load_v(n);
             n = following;
         }
+        before_last();
         load_v(n);
     }
 
@@ -169,11 +215,14 @@ struct ForwardSm90 {
     struct Consumer {
         const ForwardSm90& kernel;
         int wg;
+        QSlot q;
         Slot k, v;
         BiasSlot bias;
-        unsigned q_parity = 0;
+        TileSlot tile;
         float factor;  // turns a score into the exponent of 2
         unsigned long long desc_q, desc_k, desc_v;
+        WgmmaTile<kBlockN> s;
+        unsigned probabilities[kBlockN / 4];
         WgmmaTile<kHeadDimV> o;
         RowState<float> rows[2];  // max: of the row; sum: over this thread's keys
 
@@ -181,6 +230,11 @@ struct ForwardSm90 {
         __device__ __forceinline__ const ForwardParams& params() const { return kernel.params(); }
         __device__ __forceinline__ int first_row(const Work& w) const { return w.m_block * kBlockM + 64 * wg; }
 
+        __device__ __forceinline__ void wait_q() const { mbarrier_wait(kernel.q_full(q.stage, wg), q.parity); }
+        __device__ __forceinline__ void release_q() {
+            if (leads()) mbarrier_arrive(kernel.q_empty(q.stage, wg));
+            q.advance();
+        }
         __device__ __forceinline__ void release_k() {
             if (leads()) mbarrier_arrive(kernel.k_empty(k.stage));
             k.advance();
@@ -188,6 +242,31 @@ struct ForwardSm90 {
         __device__ __forceinline__ void release_v() {
             if (leads()) mbarrier_arrive(kernel.v_empty(v.stage));
             v.advance();
+        }
+        __device__ __forceinline__ void release_bias() {
+            if (leads()) mbarrier_arrive(kernel.bias_empty(bias.stage));
+            bias.advance();
+        }
+        // Passes over tiles of keys that no row of this warpgroup sees. NOTE: only when they are there, or an arrival might
+        // count for the use of a buffer before.
+        __device__ __forceinline__ void skip_k(int count) {
+            for (; count > 0; count--) {
+                wait_k();
+                release_k();
+                if constexpr (kBiasStages > 0) {
+                    mbarrier_wait(kernel.bias_full(bias.stage), bias.parity);
+                    release_bias();
+                }
+            }
+        }
+        __device__ __forceinline__ void skip_v(int count) {
+            for (; count > 0; count--) {
+                mbarrier_wait(kernel.v_full(v.stage), v.parity);
+                release_v();
+            }
+        }
+        __device__ __forceinline__ void skip(int count) {
+            for (; count > 0; count--) skip_k(1), skip_v(1);
         }
         __device__ __forceinline__ Slot next_v() const {
             Slot next = v;
@@ -209,7 +288,8 @@ struct ForwardSm90 {
             }
         }
         __device__ __forceinline__ void issue_s(WgmmaTile<kBlockN>& s) const {
-            wgmma_qk<Element, kHeadDim, QTile, KTile>(s, desc_q, desc_k + k.stage * KTile::kTileStep);
+            wgmma_qk<Element, kHeadDim, QTile, KTile>(s, desc_q + q.stage * (kConsumers * QTile::kTileStep),
+                                                      desc_k + k.stage * KTile::kTileStep);
         }
         __device__ __forceinline__ void issue_o(const unsigned (&probabilities)[kBlockN / 4]) {
             wgmma_pv<Element, VTile>(o, probabilities, desc_v + v.stage * VTile::kTileStep);
@@ -223,8 +303,7 @@ struct ForwardSm90 {
                 mbarrier_wait(kernel.bias_full(bias.stage), bias.parity);
                 modify_with(s, w, tiles, n, BiasIn<ScoreMod>::stage(score_mod, reader, first_row(w), n * kBlockN));
                 __syncwarp();
-                if (leads()) mbarrier_arrive(kernel.bias_empty(bias.stage));
-                bias.advance();
+                release_bias();
             } else {
                 modify_with(s, w, tiles, n, score_mod);
             }
@@ -253,25 +332,84 @@ struct ForwardSm90 {
             both = maximum(both, __shfl_xor_sync(0xffffffffu, both, 2));
             return rows[half].advance(both, factor);
         }
-        __device__ __forceinline__ void take_maxima(WgmmaTile<kBlockN>& s, float (&shrink)[2]) {
-            shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+        // Whether some row of this warp has seen no key yet.
+        __device__ __forceinline__ bool unset() const {
+            const float none = negative_infinity<float>();
+            return __any_sync(0xffffffffu, rows[0].max == none || rows[1].max == none);
+        }
+        // Gives those rows the maxima of a tile; their sums and outputs are still 0.
+        __device__ __forceinline__ void set_maxima(WgmmaTile<kBlockN>& s) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const RowState<float> old = rows[half];
+                take_maximum(s, half);
+                if (old.max != negative_infinity<float>()) rows[half] = old;
+            }
+        }
+        // S = Q K^T of a tile once more, by each warp for itself, with keys from global memory: their buffer has been released.
+        __device__ __forceinline__ void recompute_scores(WgmmaTile<kBlockN>& s, const Work& w, int n) const {
+            const ForwardParams& p = params();
+            const unsigned q_tile = kernel.base + (q.stage * kConsumers + wg) * QTile::kBytes;
+            const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x % 128 / 32);
+            const int head_kv = w.at.head / p.group, last = w.at.seqlen_k - 1;
+            const Element* keys = static_cast<const Element*>(p.k) + w.seq.k + head_kv * p.k_head;
+#pragma unroll
+            for (int x = 0; x < kBlockN / 2; x++) s[x] = 0;
+#pragma unroll 1
+            for (int step = 0; step < kHeadDim / 16; step++) {
+                unsigned a[4];
+                ldmatrix_x4(a, q_tile + QTile::offset(16 * warp + lane % 16, 2 * step + lane / 16));
+                const int col = 16 * step + 2 * (lane % 4);
+                int key = opaque(n * kBlockN + lane / 4);
+#pragma unroll
+                for (int u = 0; u < kBlockN / 8; u++, key = opaque(key + 8)) {  // one after the other: registers are few
+                    const volatile Element* row = keys + min(key, last) * p.k_row;
+                    Element b[4];
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int at = col + e / 2 * 8 + e % 2;  // past the last column Q is 0, and memory may be anything
+                        b[e] = Element(0.0f);
+                        if (at < p.head_dim) b[e] = const_cast<const Element&>(row[at]);
+                    }
+                    const unsigned* pairs = reinterpret_cast<const unsigned*>(b);
+                    mma_m16n8k16(reinterpret_cast<float (&)[4]>(s.data[4 * u]), a, pairs[0], pairs[1], Element());
+                }
+            }
+        }
+        // After a tile without a look at its maxima: where sums have become too large, back to before it, whose sums were
+        // `before`, and with maxima this time. O belongs to the tiles before.
+        __device__ __forceinline__ void check_sums(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4], const Work& w,
+                                                   const Tiles& tiles, int n, const float (&before)[2]) {
+            const bool fits = rows[0].sum <= kLargestSum && rows[1].sum <= kLargestSum;
+            if (__all_sync(0xffffffffu, fits)) return;
+            recompute_scores(s, w, n);
+            modify(s, w, tiles, n);
+            rows[0].sum = before[0], rows[1].sum = before[1];
+            const float shrink[2] = {take_maximum(s, 0), take_maximum(s, 1)};
+            exponentiate<true>(s, probabilities, shrink, w, n, [](float) {});
         }
         // Scores to probabilities as operands; the sums; and, 16 columns at a time in between, O times `shrink`: the
-        // multiplications fit into the issue slots that the exponentials leave.
-        template <bool kShrink>
+        // multiplications fit into the issue slots that the exponentials leave. `when_free` is called with a sum, which is
+        // never negative, before anything is written to `probabilities`, kEarly columns after the start.
+        template <bool kShrink, int kEarly = 0, class WhenFree>
         __device__ __forceinline__ void exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
-                                                     const float (&shrink)[2], const Work& w, int n) {
+                                                     const float (&shrink)[2], const Work& w, int n, WhenFree when_free) {
             const float offset[2] = {rows[0].offset(factor), rows[1].offset(factor)};
             float sum[4] = {rows[0].sum, 0.0f, rows[1].sum, 0.0f};
             constexpr int kSteps = kBlockN / 8, kSizeO = kHeadDimV / 2, kEach = (kSizeO + kSteps - 1) / kSteps;
 #pragma unroll
             for (int u = 0; u < kSteps; u++) {
+                if (u == kEarly / 8) {
+                    when_free(sum[0]);
+#pragma unroll
+                    for (int early = 0; early < u && !Config::kDropout; early++) pack(s, probabilities, early);
+                }
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     s[4 * u + e] = exp2_fast(s[4 * u + e] * factor - offset[e / 2]);
                     sum[e] += s[4 * u + e];
                 }
-                if constexpr (!Config::kDropout) pack(s, probabilities, u);
+                if (!Config::kDropout && u >= kEarly / 8) pack(s, probabilities, u);
                 if constexpr (kShrink) {
 #pragma unroll
                     for (int x = u * kEach; x < (u + 1) * kEach && x < kSizeO; x++) o[x] *= shrink[x % 4 / 2];
@@ -298,9 +436,38 @@ struct ForwardSm90 {
             if constexpr (Config::kPingPong) bar_arrive(kTurnBarrier + (wg + 1 == kConsumers ? 0 : wg + 1), 256);
         }
 
-        __device__ __forceinline__ void visit_overlapped(const Work& w, const Tiles& tiles, int n) {
-            WgmmaTile<kBlockN> s;
-            unsigned probabilities[kBlockN / 4];
+        // One query tile's keys: those tiles from `n` to before `stop` that this warpgroup's rows see, and how many the other
+        // warpgroups visit before and after them.
+        struct Visit {
+            Work w;
+            Tiles tiles;
+            int n, stop, before, after;
+            __device__ __forceinline__ bool any() const { return n < stop; }
+        };
+        __device__ __forceinline__ Visit visit(const Work& w) const {
+            const Mask& mask = kernel.arguments.variant.mask;
+            Tiles tiles = Tiles::of(params(), mask, w);
+            const int start = tiles.next(tiles.blocks.start), stop = tiles.blocks.stop;
+            // From here on only this warpgroup's rows matter, of which some always exist as far as covers() is asked.
+            tiles.rows = {first_row(w), max(min(first_row(w) + 64, w.at.seqlen_q), first_row(w) + 1)};
+            if constexpr (Mask::kTiled || Config::kPingPong) {  // who takes turns takes as many as the others
+                return {w, tiles, start, stop, 0, 0};
+            } else {
+                Range own = mask.kv_range(w.at, tiles.rows);
+                own = {max(own.start / kBlockN, start), min((own.stop + kBlockN - 1) / kBlockN, stop)};
+                if (start >= stop) return {w, tiles, start, stop, 0, 0};
+                if (own.start >= own.stop || tiles.rows.start >= w.at.seqlen_q) return {w, tiles, stop, stop, stop - start, 0};
+                return {w, tiles, own.start, own.stop, own.start - start, stop - own.stop};
+            }
+        }
+        __device__ __forceinline__ void reset() {
+#pragma unroll
+            for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
+            rows[0] = rows[1] = RowState<float>();
+        }
+
+        // Scores and probabilities of a query tile's first keys, with nothing else in flight.
+        __device__ __forceinline__ void begin(const Visit& at) {
             float shrink[2];
             wait_k();
             wgmma_pin(s.data);
@@ -309,40 +476,75 @@ struct ForwardSm90 {
             wgmma_wait_group<0>();
             wgmma_pin(s.data);
             release_k();
-            modify(s, w, tiles, n);
-            take_maxima(s, shrink);
-            exponentiate<false>(s, probabilities, shrink, w, n);
-            wait_v(v, w, n, false);
-            for (int following = tiles.next(n + 1); following < tiles.blocks.stop; following = tiles.next(n + 1)) {
-                n = following;
-                wait_k();
-                take_turn();
-                wgmma_pin(s.data);
-                wgmma_pin(o.data);
-                wgmma_pin(probabilities);
-                wgmma_fence();
-                issue_s(s);
-                issue_o(probabilities);
-                pass_turn();
-                wgmma_wait_group<1>();
-                wgmma_pin(s.data);
-                release_k();
-                modify(s, w, tiles, n);
-                // By the end of the maxima O is all but done, and if it is waited for there, the compiler hides the conversions
-                // and the scaling of O among the exponentials. NOTE: it would move that wait up, over the maxima, were it not
-                // for a dependency: on the first row's maximum, so that the second one's hide its latency. V must have come
-                // before its products are issued, not between two of them, which would serialise them.
-                shrink[0] = take_maximum(s, 0);
-                if constexpr (Config::kLateWait) wait_v(next_v(), w, n, shrink[0] < 0.0f);
-                shrink[1] = take_maximum(s, 1);
-                wgmma_wait_group<0>();
-                wgmma_pin(o.data);
-                wgmma_pin(probabilities);
-                release_v();
-                exponentiate<true>(s, probabilities, shrink, w, n);
-                if constexpr (!Config::kLateWait) wait_v(v, w, n, false);
+            modify(s, at.w, at.tiles, at.n);
+            shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+            exponentiate<false>(s, probabilities, shrink, at.w, at.n, [](float) {});
+            wait_v(v, at.w, at.n, false);
+        }
+        // Scores and probabilities of `at`, and the output of the keys before. kCross: those belong to the query tile before,
+        // whose output is stored then; `skipped` tiles of V lie between the two.
+        template <bool kCross>
+        __device__ __forceinline__ void step(const Visit& at, int skipped) {
+            float shrink[2];
+            if constexpr (kCross) wait_q();
+            wait_k();
+            take_turn();
+            wgmma_pin(s.data);
+            wgmma_pin(o.data);
+            wgmma_pin(probabilities);
+            wgmma_fence();
+            issue_s(s);
+            issue_o(probabilities);
+            pass_turn();
+            wgmma_wait_group<1>();
+            wgmma_pin(s.data);
+            // By the end of the maxima, or of some exponentials, O is all but done, and if it is waited for there, the compiler
+            // hides the conversions and the scaling of O among the exponentials. NOTE: it would move that wait up were it not
+            // for a dependency. V must have come before its products are issued, not between two of them, which would
+            // serialise them.
+            release_k();
+            if constexpr (kKeepsMaxima && !kCross) {
+                modify(s, at.w, at.tiles, at.n);
+                if (unset()) set_maxima(s);
+                const float before[2] = {rows[0].sum, rows[1].sum};
+                exponentiate<false, kBlockN / 32 * 8>(s, probabilities, shrink, at.w, at.n, [&](float sum) {
+                    if constexpr (kLateWait) wait_v(next_v(), at.w, at.n, sum < 0.0f);
+                    wgmma_wait_group<0>();
+                    wgmma_pin(o.data);
+                    wgmma_pin(probabilities);
+                    release_v();
+                });
+                check_sums(s, probabilities, at.w, at.tiles, at.n, before);
+                if constexpr (!kLateWait) wait_v(v, at.w, at.n, false);
+                return;
             }
-            if (leads()) mbarrier_arrive(kernel.q_empty());
+            modify(s, at.w, at.tiles, at.n);
+            const RowState<float> done[2] = {rows[0], rows[1]};
+            if constexpr (kCross) rows[0] = rows[1] = RowState<float>();
+            shrink[0] = take_maximum(s, 0);  // the dependency, so that the second row's maximum hides the latency of it
+            if constexpr (kLateWait) {
+                if constexpr (kCross) {  // this one has come; the next may need the buffer that O still reads
+                    mbarrier_wait(kernel.v_full(v.stage), v.parity ^ (shrink[0] < 0.0f ? 1 : 0));
+                } else {
+                    wait_v(next_v(), at.w, at.n, shrink[0] < 0.0f);
+                }
+            }
+            shrink[1] = take_maximum(s, 1);
+            wgmma_wait_group<0>();
+            wgmma_pin(o.data);
+            wgmma_pin(probabilities);
+            release_v();
+            if constexpr (kCross) {
+                skip_v(skipped);
+                finish(done);
+#pragma unroll
+                for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
+            }
+            exponentiate<!kCross>(s, probabilities, shrink, at.w, at.n, [](float) {});
+            if constexpr (kCross || !kLateWait) wait_v(v, at.w, at.n, false);
+        }
+        // The output of the last keys.
+        __device__ __forceinline__ void drain() {
             wgmma_pin(o.data);
             wgmma_pin(probabilities);
             wgmma_fence();
@@ -351,11 +553,8 @@ struct ForwardSm90 {
             wgmma_pin(o.data);
             release_v();
         }
-
-        __device__ __forceinline__ void visit_serially(const Work& w, const Tiles& tiles, int n) {
-            for (; n < tiles.blocks.stop; n = tiles.next(n + 1)) {
-                WgmmaTile<kBlockN> s;
-                unsigned probabilities[kBlockN / 4];
+        __device__ __forceinline__ void visit_serially(Visit& at) {
+            for (; at.any(); at.n = at.tiles.next(at.n + 1)) {
                 float shrink[2];
                 wait_k();
                 take_turn();
@@ -366,45 +565,46 @@ struct ForwardSm90 {
                 wgmma_wait_group<0>();
                 wgmma_pin(s.data);
                 release_k();
-                modify(s, w, tiles, n);
-                take_maxima(s, shrink);
-                exponentiate<true>(s, probabilities, shrink, w, n);
-                wait_v(v, w, n, false);
-                wgmma_pin(o.data);
-                wgmma_pin(probabilities);
-                wgmma_fence();
-                issue_o(probabilities);
-                wgmma_wait_group<0>();
-                wgmma_pin(o.data);
-                release_v();
-            }
-            if (leads()) mbarrier_arrive(kernel.q_empty());
-        }
-
-        __device__ __forceinline__ void visit_keys(const Work& w) {
-#pragma unroll
-            for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
-            rows[0] = rows[1] = RowState<float>();
-            Tiles tiles = Tiles::of(params(), kernel.arguments.variant.mask, w);
-            const int n = tiles.next(tiles.blocks.start);
-            if (n >= tiles.blocks.stop) return;
-            // From here on only this warpgroup's rows matter, of which some always exist as far as covers() is asked.
-            tiles.rows = {first_row(w), max(min(first_row(w) + 64, w.at.seqlen_q), first_row(w) + 1)};
-            mbarrier_wait(kernel.q_full(), q_parity);
-            q_parity ^= 1;
-            if constexpr (Config::kOverlap) {
-                visit_overlapped(w, tiles, n);
-            } else {
-                visit_serially(w, tiles, n);
+                modify(s, at.w, at.tiles, at.n);
+                if constexpr (kKeepsMaxima) {
+                    if (unset()) set_maxima(s);
+                    const float before[2] = {rows[0].sum, rows[1].sum};
+                    exponentiate<false>(s, probabilities, shrink, at.w, at.n, [](float) {});
+                    check_sums(s, probabilities, at.w, at.tiles, at.n, before);
+                } else {
+                    shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+                    exponentiate<true>(s, probabilities, shrink, at.w, at.n, [](float) {});
+                }
+                wait_v(v, at.w, at.n, false);
+                drain();
             }
         }
 
-        __device__ __forceinline__ void store(const Work& w) {
+        __device__ __forceinline__ QueryTile read_tile(int stage) const {
+            const volatile QueryTile& from = kernel.query_tile(stage);
+            return {uniform(from.m_block), uniform(from.head), uniform(from.batch), 0};
+        }
+        // The query tile that comes after the one being worked on.
+        __device__ __forceinline__ QueryTile receive_tile(const TileSlot& slot) const {
+            mbarrier_wait(kernel.tile_full(slot.stage), slot.parity);
+            return read_tile(slot.stage);
+        }
+        // Stores the output of the oldest query tile. Where it lies is read again rather than kept in registers that the loop
+        // over the keys needs.
+        __device__ __forceinline__ void finish(const RowState<float> (&state)[2]) {
+            store(Schedule::work(params(), read_tile(tile.stage)), state);
+            __syncwarp();
+            if (leads()) mbarrier_arrive(kernel.tile_empty(tile.stage));
+            tile.advance();
+        }
+        // Stores the output of a query tile, whose rows' statistics are `state`.
+        __device__ __forceinline__ void store(const Work& w, const RowState<float> (&state)[2]) {
             const ForwardParams& p = params();
+            if (w.m_block * kBlockM >= w.at.seqlen_q) return;
             Element* out = static_cast<Element*>(p.out) + w.seq.out + w.at.head * p.out_head;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                RowState<float>& row = rows[half];
+                RowState<float> row = state[half];
                 row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 1);
                 row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 2);
                 const float top = row.max == negative_infinity<float>() ? row.max : row.max * factor;
@@ -420,28 +620,68 @@ struct ForwardSm90 {
         const Schedule schedule = Schedule::of(p);
         Consumer consumer{*this, wg};
         consumer.factor = exponent_factor<Config, float>(p);
-        consumer.desc_q = QTile::k_major(base + wg * 64 * 128);
+        consumer.desc_q = QTile::k_major(base + wg * QTile::kBytes);
         consumer.desc_k = KTile::k_major(base + kOffsetK);
         consumer.desc_v = VTile::mn_major(base + kOffsetV);
         if (Config::kPingPong && wg == kConsumers - 1) bar_arrive(kTurnBarrier, 256);  // the first turn is free
-        unsigned tile_parity = 0;
-        for (int tile = static_cast<int>(blockIdx.x); tile < schedule.count;) {
-            // Before O takes its registers.
-            if constexpr (kForeignRows) {
-                store_padding<Element, float, kBlockM, 128 * kConsumers>(p, schedule.work(p, tile), p.head_dim_v);
+        using Visit = typename Consumer::Visit;
+        auto arrive = [&](const QueryTile& tile) {
+            const Work w = schedule.work(p, tile);
+            if constexpr (kForeignRows) store_padding<Element, float, kBlockM, 128 * kConsumers>(p, w, p.head_dim_v);
+            return consumer.visit(w);
+        };
+        QueryTile tile = consumer.receive_tile(consumer.tile);
+        while (tile.m_block >= 0) {
+            Visit at = arrive(tile);
+            consumer.reset();
+            const bool loaded = at.any() || at.before > 0;
+            if (loaded) consumer.wait_q();
+            consumer.skip(at.before);
+            bool pending = Config::kOverlap && at.any();
+            if (pending) {
+                consumer.begin(at);
+            } else if (at.any()) {
+                consumer.visit_serially(at);
             }
-            consumer.visit_keys(schedule.work(p, tile));
-            // Worked out again rather than kept in registers that the loop over the keys needs.
-            const Work w = schedule.work(p, opaque(tile));
-            if constexpr (Config::kPersistent) {
-                mbarrier_wait(tile_full(), tile_parity);
-                tile = uniform(next_tile());
-                __syncwarp();
-                if (consumer.leads()) mbarrier_arrive(tile_empty());
-                tile_parity ^= 1;
+            bool passed = false;  // the keys after this warpgroup's
+            for (bool crossed = true; crossed;) {
+                crossed = false;
+                if (pending) {
+                    for (int n = at.tiles.next(at.n + 1); n < at.stop; n = at.tiles.next(n + 1)) {
+                        at.n = n;
+                        consumer.template step<false>(at, 0);
+                    }
+                }
+                if (loaded) consumer.release_q();
+                if constexpr (kCrosses) {
+                    // The producer announces the next tile when it has loaded all of this one, and V of kStages tiles after
+                    // this warpgroup's last would find no buffer before O is done.
+                    passed = pending && at.after < kStages;
+                    if (passed) {
+                        consumer.skip_k(at.after);
+                        TileSlot next = consumer.tile;
+                        next.advance();
+                        tile = consumer.receive_tile(next);
+                        if (tile.m_block >= 0) {
+                            const Visit then = arrive(tile);
+                            if (then.any() && at.after + then.before < kStages) {
+                                consumer.skip_k(then.before);
+                                consumer.template step<true>(then, at.after + then.before);
+                                at = then, crossed = true;
+                            }
+                        }
+                    }
+                }
             }
-            if (w.m_block * kBlockM < w.at.seqlen_q) consumer.store(w);
+            if (pending) consumer.drain();
+            if (passed) {
+                consumer.skip_v(at.after);
+            } else {
+                consumer.skip(at.after);
+            }
+            consumer.finish(consumer.rows);
             if constexpr (!Config::kPersistent) break;
+            tile = consumer.receive_tile(consumer.tile);
         }
     }
 
@@ -450,10 +690,16 @@ struct ForwardSm90 {
     __device__ __forceinline__ void run() const {
         const int warp = uniform(static_cast<int>(threadIdx.x / 32)), wg = warp / 4;
         if (threadIdx.x == 0) {
-            mbarrier_init(q_full(), 1);
-            mbarrier_init(q_empty(), 4 * kConsumers);
-            mbarrier_init(tile_full(), 1);
-            mbarrier_init(tile_empty(), 4 * kConsumers);
+            for (int stage = 0; stage < kTileStages; stage++) {
+                mbarrier_init(tile_full(stage), 1);
+                mbarrier_init(tile_empty(stage), 4 * kConsumers);
+            }
+            for (int stage = 0; stage < kQStages; stage++) {
+                for (int wg = 0; wg < kConsumers; wg++) {
+                    mbarrier_init(q_full(stage, wg), 1);
+                    mbarrier_init(q_empty(stage, wg), 4);
+                }
+            }
             for (int stage = 0; stage < kStages; stage++) {
                 mbarrier_init(k_full(stage), 1);
                 mbarrier_init(v_full(stage), 1);

@@ -11,8 +11,9 @@ struct Place {
     int head, m;
 };
 
-// The query tiles that a key tile's CTA visits, over all query heads of its KV head.
-template <class Mask, int kBlockM, int kBlockN>
+// The query tiles that a key tile's CTA visits, over all query heads of its KV head. kDescending: those of a head from the last
+// to the first; places count as if it were the other way round.
+template <class Mask, int kBlockM, int kBlockN, bool kDescending = false>
 struct QueryTiles {
     int first, count, heads, step;  // first query tile, tiles per head, heads, tiles from one visit to the next
     int n;
@@ -38,6 +39,12 @@ struct QueryTiles {
         }
         return tiles;
     }
+    __device__ __forceinline__ Place at(Place place) const {
+        return kDescending ? Place{place.head, 2 * first + count - 1 - place.m} : place;
+    }
+    __device__ __forceinline__ bool visits(Place place) const {
+        return place.m >= first && place.m < first + count && (!Mask::kTiled || bit(place, 0));
+    }
     __device__ __forceinline__ bool bit(Place place, int kind) const {
         const unsigned* words = map + static_cast<long long>(place.head) * map_head + static_cast<long long>(place.m) * map_row;
         return words[kind * map_words + n / 32] >> (n % 32) & 1;
@@ -48,7 +55,7 @@ struct QueryTiles {
         for (;;) {
             place.m += ahead;
             while (place.m >= first + count && place.head < heads) place.m -= count, place.head++;
-            if (!Mask::kTiled || is_end(place) || bit(place, 0)) return place;
+            if (!Mask::kTiled || is_end(place) || bit(at(place), 0)) return place;
             ahead = step;
         }
     }

@@ -1,34 +1,32 @@
-// float32 inputs as pairs of fp16 numbers, x = 2^e (high + low), for tile/mma_split.cuh.
+// float32 inputs as pairs of fp16 numbers (tile/pair_tile.cuh), for tile/mma_split.cuh and tile/warp_split.cuh: of the forward
+// q, k and v, of the backward dout too.
 //
-// e is one exponent per array, batch and head (packed: per head), such that the largest finite magnitude becomes 2^14 to 2^15.
-// An element down to 2^-18 of that magnitude keeps its 22 bits, a smaller one an absolute error of 2^-40 of it.
-// magnitude.cu finds the magnitudes, split.cu writes the pairs. Rows past the sequences are neither read nor written.
+// There is one exponent per array, batch and head (packed: per head). magnitude.cu finds the magnitudes that decide it,
+// split.cu writes the pairs. Rows past the sequences are neither read nor written.
 //
 //   pairs        (chunks, B, H, S, [high | low])  packed: (chunks, H, T, [high | low]); a chunk of v is what one CTA takes,
-//                q and k are one chunk; zero columns fill a chunk up. The attention kernel gets strides that count rows.
-//   magnitudes   (slots of q, then k, then v) x kMagnitudes words; a slot is a batch and head, a word the bits of the largest
-//                finite |x| of the slot's rows of one chunk. One word per lane, so that a warp finds their maximum at once.
+//                the others are one chunk; zero columns fill a chunk up. Config::kPairRuns: [high | low] for each run of 32
+//                columns, as PairTile has them. The forward gets strides that count rows.
+//   magnitudes   (slots of q, then k, v, dout) x kTops words; a slot is a batch and head, a word the bits of the largest finite
+//                |x| of the slot's rows of one part of the rows. One word per lane, so that a warp finds their maximum at once.
 #pragma once
 #include <cuda_fp16.h>
 #include "attention/seqlen.cuh"
 #include "params.cuh"
-#include "ptx/special_registers.cuh"
+#include "tile/pair_tile.cuh"
 
 namespace cuattn {
 
-constexpr int kMagnitudes = 32;
-constexpr unsigned kInfinityBits = 0x7f800000u;
-
-__device__ __forceinline__ float power_of_two(int e) { return __int_as_float((e + 127) << 23); }  // -126 <= e <= 127
-
-// The exponent of a slot, from -126 to 113: powers of two with it and its negative are normal numbers. Called by whole warps.
-__device__ __forceinline__ int split_exponent(const ForwardParams& p, int slot) {
-    const unsigned bits =
-        __reduce_max_sync(0xffffffffu, p.magnitudes[static_cast<long long>(slot) * kMagnitudes + lane_index()]);
-    return max(static_cast<int>(bits >> 23) - 127 - 14, -126);
+__device__ __forceinline__ const unsigned* magnitudes_of(const ForwardParams& p, int slot) {
+    return p.magnitudes + static_cast<long long>(slot) * kTops;
 }
 
-// The slots of the three arrays. `batch` is the sequence's index; packed calls share one slot per head.
+// The exponent of a slot. Called by whole warps.
+__device__ __forceinline__ int split_exponent(const ForwardParams& p, int slot) {
+    return pair_exponent(magnitudes_of(p, slot)[lane_index()]);
+}
+
+// The slots of the arrays. `batch` is the sequence's index; packed calls share one slot per head.
 template <class Config>
 struct SplitSlots {
     int batches, heads, heads_kv;
@@ -41,6 +39,7 @@ struct SplitSlots {
         return batches * heads + (Config::kPacked ? 0 : batch) * heads_kv + head_kv;
     }
     __device__ __forceinline__ int v(int batch, int head_kv) const { return batches * heads_kv + k(batch, head_kv); }
+    __device__ __forceinline__ int dout(int batch, int head) const { return batches * (heads + 2 * heads_kv) + q(batch, head); }
 };
 
 // Rows of a chunk of the pairs of v.
@@ -49,7 +48,7 @@ __device__ __forceinline__ long long pair_rows_kv(const ForwardParams& p) {
     return static_cast<long long>(Config::kPacked ? 1 : p.batch) * (p.num_heads / p.group) * p.total_k;
 }
 
-// One of q, k, v: as the caller gave it, and where its pairs go.
+// One of the arrays: as the caller gave it, and where its pairs go.
 struct SplitArray {
     const float* source;
     long long batch_stride, row_stride, head_stride;
@@ -114,6 +113,23 @@ struct SplitArray {
                 p.kv_lens,
                 p.cu_seqlens_k};
     }
+    template <class Config>
+    __device__ __forceinline__ static SplitArray dout(const ForwardParams& p, const BackwardParams& g) {
+        return {static_cast<const float*>(g.dout),
+                g.dout_batch,
+                g.dout_row,
+                g.dout_head,
+                static_cast<__half*>(g.split_dout),
+                p.num_heads,
+                p.total_q,
+                p.head_dim_v,
+                Config::kHeadDimV,
+                1,
+                0,
+                SplitSlots<Config>::of(p).dout(0, 0),
+                p.q_lens,
+                p.cu_seqlens_q};
+    }
 
     // Whether row i of a batch (packed: token i) lies inside its sequence.
     template <class Config>
@@ -137,10 +153,10 @@ struct SplitArray {
         return x;
     }
 
-    // Calls visit(row, col, four elements) for a CTA's share of a slot: the rows of one of kMagnitudes parts that exist.
+    // Calls visit(row, col, four elements) for a CTA's share of a slot: the rows of one of kTops parts that exist.
     template <class Config, int kVecBytes, class Visit>
     __device__ __forceinline__ void each(const ForwardParams& p, int slot, int part, Visit visit) const {
-        const int share = static_cast<int>((static_cast<long long>(rows) + kMagnitudes - 1) / kMagnitudes);
+        const int share = static_cast<int>((static_cast<long long>(rows) + kTops - 1) / kTops);
         const long long stop = min(static_cast<long long>(part + 1) * share, static_cast<long long>(rows));
         const int units = chunk * chunks / 4, at_once = Config::kThreads / units;
         const int first = static_cast<int>(threadIdx.x) / units, col = static_cast<int>(threadIdx.x) % units * 4;
@@ -159,13 +175,23 @@ struct SplitArray {
 template <class Config, class Run>
 __device__ __forceinline__ void for_split_work(const ForwardParams& p, Run run) {
     const auto slots = SplitSlots<Config>::of(p);
-    const int slot = static_cast<int>(blockIdx.x / kMagnitudes), part = static_cast<int>(blockIdx.x % kMagnitudes);
+    const int slot = static_cast<int>(blockIdx.x / kTops), part = static_cast<int>(blockIdx.x % kTops);
     if (slot < slots.k(0, 0)) {
         run.template operator()<Config::kVecQ>(SplitArray::q<Config>(p), slot, part);
     } else if (slot < slots.v(0, 0)) {
         run.template operator()<Config::kVecK>(SplitArray::k<Config>(p), slot - slots.k(0, 0), part);
     } else {
         run.template operator()<Config::kVecV>(SplitArray::v<Config>(p), slot - slots.v(0, 0), part);
+    }
+}
+template <class Config, class Run>
+__device__ __forceinline__ void for_split_work(const ForwardParams& p, const BackwardParams& g, Run run) {
+    const auto array = SplitArray::dout<Config>(p, g);
+    const int slot = static_cast<int>(blockIdx.x / kTops) - array.first_slot;
+    if (slot >= 0) {
+        run.template operator()<Config::kVecDout>(array, slot, static_cast<int>(blockIdx.x % kTops));
+    } else {
+        for_split_work<Config>(p, run);
     }
 }
 

@@ -54,6 +54,16 @@ __device__ __forceinline__ Real negative_infinity() {
     return Real(__int_as_float(0xff800000));
 }
 
+__device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
+__device__ __forceinline__ double magnitude(double x) { return fabs(x); }
+
+// The number of [low, high] nearest to x, or NaN for NaN (PTX ISA 9.7.3.11 max, sm_80).
+__device__ __forceinline__ float clamp(float x, float low, float high) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(low));
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(high));
+    return x;
+}
+
 // max(a, b); a NaN in either is dropped, as softmax statistics need.
 __device__ __forceinline__ float maximum(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double maximum(double a, double b) { return fmax(a, b); }

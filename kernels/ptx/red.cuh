@@ -1,4 +1,5 @@
-// red: additions to global memory that return nothing (PTX ISA 9.7.13.8; the vector form needs sm_90).
+// red: additions to global memory that return nothing (PTX ISA 9.7.13.8; the vector form needs sm_90), and counters by which
+// CTAs take turns.
 #pragma once
 
 namespace cuattn {
@@ -17,6 +18,16 @@ __device__ __forceinline__ void red_add_v2(float* to, float x, float y) {
 
 __device__ __forceinline__ void red_add_v4(float* to, float x, float y, float z, float w) {
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
+
+// Adds 1 once everything before it is visible to whoever reads the sum.
+__device__ __forceinline__ void count_release(unsigned* counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ unsigned count_acquire(const unsigned* counter) {
+    unsigned count;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+    return count;
 }
 
 }  // namespace cuattn

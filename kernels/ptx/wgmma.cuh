@@ -33,7 +33,7 @@ __device__ __forceinline__ void wgmma_pin(unsigned (&r)[kSize]) {
 }
 
 // ss: A and B in shared memory, K-major (rows of A and columns of B contiguous along k; kTransA: A is MN-major, its columns
-//     contiguous along m); `accumulate` 0 starts from zero.
+//     contiguous along m; kTransB: B is MN-major, its rows contiguous along n); `accumulate` 0 starts from zero.
 // rs: A in registers, B MN-major (rows of B contiguous along n).
 template <int kN, class Element>
 struct Wgmma;
@@ -76,12 +76,12 @@ struct Wgmma;
 #define CUATTN_WGMMA_OF(N, R, ELEMENT, TYPE, x0, x1, x2, x3, x4)                                                               \
     template <>                                                                                                                \
     struct Wgmma<N, ELEMENT> {                                                                                                 \
-        template <int kTransA = 0>                                                                                             \
+        template <int kTransA = 0, int kTransB = 0>                                                                            \
         __device__ __forceinline__ static void ss(float (&d)[R], unsigned long long a, unsigned long long b, int accumulate) { \
             asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #x2 ", 0;\n"                                                  \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                                       \
-                         " {" CUATTN_REGS_##R "}, %" #x0 ", %" #x1 ", p, 1, 1, %" #x3 ", 0;\n}"                               \
-                         : CUATTN_OUTS_##R : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA));                                   \
+                         " {" CUATTN_REGS_##R "}, %" #x0 ", %" #x1 ", p, 1, 1, %" #x3 ", %" #x4 ";\n}"                        \
+                         : CUATTN_OUTS_##R : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));                     \
         }                                                                                                                      \
         __device__ __forceinline__ static void rs(float (&d)[R], const unsigned* a, unsigned long long b) {                    \
             asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                                       \

@@ -11,6 +11,13 @@ constexpr int copy_lanes(int vecs_per_row) {
     return vecs_per_row % 8 == 0 ? 8 : vecs_per_row % 4 == 0 ? 4 : vecs_per_row % 2 == 0 ? 2 : 1;
 }
 
+// Elements that an access of so many bytes takes.
+template <class Element>
+constexpr int vec_of(int bytes) {
+    return bytes > static_cast<int>(sizeof(Element)) ? bytes / static_cast<int>(sizeof(Element)) : 1;
+}
+constexpr int lesser(int a, int b) { return a < b ? a : b; }
+
 // Loads rows [0, rows) x columns [0, cols) of a row-major array into a tile and writes zero everywhere else in it.
 // kVecBytes is what the array's alignment allows: 16, 8 or 4 (cp.async), or 2 (plain loads). The caller commits and waits.
 template <int kThreads, int kVecBytes, class Tile>
@@ -60,6 +67,44 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile:
         }
     }
 }
+
+// Loads of a tile whose rows lie anywhere: kLanes threads side by side copy one row, those of a thread are kStep apart. kWhole:
+// rows have as many elements as the tile has columns.
+template <int kThreads, int kVecBytes, int kLanes, bool kWhole, class Tile>
+struct TileRows {
+    using Element = typename Tile::Element;
+    static constexpr int kSize = static_cast<int>(sizeof(Element)), kVec = vec_of<Element>(kVecBytes);
+    static constexpr int kSpan = kLanes * kVec, kPanels = (Tile::kCopyCols + kSpan - 1) / kSpan;
+    static constexpr int kStep = kThreads / kLanes, kSteps = (Tile::kRows + kStep - 1) / kStep;
+    static constexpr bool kUniform = Tile::is_uniform(kStep, kSpan);
+    static_assert(kThreads % kLanes == 0);
+
+    __device__ __forceinline__ static int row(int step) { return static_cast<int>(threadIdx.x) / kLanes + step * kStep; }
+    // The thread's first element in each of its rows.
+    __device__ __forceinline__ static int col() { return static_cast<int>(threadIdx.x) % kLanes * kVec; }
+    // Where the first of them goes.
+    __device__ __forceinline__ static unsigned start(const Tile& tile) { return smem_address(tile.at(row(0), col())); }
+
+    // This thread's share of its row number `step`, from `source`, which begins at col(), or as zero where it does not exist
+    // (`source` may then be any address). Columns from `cols` on become zero. The caller commits and waits.
+    __device__ __forceinline__ static void load(const Tile& tile, unsigned start, int step, const Element* source, bool exists,
+                                                int cols) {
+        if (Tile::kRows % kStep != 0 && row(step) >= Tile::kRows) return;
+#pragma unroll(kPanels <= 8 ? kPanels : 8)
+        for (int panel = 0; panel < kPanels; panel++) {
+            const int at = col() + panel * kSpan;
+            if (Tile::kCols % kSpan != 0 && at >= Tile::kCols) break;
+            if constexpr (kVecBytes >= 4) {
+                const int valid = !exists ? 0 : kWhole ? kVecBytes : max(0, min(kVecBytes, (cols - at) * kSize));
+                const unsigned to =
+                    kUniform ? start + Tile::shift(step * kStep, panel * kSpan) : smem_address(tile.at(row(step), at));
+                cp_async<kVecBytes>(to, kWhole || valid > 0 ? source + panel * kSpan : source, valid);
+            } else {
+                *tile.at(row(step), at) = exists && at < cols ? source[panel * kSpan] : Element(0.0f);
+            }
+        }
+    }
+};
 
 // Stores rows [0, rows) x columns [0, cols) of a tile.
 template <int kThreads, int kVecBytes, class Tile>

@@ -31,6 +31,11 @@ struct PanelTile {
     static constexpr int mn_major_step(int k) { return k * 16 * 128 / 16; }
     static constexpr int kTileStep = kBytes / 16;
 
+    // Bytes from the start of the tile to 16-byte unit `unit` of a row.
+    __device__ __forceinline__ static int offset(int row, int unit) {
+        return unit / 8 * kPanelBytes + row * 128 + (unit % 8 ^ row % 8) * 16;
+    }
+
     // Starts the copy of a tile from coordinates (col, row, head, batch); its arrival completes a phase of the barrier.
     __device__ __forceinline__ static void load(unsigned smem, const TensorMap& map, unsigned barrier, int col, int row,
                                                 int head, int batch) {

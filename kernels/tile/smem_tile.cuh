@@ -1,7 +1,7 @@
 // Tiles in shared memory. Three layouts, each free of bank conflicts for those who read it eight lanes (128 bytes) at a time.
 //
-// SwizzledTile, for 16-bit elements and ldmatrix: panels of 64 columns, 128 bytes a row, in which unit u (16 bytes) of row r
-// lies at place u ^ (r % 8). A copy of 128 bytes thus stays inside one 128-byte line of shared memory: cp.async into padded
+// SwizzledTile, for 8- and 16-bit elements and ldmatrix: panels of 128 bytes a row, in which unit u (16 bytes) of row r lies at
+// place u ^ (r % 8). A copy of 128 bytes thus stays inside one 128-byte line of shared memory: cp.async into padded
 // rows fetches half as many sectors again from L2.
 //
 // SmemTile, for 32- and 64-bit elements: each row followed by kPadUnits units of 16 bytes. Which padding, depends on who reads:
@@ -38,25 +38,26 @@ struct SmemTile {
 template <class Element_, int kRows_, int kCols_>
 struct SwizzledTile {
     using Element = Element_;
-    static_assert(sizeof(Element) == 2 && kRows_ % 8 == 0);
+    static constexpr int kSize = static_cast<int>(sizeof(Element));
+    static_assert((kSize == 1 || kSize == 2) && kRows_ % 8 == 0);
     static constexpr int kRows = kRows_, kCols = kCols_;
-    static constexpr int kPanel = 64, kPanelBytes = kRows * 128;
+    static constexpr int kPanel = 128 / kSize, kUnit = 16 / kSize, kPanelBytes = kRows * 128;
     static constexpr int kCopyCols = (kCols + kPanel - 1) / kPanel * kPanel;
     static constexpr int kBytes = kCopyCols / kPanel * kPanelBytes;
 
     Element* data;
 
     __device__ __forceinline__ static int offset(int row, int col) {
-        return col / kPanel * kPanelBytes + row * 128 + (col / 8 % 8 ^ row % 8) * 16 + col % 8 * 2;
+        return col / kPanel * kPanelBytes + row * 128 + (col / kUnit % 8 ^ row % 8) * 16 + col % kUnit * kSize;
     }
-    __device__ __forceinline__ Element* at(int row, int col) const { return data + offset(row, col) / 2; }
+    __device__ __forceinline__ Element* at(int row, int col) const { return data + offset(row, col) / kSize; }
     __device__ __forceinline__ unsigned address(int row, int col) const { return smem_address(data) + offset(row, col); }
     static constexpr int shift(int rows, int cols) { return rows * 128 + cols / kPanel * kPanelBytes; }
     static constexpr bool is_uniform(int rows, int cols) { return rows % 8 == 0 && cols % kPanel == 0; }
-    // The address `rows` (a multiple of 8) down and `cols` (a multiple of 16) to the right of one in the first two units of a
-    // panel: one exclusive or, the rest an immediate.
+    // The address `rows` (a multiple of 8) down and `cols` (a multiple of two units) to the right of one in the first two units
+    // of a panel: one exclusive or, the rest an immediate.
     __device__ __forceinline__ static unsigned moved(unsigned address, int rows, int cols) {
-        return (address ^ (cols % kPanel * 2)) + shift(rows, cols);
+        return (address ^ (cols % kPanel * kSize)) + shift(rows, cols);
     }
 };
 

@@ -1,5 +1,6 @@
 // How the warps of a CTA share a tile.
 #pragma once
+#include "ptx/warpgroup.cuh"
 
 namespace cuattn {
 
@@ -25,6 +26,14 @@ struct WarpGrid {
 
     // Whether this warp has a place in the grid.
     __device__ __forceinline__ static bool active() { return kAll || threadIdx.x / 32 < kDown * kAcross; }
+    // A barrier among the warps that have one.
+    __device__ __forceinline__ static void sync() {
+        if constexpr (kAll) {
+            __syncthreads();
+        } else {
+            bar_sync(1, 32 * kDown * kAcross);
+        }
+    }
     __device__ __forceinline__ static int warp_down() { return static_cast<int>(threadIdx.x / 32) / kAcross; }
     __device__ __forceinline__ static int warp_across() { return static_cast<int>(threadIdx.x / 32) % kAcross; }
     __device__ __forceinline__ static int row() { return warp_down() * kRows; }

@@ -1,8 +1,10 @@
 // Warp products of two tiles in shared memory, either of them transposed: 16-bit elements, mma m16n8k16 fed by ldmatrix.
 //
-// A policy (this one, WarpWide, WarpSimt) names its tiles, the grid of warps over a product, the sums of a warp, and
+// A policy (one of warp_*.cuh) names its tiles, the grid of warps over a product, the sums of a warp, and
 //   multiply<kTransA, kTransB, kDepth>(sums, a, row, b, col)   sums += A B for the warp's rows and columns from row and col
 //   store(sums, tile, row, col)                                the sums as elements of a tile
+//   measure<Grid>(sums, tile)                                  where kParts, the elements of a tile for one of an input, are 2:
+//                                                              before a barrier and `store`
 // A is a tile [row][depth], or with kTransA one [depth][row]; B one [col][depth], or with kTransB one [depth][col].
 #pragma once
 #include "tile/mma_half.cuh"
@@ -15,6 +17,7 @@ template <class Element_>
 struct WarpHalf {
     using Element = Element_;
     using Accum = float;
+    static constexpr int kParts = 1;
     using Mma = MmaHalf<Element>;
     using Fragment = typename Mma::Fragment;
     template <bool kTransA, bool kTransB, int kRows, int kCols, int kWarps>

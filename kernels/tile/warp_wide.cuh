@@ -14,6 +14,7 @@ template <class Product>
 struct WarpWide {
     using Element = typename Product::Element;
     using Accum = Element;
+    static constexpr int kParts = 1;
     using Operand = typename Product::Operand;
     template <bool kTransA, bool kTransB, int kRows, int kCols, int kWarps>
     using Grid = WarpGrid<kRows, kCols, kWarps, 16, 8>;

@@ -1,4 +1,4 @@
-// Who holds dq where two warpgroups multiply dq^T = K^T dS^T: 64 columns of dq a warpgroup, and where those are all, half the
+// Who holds dq where two warpgroups multiply dq^T = K^T dS^T: half the columns of dq a warpgroup, or of 64 columns half the
 // rows.
 #pragma once
 #include "tile/wgmma_tile.cuh"
@@ -12,16 +12,16 @@ struct WarpgroupHalf {
 
     template <bool kTransA, bool kTransB, int kTileRows, int kTileCols, int kWarps>
     struct Grid {
-        static_assert(kWarps == 8 && (kTileCols == 64 || kTileCols == 128));
-        static constexpr int kAcross = kTileCols / 64, kDown = 2 / kAcross;
-        static constexpr int kRows = kTileRows / kDown, kCols = 64;
+        static_assert(kWarps == 8 && (kTileCols == 64 || kTileCols == 128 || kTileCols == 256));
+        static constexpr int kAcross = kTileCols == 64 ? 1 : 2, kDown = 2 / kAcross;
+        static constexpr int kRows = kTileRows / kDown, kCols = kTileCols / kAcross;
         __device__ __forceinline__ static bool active() { return true; }
         __device__ __forceinline__ static int warpgroup() { return static_cast<int>(threadIdx.x / 128); }
         __device__ __forceinline__ static int row() { return kAcross == 1 ? warpgroup() * kRows : 0; }
-        __device__ __forceinline__ static int col() { return kAcross == 2 ? warpgroup() * 64 : 0; }
+        __device__ __forceinline__ static int col() { return kAcross == 2 ? warpgroup() * kCols : 0; }
     };
     template <bool kTransA, bool kTransB, int kRows, int kCols>
-    using Sums = WgmmaTransposedTile<kRows>;
+    using Sums = WgmmaTransposedPanels<kRows, kCols / 64>;
 };
 
 }  // namespace cuattn

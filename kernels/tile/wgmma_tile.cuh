@@ -43,12 +43,24 @@ struct WgmmaTransposedTile {
     __device__ __forceinline__ static bool leads_col() { return threadIdx.x % 4 == 0; }
 };
 
-// Starts s = Q K^T over kDepth columns; `q` and `k` are K-major descriptors of 64 rows of QTile and of a KTile.
+// Accumulators of kPanels such products side by side: 64 kPanels columns.
+template <int kN, int kPanels>
+struct WgmmaTransposedPanels {
+    using Panel = WgmmaTransposedTile<kN>;
+    static constexpr int kSize = kPanels * Panel::kSize;
+    Panel panels[kPanels];
+
+    __device__ __forceinline__ float& operator[](int x) { return panels[x / Panel::kSize][x % Panel::kSize]; }
+    __device__ __forceinline__ static int row(int x) { return Panel::row(x % Panel::kSize); }
+    __device__ __forceinline__ static int col(int x) { return x / Panel::kSize * 64 + Panel::col(x % Panel::kSize); }
+};
+
+// Starts s = Q K^T over kDepth columns; `q` and `k` are K-major descriptors of 64 rows of QTile and of rows of a KTile.
 template <class Element, int kDepth, class QTile, class KTile, class Sums>
 __device__ __forceinline__ void wgmma_qk(Sums& s, unsigned long long q, unsigned long long k) {
 #pragma unroll
     for (int step = 0; step < kDepth / 16; step++) {
-        Wgmma<KTile::kRows, Element>::ss(s.data, q + QTile::k_major_step(step), k + KTile::k_major_step(step), step > 0);
+        Wgmma<2 * Sums::kSize, Element>::ss(s.data, q + QTile::k_major_step(step), k + KTile::k_major_step(step), step > 0);
     }
     wgmma_commit_group();
 }
@@ -76,6 +88,17 @@ __device__ __forceinline__ void wgmma_at(Sums& sums, unsigned long long a, unsig
     wgmma_commit_group();
 }
 
+// Starts sums += A^T B; `a` and `b` are the MN-major descriptors of a panel of 64 columns of ATile and of columns of a BTile
+// with the same rows.
+template <class Element, class ATile, class BTile, int kN>
+__device__ __forceinline__ void wgmma_atb(WgmmaTile<kN>& sums, unsigned long long a, unsigned long long b) {
+#pragma unroll
+    for (int step = 0; step < ATile::kRows / 16; step++) {
+        Wgmma<kN, Element>::template ss<1, 1>(sums.data, a + ATile::mn_major_step(step), b + BTile::mn_major_step(step), 1);
+    }
+    wgmma_commit_group();
+}
+
 // Accumulators as 16-bit elements in pairs: the A operand of a product that sums over the columns of the 64 rows.
 template <class Element, class Sums>
 __device__ __forceinline__ void pack_operand(unsigned (&operand)[Sums::kSize / 2], const Sums& sums) {
@@ -83,7 +106,7 @@ __device__ __forceinline__ void pack_operand(unsigned (&operand)[Sums::kSize / 2
     for (int x = 0; x < Sums::kSize; x += 2) operand[x / 2] = pack_pair<Element>(sums.data[x], sums.data[x + 1]);
 }
 
-// Stores the operand of a WgmmaTransposedTile to a panel of 64 columns as rows again.
+// Stores the operand of a WgmmaTransposedTile to a panel of 64 columns as rows again, from row 0 of `panel`.
 template <int kSize>
 __device__ __forceinline__ void store_panel(unsigned panel, const unsigned (&operand)[kSize]) {
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;

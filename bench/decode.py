@@ -1,0 +1,259 @@
+"""`python -m bench decode`: GPU time of attention over a paged KV cache, in CUDA graphs of ten calls, beside peers.
+
+Sequences have equal lengths (or those of MIXED), pages lie in random order. GB/s are of the keys and values that a call reads.
+Needs PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from bench.results import Row, Store
+from bench.timing import Deadline, first_line
+
+CALLS = 10
+"""of a graph"""
+MIXED = (128, 512, 1024, 2048, 4096, 8192, 16384, 65536)
+"""Lengths that take turns in a batch of length 0."""
+
+
+class DecodeCase(NamedTuple):
+    """One shape."""
+
+    batch: int
+    length: int
+    """tokens of every sequence; 0: those of MIXED"""
+    heads: tuple[int, int] = (64, 8)
+    head_dim: int = 128
+    page_size: int = 16
+    seqlen_q: int = 1
+    cache: str = "bfloat16"
+
+    def __str__(self) -> str:
+        length = str(self.length) if self.length else "mixed"
+        cache = "" if self.cache == "bfloat16" else f" {self.cache}"
+        queries = f" q{self.seqlen_q}" if self.seqlen_q > 1 else ""
+        shape = f"{self.batch}x{length} h{self.heads[0]}/{self.heads[1]} d{self.head_dim} page{self.page_size}"
+        return f"decode {shape}{queries}{cache}"
+
+    def lengths(self) -> list[int]:
+        return [self.length or MIXED[b % len(MIXED)] for b in range(self.batch)]
+
+    def bytes(self) -> int:
+        """of keys and values"""
+        size = 2 if self.cache == "bfloat16" else 1
+        return 2 * sum(self.lengths()) * self.heads[1] * self.head_dim * size
+
+    def flops(self) -> int:
+        return 4 * sum(self.lengths()) * self.seqlen_q * self.heads[0] * self.head_dim
+
+
+QUICK = (
+    DecodeCase(1, 2048),
+    DecodeCase(1, 8192, (32, 8)),
+    DecodeCase(128, 8192),
+    DecodeCase(8, 8192, seqlen_q=4),
+    DecodeCase(64, 4096, (32, 8), 256),
+    DecodeCase(128, 8192, cache="float8_e4m3fn"),
+)
+CASES = (
+    *QUICK,
+    DecodeCase(8, 2048),
+    DecodeCase(1, 131072),
+    DecodeCase(32, 8192, seqlen_q=4),
+    DecodeCase(64, 0),
+    DecodeCase(256, 1024, (32, 8)),
+    DecodeCase(64, 8192, (32, 1), page_size=64),
+    DecodeCase(64, 16384, (64, 8), 64, 64),
+    DecodeCase(16, 16384, (16, 4), 256, 64),
+    DecodeCase(32, 8192, (32, 32), page_size=64),
+    DecodeCase(128, 8192, cache="int8"),
+)
+
+
+class Inputs(NamedTuple):
+    q: Any
+    k_cache: Any
+    v_cache: Any
+    page_table: Any
+    cache_seqlens: Any
+    scales: Any
+    out: Any
+
+
+def inputs_of(case: DecodeCase) -> Inputs:
+    """PyTorch tensors; the pages of every sequence are drawn from all of the pool."""
+    import torch
+
+    lengths = case.lengths()
+    each = [-(-n // case.page_size) for n in lengths]
+    pages, device = sum(each), torch.device("cuda")
+    shape = (pages, case.page_size, case.heads[1], case.head_dim)
+
+    def cache() -> Any:
+        if case.cache == "bfloat16":
+            return torch.randn(shape, device=device, dtype=torch.bfloat16)
+        return torch.randint(-100, 100, shape, device=device, dtype=torch.int8).view(getattr(torch, case.cache))
+
+    order = torch.randperm(pages, device=device, dtype=torch.int32)
+    table = torch.zeros((case.batch, max(each)), device=device, dtype=torch.int32)
+    start = 0
+    for b, n in enumerate(each):
+        table[b, :n] = order[start : start + n]
+        start += n
+    q = torch.randn((case.batch, case.seqlen_q, case.heads[0], case.head_dim), device=device, dtype=torch.bfloat16)
+    scales = None if case.cache == "bfloat16" else torch.full((case.heads[1],), 0.02, device=device)
+    return Inputs(
+        q, cache(), cache(), table, torch.tensor(lengths, device=device, dtype=torch.int32), scales, torch.empty_like(q)
+    )
+
+
+def ours(case: DecodeCase, x: Inputs) -> Callable[[], Any]:
+    """The public call."""
+    import cuattn
+
+    scales = {} if x.scales is None else {"k_scale": x.scales, "v_scale": x.scales}
+    call = cuattn.attention_with_kvcache
+    rest = {"cache_seqlens": x.cache_seqlens, "page_table": x.page_table, "causal": True, "out": x.out}
+    return functools.partial(call, x.q, x.k_cache, x.v_cache, **rest, **scales)
+
+
+def fa3(case: DecodeCase, x: Inputs) -> Callable[[], Any]:
+    """vLLM's build of FA3, see bench/baselines.py."""
+    import torch
+
+    if case.cache != "bfloat16":
+        raise NotImplementedError("16-bit queries take a 16-bit cache")
+    torch.ops.load_library(os.environ["FA3_SO"])
+    cumulative = torch.arange(0, (case.batch + 1) * case.seqlen_q, case.seqlen_q, device="cuda", dtype=torch.int32)
+    q, longest = x.q.flatten(0, 1), x.page_table.shape[1] * case.page_size
+
+    def call() -> Any:
+        return torch.ops._vllm_fa3_C.fwd(
+            q, x.k_cache, x.v_cache, None, None, None, None, cumulative, None, None, None, x.cache_seqlens,
+            case.seqlen_q, longest, x.page_table, None, None, None, None, None, None, None, None,
+            case.head_dim**-0.5, True, -1, -1, 0.0, True, None, 0, None, 0, None, 1, 0, None,
+        )  # fmt: skip
+
+    return call
+
+
+def flashinfer(case: DecodeCase, x: Inputs) -> Callable[[], Any]:
+    """FlashInfer's decode on tensor cores, planned beforehand; its first call compiles."""
+    import torch
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    if case.cache != "bfloat16" or case.seqlen_q > 1:
+        raise NotImplementedError("one query token over a 16-bit cache")
+    counts = [-(-n // case.page_size) for n in case.lengths()]
+    starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).to(dtype=torch.int32, device="cuda")
+    indices = torch.cat([x.page_table[b, :n] for b, n in enumerate(counts)])
+    last = torch.tensor([(n - 1) % case.page_size + 1 for n in case.lengths()], dtype=torch.int32, device="cuda")
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(256 << 20, dtype=torch.uint8, device="cuda"),
+        "NHD",
+        use_cuda_graph=True,
+        use_tensor_cores=True,
+        paged_kv_indptr_buffer=starts.clone(),
+        paged_kv_indices_buffer=indices.clone(),
+        paged_kv_last_page_len_buffer=last.clone(),
+    )
+    dtype = torch.bfloat16
+    sizes = (*case.heads, case.head_dim, case.page_size)
+    wrapper.plan(starts, indices, last, *sizes, data_type=dtype, q_data_type=dtype)
+    q = x.q[:, 0]
+    return lambda: wrapper.run(q, (x.k_cache, x.v_cache))
+
+
+PEERS: dict[str, Callable[[DecodeCase, Inputs], Callable[[], Any]]] = {"fa3": fa3, "flashinfer": flashinfer}
+
+
+def graph_of(call: Callable[[], Any]) -> Any:
+    """CALLS calls as a graph, after some that compile and load."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+    return graph
+
+
+def measure(graphs: dict[str, Any], rounds: int) -> dict[str, float]:
+    """Median microseconds of a call, in interleaved rounds."""
+    import torch
+
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for n in range(rounds + 1):
+        for name, graph in graphs.items():
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            if n:  # the first round uploads the graphs
+                samples[name].append(start.elapsed_time(stop) * 1e3 / CALLS)
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def run_case(case: DecodeCase, peers: Sequence[str], rounds: int, env: Row) -> Row:
+    """Measure one case and print its line."""
+    import torch
+
+    x = inputs_of(case)
+    graphs = {"cuattn": graph_of(ours(case, x))}
+    for name in peers:
+        try:
+            graphs[name] = graph_of(PEERS[name](case, x))
+        except Exception as error:
+            print(f"  ! {name}: {first_line(error)}")
+    times = measure(graphs, rounds)
+    us = times.pop("cuattn")
+    others = "  ".join(f"x{t / us:.2f} {name} ({t:.1f} us)" for name, t in times.items())
+    print(f"{case!s:48} {us:9.1f} us | {case.bytes() / us * 1e-3:6.0f} GB/s | {others}", flush=True)
+    del graphs, x
+    torch.cuda.empty_cache()
+    mods = [f"page {case.page_size}"] + [f"cache {case.cache}"] * (case.cache != "bfloat16")
+    return {
+        "bench": "decode",
+        "dtype": "bfloat16",
+        "precision": "ieee",
+        "d": case.head_dim,
+        "dv": case.head_dim,
+        "heads": case.heads[0],
+        "heads_kv": case.heads[1],
+        "batch": case.batch,
+        "seqlen_q": case.seqlen_q,
+        "seqlen_k": case.length,
+        "mask": "causal",
+        "mods": mods,
+        "us": round(us, 2),
+        "tflops": None,
+        "gbps": round(case.bytes() / us * 1e-3, 1),
+        "bound_pct": None,
+        "peers": {name: round(t, 2) for name, t in times.items()},
+        **env,
+    }
+
+
+def run(cases: Sequence[DecodeCase], peers: Sequence[str], rounds: int, store: Store, env: Row, deadline: Deadline) -> None:
+    """Measure the cases in order until the deadline, storing every row as it comes."""
+    for done, case in enumerate(cases):
+        if deadline.passed:
+            print(f"time limit: {len(cases) - done} of {len(cases)} cases not run, from {case}")
+            return
+        try:
+            store.add(run_case(case, peers, rounds, env))
+        except Exception as error:
+            print(f"{case!s:48} failed: {first_line(error)}")

@@ -1,0 +1,605 @@
+"""Problem and plan of attention over a KV cache: what problem.py, registry.py and plan.py are for the forward.
+
+Kernels: kernels/append.cu writes new keys and values into the cache, kernels/decode.cu attends. Both find lengths and pages on
+the device; nothing here depends on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cuattn.arrays import View
+from cuattn.fields import CTYPES, ITEMSIZE, Field, Operand
+from cuattn.masks import Mask
+from cuattn.problem import (
+    FLOATS,
+    canonical,
+    check_mask_arrays,
+    check_mod_arrays,
+    check_scalars,
+    check_vector,
+    max_seqlen_of,
+    out_view,
+    vector_bytes,
+)
+from cuattn.registry import Device, round_up
+from cuattn.score_mods import ScoreMod
+
+POINTERS = (
+    "q",
+    "k_cache",
+    "v_cache",
+    "out",
+    "lse",
+    "sinks",
+    "cache_seqlens",
+    "page_table",
+    "cache_batch_idx",
+    "cache_leftpad",
+    "cu_seqlens_q",
+    "k",
+    "v",
+    "rotary_cos",
+    "rotary_sin",
+    "k_scale",
+    "v_scale",
+    "partial_out",
+    "partial_lse",
+    "tickets",
+    "call",
+    "cache_seqlen",
+)
+"""The first words of DecodeParams, rewritten on every call; arrays of masks and score modifications take the slots after."""
+SLOT = {name: slot for slot, name in enumerate(POINTERS)}
+WORKSPACE = ("partial_out", "partial_lse", "tickets")
+
+CACHE_DTYPES = {"float8_e4m3fn": "E4M3", "uint8": "E4M3", "int8": "Int8"}
+"""8-bit elements of a cache and their names in kernels/; CuPy has no e4m3, so uint8 holds its bits."""
+APPEND_THREADS = 128
+
+
+class Scalars(NamedTuple):
+    """Options of a call that take part in its plan."""
+
+    scale: float | None
+    return_lse: bool
+    deterministic: bool
+    num_splits: int
+    rotary_interleaved: bool
+    max_seqlen_q: int | None
+    precision: str
+
+
+@dataclass(frozen=True)
+class DecodeProblem:
+    """One call in canonical form: q 4-D (packed: a batch axis of stride 0), caches (pages, page_size, heads, dim).
+
+    A cache without a page table has one page per sequence. Lengths are in tokens, strides (inside `operands`) in elements.
+    """
+
+    dtype: str
+    cache_dtype: str
+    precision: str
+    batch: int
+    seqlen_q: int
+    total_q: int
+    seqlen_new: int
+    """of a dense call that appends; packed calls append as many tokens as they have queries"""
+    num_heads: int
+    num_heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    packed: bool
+    pages: int
+    page_size: int
+    table_rows: int
+    max_pages: int
+    """of a sequence"""
+    rotary_dim: int
+    rotary_len: int
+    rotary_interleaved: bool
+    scale: float
+    mask: Mask
+    mods: tuple[ScoreMod, ...]
+    return_lse: bool
+    deterministic: bool
+    num_splits: int
+    operands: tuple[Operand | None, ...]
+    """by slot: the named pointers, then the mask's arrays, then those of each score modification"""
+    vectors: tuple[int, int, int, int]
+    """bytes of the widest access that the alignment of q, k_cache, v_cache, out allows"""
+
+    @property
+    def real(self) -> str:
+        """dtype of scores and statistics."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_heads_kv
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a sequence may have."""
+        return self.max_pages * self.page_size
+
+    @property
+    def appends(self) -> bool:
+        return self.operand("k") is not None
+
+    @property
+    def paged(self) -> bool:
+        return self.operand("page_table") is not None
+
+    @property
+    def mask_operands(self) -> tuple[Operand, ...]:
+        start = len(POINTERS)
+        return tuple(op for op in self.operands[start : start + len(self.mask.arrays)] if op is not None)
+
+    @property
+    def mod_operands(self) -> list[tuple[Operand, ...]]:
+        start, parts = len(POINTERS) + len(self.mask.arrays), []
+        for mod in self.mods:
+            stop = start + len(mod.arrays)
+            parts.append(tuple(op for op in self.operands[start:stop] if op is not None))
+            start = stop
+        return parts
+
+    def operand(self, name: str) -> Operand | None:
+        return self.operands[SLOT[name]]
+
+    def __str__(self) -> str:
+        cache = f"{self.pages} pages of {self.page_size}" if self.paged else f"{self.page_size} tokens"
+        dims = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
+        kind = self.dtype + (f" over {self.cache_dtype}" if self.cache_dtype != self.dtype else "")
+        kind += " packed" if self.packed else ""
+        extras = [str(self.mask), *(type(m).__name__ for m in self.mods)]
+        extras += [n for n in ("sinks", "cache_leftpad", "k", "rotary_cos") if self.operand(n) is not None]
+        sizes = f"b{self.batch} sq{self.seqlen_q} h{self.num_heads}/{self.num_heads_kv}"
+        return f"DecodeProblem({kind}, {sizes}, {dims}, {cache}, {', '.join(extras)})"
+
+
+# Arrays -> problem ----------------------------------------------------------------------------------------------------
+
+
+def make_decode_problem(
+    views: dict[str, View], mask: Mask, mods: tuple[ScoreMod, ...], own_views: Sequence[View], scalars: Scalars
+) -> DecodeProblem:
+    """Check a call and bring it into canonical form. views: by name in `POINTERS`; own_views: of the mask, then of mods."""
+    packed = "cu_seqlens_q" in views
+    q = canonical("q", views["q"], packed)
+    if q.dtype not in FLOATS:
+        raise TypeError(f"q: got dtype {q.dtype}, expected one of {', '.join(FLOATS)}")
+    caches = {name: _cache(name, views[name], q) for name in ("k_cache", "v_cache")}
+    k_cache, v_cache = caches["k_cache"], caches["v_cache"]
+    _check_caches(q, k_cache, v_cache)
+    check_scalars(scalars.scale, 0.0, scalars.precision)
+    if scalars.precision != "ieee" and q.dtype != "float32":
+        raise ValueError(f"precision: got {scalars.precision!r} with {q.dtype} inputs, expected it with float32 only")
+    splits = scalars.num_splits
+    if isinstance(splits, bool) or not isinstance(splits, int) or not 0 <= splits <= 256:
+        raise ValueError(f"num_splits: got {splits!r}, expected an integer from 0 (chosen for you) to 256")
+    batch, seqlen_q = q.shape[0], q.shape[1]
+    if packed:
+        cumulative = views["cu_seqlens_q"]
+        if len(cumulative.shape) != 1 or cumulative.shape[0] < 1:
+            raise ValueError(f"cu_seqlens_q: got shape {cumulative.shape}, expected (batch + 1,)")
+        check_vector("cu_seqlens_q", cumulative, cumulative.shape[0], ("int32",))
+        batch, seqlen_q = cumulative.shape[0] - 1, max_seqlen_of("max_seqlen_q", scalars.max_seqlen_q)
+    elif scalars.max_seqlen_q is not None:
+        raise ValueError("max_seqlen_q: got it without cu_seqlens_q, expected None for a dense q")
+    pages, page_size, table_rows, max_pages = _pages(views, k_cache, batch)
+    if max_pages * page_size >= 2**31 - 2**12:
+        raise ValueError(f"page_table: got room for {max_pages * page_size} tokens, expected less than {2**31 - 2**12}")
+    new = {name: _new_tokens(name, views, q, cache, batch, packed) for name, cache in (("k", k_cache), ("v", v_cache))}
+    if ("k" in views) != ("v" in views):
+        raise ValueError("k, v: got one without the other, expected both or neither")
+    if new["k"] is not None and new["v"] is not None and new["k"].shape[:2] != new["v"].shape[:2]:
+        raise ValueError(f"v: got {new['v'].shape[1]} new tokens, expected {new['k'].shape[1]} as k has")
+    rotary_dim, rotary_len = _rotary(views, q)
+    num_heads, num_heads_kv = q.shape[2], k_cache.shape[2]
+    if "sinks" in views:
+        check_vector("sinks", views["sinks"], num_heads, FLOATS)
+    for name in ("k_scale", "v_scale"):
+        if name in views:
+            _check_scale(name, views[name], k_cache.dtype, batch, num_heads_kv)
+    count = len(mask.arrays)
+    full_shape = (batch, num_heads, seqlen_q, max_pages * page_size)
+    check_mask_arrays(mask, own_views[:count], full_shape)
+    check_mod_arrays(mods, own_views[count:], full_shape)
+    out = canonical("out", out_view(views, (*views["q"].shape[:-1], v_cache.shape[3])), packed)
+    named = {**views, "q": q, "out": out, "k_cache": k_cache, "v_cache": v_cache}
+    named.update({name: view for name, view in new.items() if view is not None})
+    dense_new = new["k"].shape[1] if new["k"] is not None and not packed else 0
+    return DecodeProblem(
+        dtype=q.dtype,
+        cache_dtype=k_cache.dtype,
+        precision=scalars.precision if q.dtype == "float32" else "ieee",
+        batch=batch,
+        seqlen_q=seqlen_q,
+        total_q=q.shape[1],
+        seqlen_new=dense_new,
+        num_heads=num_heads,
+        num_heads_kv=num_heads_kv,
+        head_dim=q.shape[3],
+        head_dim_v=v_cache.shape[3],
+        packed=packed,
+        pages=pages,
+        page_size=page_size,
+        table_rows=table_rows,
+        max_pages=max_pages,
+        rotary_dim=rotary_dim,
+        rotary_len=rotary_len,
+        rotary_interleaved=scalars.rotary_interleaved,
+        scale=1.0 / math.sqrt(q.shape[3]) if scalars.scale is None else float(scalars.scale),
+        mask=mask,
+        mods=mods,
+        return_lse=scalars.return_lse,
+        deterministic=scalars.deterministic,
+        num_splits=splits,
+        operands=_operands(named, own_views),
+        vectors=(vector_bytes(q), vector_bytes(k_cache), vector_bytes(v_cache), vector_bytes(out)),
+    )
+
+
+def _cache(name: str, view: View, q: View) -> View:
+    expected = "(batch, seqlen, heads, head_dim) or (pages, page_size, heads, head_dim)"
+    if len(view.shape) != 4:
+        raise ValueError(f"{name}: got shape {view.shape}, expected {expected}")
+    if view.dtype != q.dtype and (view.dtype not in CACHE_DTYPES or q.dtype not in ("float16", "bfloat16")):
+        kinds = q.dtype + (" or " + ", ".join(CACHE_DTYPES) if q.dtype in ("float16", "bfloat16") else "")
+        raise TypeError(f"{name}: got dtype {view.dtype}, expected {kinds} with {q.dtype} queries")
+    if view.shape[-1] > 1 and view.strides[-1] != 1 and 0 not in view.shape:
+        raise ValueError(f"{name}: got stride {view.strides[-1]} along the last axis, expected it to be contiguous (1)")
+    return view
+
+
+def _check_caches(q: View, k: View, v: View) -> None:
+    if v.dtype != k.dtype:
+        raise TypeError(f"v_cache: got dtype {v.dtype}, expected {k.dtype} as k_cache has")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v_cache: got shape {v.shape}, expected {k.shape[:3]} as k_cache has before the last axis")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k_cache: got head_dim {k.shape[3]}, expected {q.shape[3]} as q has")
+    if q.shape[3] == 0 or v.shape[3] == 0:
+        raise ValueError(f"{'q' if q.shape[3] == 0 else 'v_cache'}: got head_dim 0, expected at least 1")
+    if k.shape[2] == 0 or q.shape[2] == 0 or q.shape[2] % k.shape[2] != 0:
+        raise ValueError(f"q: got {q.shape[2]} heads, expected a positive multiple of the {k.shape[2]} heads of the cache")
+
+
+def _pages(views: dict[str, View], k_cache: View, batch: int) -> tuple[int, int, int, int]:
+    """(pages, page_size, rows of the page table, pages of a sequence)."""
+    pages, page_size = k_cache.shape[:2]
+    index, table = views.get("cache_batch_idx"), views.get("page_table")
+    if index is not None:
+        check_vector("cache_batch_idx", index, batch, ("int32",))
+    for name in ("cache_seqlens", "cache_leftpad"):
+        if name in views:
+            check_vector(name, views[name], batch, ("int32",))
+    if table is None:
+        if index is None and pages != batch:
+            raise ValueError(f"k_cache: got {pages} sequences, expected {batch} as q has (or cache_batch_idx or page_table)")
+        return pages, page_size, pages, 1
+    if table.dtype != "int32":
+        raise TypeError(f"page_table: got dtype {table.dtype}, expected int32")
+    if len(table.shape) != 2 or (index is None and table.shape[0] != batch):
+        raise ValueError(f"page_table: got shape {table.shape}, expected ({batch}, max_pages)")
+    if table.shape[1] > 1 and table.strides[1] != 1 and 0 not in table.shape:
+        raise ValueError(f"page_table: got stride {table.strides[1]} along its rows, expected contiguous rows")
+    if page_size == 0:
+        raise ValueError("k_cache: got pages of 0 tokens, expected at least 1")
+    return pages, page_size, table.shape[0], table.shape[1]
+
+
+def _new_tokens(name: str, views: dict[str, View], q: View, cache: View, batch: int, packed: bool) -> View | None:
+    if name not in views:
+        return None
+    view = canonical(name, views[name], packed)
+    if view.dtype != q.dtype:
+        raise TypeError(f"{name}: got dtype {view.dtype}, expected {q.dtype} as q has")
+    tokens = q.shape[1] if packed else view.shape[1]
+    expected = (1 if packed else batch, tokens, *cache.shape[2:])
+    if view.shape != expected:
+        shape = ("total_q", *cache.shape[2:]) if packed else (batch, "any", *cache.shape[2:])
+        raise ValueError(f"{name}: got shape {views[name].shape}, expected {shape}")
+    return view
+
+
+def _rotary(views: dict[str, View], q: View) -> tuple[int, int]:
+    """(dimensions that are rotated, positions); (0, 0) without rotary embeddings."""
+    cosine, sine = views.get("rotary_cos"), views.get("rotary_sin")
+    if (cosine is None) != (sine is None):
+        raise ValueError("rotary_cos, rotary_sin: got one without the other, expected both or neither")
+    if cosine is None or sine is None:
+        return 0, 0
+    for name, view in (("rotary_cos", cosine), ("rotary_sin", sine)):
+        if view.dtype not in FLOATS or view.dtype != cosine.dtype:
+            raise TypeError(f"{name}: got dtype {view.dtype}, expected a float dtype, the same for both")
+        if len(view.shape) != 2 or view.shape != cosine.shape or not view.shape[0]:
+            raise ValueError(f"{name}: got shape {view.shape}, expected (positions, rotary_dim / 2), the same for both")
+        if view.strides != cosine.strides or (view.shape[1] > 1 and view.strides[1] != 1):
+            raise ValueError(f"{name}: got strides {view.strides}, expected contiguous rows, laid out alike")
+    if 2 * cosine.shape[1] > q.shape[3]:
+        raise ValueError(f"rotary_cos: got {cosine.shape[1]} angles, expected at most {q.shape[3] // 2}, half of head_dim")
+    return 2 * cosine.shape[1], cosine.shape[0]
+
+
+def _check_scale(name: str, view: View, cache_dtype: str, batch: int, heads: int) -> None:
+    if cache_dtype not in CACHE_DTYPES:
+        raise ValueError(
+            f"{name}: got it with a {cache_dtype} cache, expected it with an 8-bit one ({', '.join(CACHE_DTYPES)})"
+        )
+    if view.dtype != "float32":
+        raise TypeError(f"{name}: got dtype {view.dtype}, expected float32")
+    if view.shape not in ((heads,), (batch, heads)):
+        raise ValueError(f"{name}: got shape {view.shape}, expected ({heads},) or {(batch, heads)}")
+
+
+def _operands(views: dict[str, View], own_views: Sequence[View]) -> tuple[Operand | None, ...]:
+    operands: list[Operand | None] = [
+        Operand(slot, views[name].shape, views[name].strides, views[name].dtype) if name in views else None
+        for slot, name in enumerate(POINTERS)
+    ]
+    for view in own_views:
+        operands.append(Operand(len(operands), view.shape, view.strides, view.dtype, math.gcd(16, view.ptr)))
+    return tuple(operands)
+
+
+# Problem -> plan ------------------------------------------------------------------------------------------------------
+
+MIN_KEYS = 128
+"""Keys that make up for what a CTA costs, its share of merging parts included."""
+PART_KEYS = 256
+"""Least keys in a part where parts depend on their own sequence's length alone."""
+PARTS = 16
+"""Most parts there."""
+IDLE = 0.96
+"""Least share of the CTAs that must be members of a team."""
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Everything that is decided before a launch of kernels/decode.cu."""
+
+    problem: DecodeProblem
+    device: Device
+    mma: str
+    warps_m: int
+    """16 rows each"""
+    warps_n: int
+    """among which the keys of a block are divided"""
+    block_n: int
+    stages: int
+    min_blocks: int
+    """CTAs an SM holds"""
+    head_dim: int
+    """compiled"""
+    head_dim_v: int
+    smem_bytes: int
+    bytes_q: int
+    """of them, for q"""
+    min_keys: int = MIN_KEYS
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_m * self.warps_n
+
+    @property
+    def rows(self) -> int:
+        """of a tile: (query, head of the group)"""
+        return 16 * self.warps_m
+
+    @property
+    def m_blocks(self) -> int:
+        return -(-self.problem.seqlen_q * self.problem.group // self.rows)
+
+    @property
+    def head_lanes(self) -> int:
+        """KV heads that are read side by side: the most that leave few CTAs without a team."""
+        slots, heads = self.device.num_sms * self.min_blocks, self.problem.num_heads_kv
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n <= slots]
+        return max(n for n in fitting if n == 1 or slots // n * n >= IDLE * slots)
+
+    @property
+    def merged_parts(self) -> int:
+        """Parts whose weights have room in shared memory when they are merged."""
+        return (self.smem_bytes - self.bytes_q) // (self.rows * ITEMSIZE[self.problem.real])
+
+    @property
+    def grid(self) -> int:
+        teams = self.device.num_sms * self.min_blocks // self.head_lanes
+        return min(teams, self.merged_parts) * self.head_lanes
+
+    @property
+    def min_units(self) -> int:
+        return 1 if self.max_parts else max(1, self.min_keys // self.block_n)
+
+    @property
+    def max_parts(self) -> int:
+        """0: work is divided evenly over the CTAs."""
+        return min(self.problem.num_splits, self.merged_parts) or (PARTS if self.problem.deterministic else 0)
+
+    @property
+    def min_part(self) -> int:
+        """Key tiles in a part."""
+        return 1 if self.problem.num_splits else max(1, PART_KEYS // self.block_n)
+
+    @property
+    def items(self) -> int:
+        return self.problem.batch * self.problem.num_heads_kv * self.m_blocks
+
+    @property
+    def workspace(self) -> tuple[int, ...]:
+        """Bytes of each of `WORKSPACE`, rounded up to 256."""
+        size = ITEMSIZE[self.problem.real]
+        slots = self.items * self.max_parts if self.max_parts > 1 else 0 if self.max_parts == 1 else 2 * self.grid
+        tickets = 0 if not slots else self.items if self.max_parts else self.grid
+        sizes = (slots * self.rows * self.head_dim_v * size, slots * self.rows * size, 8 * tickets)
+        return tuple(-(-n // 256) * 256 for n in sizes)
+
+    @property
+    def empty(self) -> bool:
+        """Nothing to compute or write."""
+        return self.problem.batch * self.problem.seqlen_q == 0 and not (self.problem.packed and self.problem.total_q)
+
+    def __str__(self) -> str:
+        return (
+            f"DecodePlan({self.device.arch}: {self.rows} rows x {self.block_n} keys x {self.stages}, "
+            f"d{self.head_dim}/{self.head_dim_v}, {self.warps_m}x{self.warps_n} warps, {self.smem_bytes} B shared, "
+            f"grid {self.grid}, workspace {sum(self.workspace)} B)"
+        )
+
+
+def declines_decode(problem: DecodeProblem, device: Device) -> list[str]:
+    """Reasons why no kernel serves a problem, none if one does."""
+    reasons = []
+    if device.number < 80:
+        reasons.append(f"needs sm_80 or newer, got {device.arch}")
+    if problem.dtype == "float32" and problem.precision != "tf32":
+        reasons.append(f"multiplies float32 as tf32, got precision {problem.precision}")
+    widest = 128 if problem.dtype == "float64" else 256
+    if max(problem.head_dim, problem.head_dim_v) > widest:
+        reasons.append(
+            f"serves head dimensions to {widest} of {problem.dtype}, got {problem.head_dim} and {problem.head_dim_v}"
+        )
+    return reasons
+
+
+def _mma(problem: DecodeProblem, device: Device) -> tuple[str, int, int]:
+    """(policy of the products, multiples of head_dim and of head_dim_v that it takes)."""
+    if problem.dtype == "float64":
+        return f"MmaWide<ProductFp64<{'true' if device.number == 90 else 'false'}>>", 16, 16
+    if problem.dtype == "float32":
+        return "MmaWide<ProductTf32>", 16, 32
+    if problem.cache_dtype in CACHE_DTYPES:
+        return f"MmaByte<{CTYPES[problem.dtype]}, {CACHE_DTYPES[problem.cache_dtype]}>", 32, 32
+    return f"MmaHalf<{CTYPES[problem.dtype]}>", 16, 16
+
+
+def _pitches(problem: DecodeProblem, head_dim: int, head_dim_v: int) -> tuple[int, int, int]:
+    """Bytes of a row of q, k and v in shared memory."""
+    size, cache_size = ITEMSIZE[problem.dtype], ITEMSIZE[problem.cache_dtype]
+    if size == 2:
+        return tuple(round_up(n, 128) for n in (size * head_dim, cache_size * head_dim, cache_size * head_dim_v))  # type: ignore[return-value]
+    units, units_v = head_dim * size // 16, head_dim_v * size // 16
+    pitch = 16 * (units + (12 - units % 8) % 8)
+    return pitch, pitch, 16 * (units_v + 1 - units_v % 2)
+
+
+STATIC_BYTES = 3072
+"""Of shared memory beside the tiles: what `Decode::Shared` holds and what the system reserves."""
+STAGE_BYTES = 32768
+"""Of keys and values that are waited for at once."""
+MAX_STAGES = 8
+MAX_BLOCK = 128
+TILES = tuple(
+    (warps_m, warps_n, ctas)
+    for warps_m, most in ((4, 1), (2, 2), (1, 4))
+    for warps_n in (4, 2, 1)
+    if warps_n <= most
+    for ctas in (2, 1)
+)
+"""(warps_m, warps_n, CTAs an SM holds), best first. Of two CTAs, one computes while the other waits."""
+
+
+def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
+    """The plan of a call. Raises NotImplementedError with the kernel's reasons when it does not serve the problem."""
+    declined = declines_decode(problem, device)
+    if declined:
+        raise NotImplementedError(f"no kernel serves {problem} on {device.arch}:\n  decode: {'; '.join(declined)}")
+    mma, multiple, multiple_v = _mma(problem, device)
+    head_dim, head_dim_v = round_up(problem.head_dim, multiple), round_up(problem.head_dim_v, multiple_v)
+    rows = max(1, problem.seqlen_q * problem.group)
+    pitch_q, pitch_k, pitch_v = _pitches(problem, head_dim, head_dim_v)
+    step = 16 if ITEMSIZE[problem.dtype] == 2 else 8
+    for warps_m, warps_n, ctas in TILES:
+        if warps_m > 1 and rows <= 8 * warps_m:  # half as many warps hold them
+            continue
+        # Beside 256 columns of out there are registers for the scores of one step alone.
+        wide = head_dim_v * ITEMSIZE[problem.real] > 512
+        most = step * warps_n * (1 if wide else 2 if problem.mods or problem.mask.tiled else 8)
+        block_n = max(
+            step * warps_n, min(most, MAX_BLOCK, STAGE_BYTES // (pitch_k + pitch_v) // (step * warps_n) * step * warps_n)
+        )
+        bytes_q, stage = 16 * warps_m * pitch_q, block_n * (pitch_k + pitch_v)
+        budget = min(device.smem_per_block, device.smem_per_sm // ctas) - STATIC_BYTES - bytes_q
+        merged = warps_n * 16 * warps_m * (head_dim_v + 4) * ITEMSIZE[problem.real]
+        stages = min(MAX_STAGES, budget // stage)
+        if stages >= 2 and merged <= budget:
+            smem = bytes_q + max(stages * stage, merged)
+            return DecodePlan(
+                problem, device, mma, warps_m, warps_n, block_n, stages, ctas, head_dim, head_dim_v, smem, bytes_q
+            )
+    raise NotImplementedError(f"no tile of {problem} fits the {device.smem_per_block} bytes of shared memory of a block")
+
+
+# Plan -> parameters ---------------------------------------------------------------------------------------------------
+
+
+def divisor(n: int) -> tuple[int, int]:
+    """(multiplier, shift) with x // n == x * multiplier >> shift for 0 <= x < 2^31 (kernels/attention/divisor.cuh)."""
+    shift = 31 + (max(1, n) - 1).bit_length()
+    return -(-(1 << shift) // max(1, n)), shift
+
+
+def decode_fields(plan: DecodePlan) -> list[tuple[str, int | float]]:
+    """Members of DecodeParams after its pointers, in order, as (struct code, value)."""
+    p = plan.problem
+
+    def rows(name: str) -> list[int]:  # batch or page, row, head
+        operand = p.operand(name)
+        if operand is None:
+            return [0, 0, 0]
+        strides = operand.strides
+        return [0 if p.packed and "cache" not in name else strides[0], strides[1], strides[2]]
+
+    def scales(name: str) -> list[int]:  # batch, head
+        operand = p.operand(name)
+        return [0, 0] if operand is None else [0, *operand.strides][-2:]
+
+    table, rotary = p.operand("page_table"), p.operand("rotary_cos")
+    lse_rows = p.total_q if p.packed else p.seqlen_q
+    longs = [
+        *(n for name in ("q", "k_cache", "v_cache", "out") for n in rows(name)),
+        0 if p.packed else p.num_heads * lse_rows,
+        lse_rows,
+        *rows("k"),
+        *rows("v"),
+        rotary.strides[0] if rotary is not None else 0,
+        table.strides[0] if table is not None else 0,
+        *scales("k_scale"),
+        *scales("v_scale"),
+    ]
+    (group_multiplier, group_shift), (page_multiplier, page_shift) = divisor(p.group), divisor(p.page_size)
+    sizes: list[tuple[str, int | float]] = [("i4x", n) for n in (p.batch, p.seqlen_q, p.total_q, p.seqlen_new)]
+    sizes += [("i4x", n) for n in (p.num_heads, p.num_heads_kv, p.group)]
+    sizes += [("I4x", group_multiplier), ("i4x", group_shift)]
+    sizes += [("i4x", n) for n in (p.head_dim, p.head_dim_v, p.pages, p.page_size)]
+    sizes += [("I4x", page_multiplier), ("i4x", page_shift)]
+    sizes += [("i4x", n) for n in (p.table_rows, p.max_pages, p.rotary_dim, p.rotary_len, plan.m_blocks, plan.head_lanes)]
+    sizes += [("i4x", n) for n in (p.num_heads_kv // plan.head_lanes, plan.min_units, plan.max_parts, plan.min_part)]
+    return [*(("q", n) for n in longs), ("d", p.scale), *sizes]
+
+
+def decode_variant(plan: DecodePlan, attends: bool) -> list[Field]:
+    """Members of the mask and of the modifications; append.cu has neither."""
+    p = plan.problem
+    if not attends:
+        return [Field("int", 0), Field("int", 0)]
+    fields = list(p.mask.fields(p.mask_operands))
+    for mod, operands in zip(p.mods, p.mod_operands, strict=True):
+        fields += mod.fields(operands)
+    return fields if p.mods else [*fields, Field("int", 0)]
+
+
+def decode_words(plan: DecodePlan, attends: bool) -> int:
+    """8-byte words of a kernel's parameter struct."""
+    return len(POINTERS) + len(decode_fields(plan)) + len(decode_variant(plan, attends))
+
+
+def lse_shape(problem: DecodeProblem, shape_q: tuple[int, ...]) -> tuple[int, ...]:
+    """Of lse, from the shape of q as the caller gave it."""
+    return (shape_q[1], shape_q[0]) if problem.packed or len(shape_q) == 3 else (shape_q[0], shape_q[2], shape_q[1])

@@ -1,0 +1,45 @@
+"""The compile test of the kernels over a KV cache: as tests/test_compile.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from cuattn import jit
+from cuattn.catalogue import decode_plans, decode_problem_of
+from cuattn.codegen import decode_units
+from cuattn.decode import divisor, make_decode_plan
+from cuattn.registry import DEVICES
+from tests.test_compile import complaints
+
+pytest.importorskip("cupy")
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+def test_every_plan_compiles_without_spills(arch: str) -> None:
+    jobs = {unit.source: plan for plan in decode_plans(arch, everything=True) for unit in decode_units(plan).values()}
+    assert len(jobs) > 10
+    built = jit.compile_many((source, arch) for source in jobs)
+    failures = [f"{plan}: {c}" for cubin, plan in zip(built, jobs.values(), strict=True) for c in complaints(cubin.log)]
+    assert not failures, "\n".join(failures)
+
+
+def test_shared_memory_fits() -> None:
+    for arch, device in DEVICES.items():
+        for plan in decode_plans(arch, everything=True):
+            assert plan.smem_bytes + 1024 <= device.smem_per_block, str(plan)
+
+
+def test_sizes_do_not_reach_the_source() -> None:
+    sources = set()
+    for page_size, heads in ((16, (64, 8)), (64, (8, 2)), (7, (16, 16))):
+        plan = make_decode_plan(decode_problem_of(page_size=page_size, heads=heads), DEVICES["sm_90a"])
+        sources.add(decode_units(plan)["decode"].source)
+    assert len(sources) == 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 8, 16, 48, 255, 256, 257, 1000, 65537, 2**30 + 1, 2**31 - 1])
+def test_division_by_a_multiplication(n: int) -> None:
+    multiplier, shift = divisor(n)
+    assert multiplier < 2**32 and shift < 64
+    numbers = {x for k in (0, 1, 2, 3, 1000, (2**31 - 1) // n) for x in (k * n - 1, k * n, k * n + 1)} | {2**31 - 1}
+    assert all(x * multiplier >> shift == x // n for x in numbers if 0 <= x < 2**31)
