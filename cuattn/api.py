@@ -226,7 +226,8 @@ def attention_with_kvcache(
     (batch, num_heads, seqlen_q, tokens that the cache has room for).
 
     Returns out of q's shape with head_dim_v, or (out, lse). A length or page that only the device knows and that lies outside
-    the cache is neither read nor written: its keys count as zeros. Has no gradient. Raises as `attention` does.
+    the cache is neither read nor written: its keys count as zeros (CUATTN_DEBUG=1 looks, and raises). Has no gradient. Raises
+    as `attention` does.
 
     >>> import numpy as np
     >>> cache_k, cache_v = np.zeros((2, 1, 16, 2, 8), np.float32)

@@ -489,7 +489,7 @@ def _pitches(problem: DecodeProblem, head_dim: int, head_dim_v: int) -> tuple[in
     return pitch, pitch, 16 * (units_v + 1 - units_v % 2)
 
 
-STATIC_BYTES = 3072
+STATIC_BYTES = 3328
 """Of shared memory beside the tiles: what `Decode::Shared` holds and what the system reserves."""
 STAGE_BYTES = 32768
 """Of keys and values that are waited for at once."""

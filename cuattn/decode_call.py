@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from cuattn.arrays import Library, View
 from cuattn.codegen import decode_units
 from cuattn.decode import (
     APPEND_THREADS,
+    CACHE_DTYPES,
     POINTERS,
     SLOT,
     WORKSPACE,
@@ -157,7 +159,8 @@ def _through_cupy(made: _Call) -> Any:
         device = arrays.CUPY.current_device()
     with arrays.CUPY.guard(device):
         count = len(made.mask.arrays)
-        present = {name: library.to_cupy(x) for name, x in made.present.items() if name != "out"}
+        given = {name: _bits(x) for name, x in made.present.items() if name != "out"}
+        present = {name: library.to_cupy(x) for name, x in given.items()}
         own = tuple(library.to_cupy(x) for x in made.own)
         lent = _Call(
             arrays.CUPY,
@@ -174,9 +177,14 @@ def _through_cupy(made: _Call) -> Any:
         out, *rest = result if made.scalars.return_lse else (result,)
         if "k" in present:
             for name in WRITTEN:
-                library.give_back(present[name], made.present[name])
-        given = library.give_back(out, made.present.get("out"))
-        return (given, *(library.give_back(x) for x in rest)) if rest else given
+                library.give_back(present[name], given[name])
+        result = library.give_back(out, made.present.get("out"))
+        return (result, *(library.give_back(x) for x in rest)) if rest else result
+
+
+def _bits(x: Any) -> Any:
+    """A NumPy array of e4m3, which CuPy does not have, as its bits; anything else as it is."""
+    return x.view(np.uint8) if isinstance(x, np.ndarray) and x.dtype.name in CACHE_DTYPES and x.dtype != np.int8 else x
 
 
 # On the GPU -----------------------------------------------------------------------------------------------------------
@@ -205,6 +213,8 @@ class _Prepared:
     """(slot, bytes) of each part; () where there is none"""
 
 
+_INDICES = ("cache_seqlens", "page_table", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q")
+"""What a kernel addresses memory by: copied to the host and checked with CUATTN_DEBUG=1."""
 _NO_POINTERS = [0] * len(POINTERS)
 _OUT, _LSE, _CALL, _LENGTH = (SLOT[name] for name in ("out", "lse", "call", "cache_seqlen"))
 _CALL_BITS = (1 << 48) - 1
@@ -228,6 +238,9 @@ def _launch(made: _Call) -> Any:
         if prepared is None:
             prepared = _prepare(key, views, mask, mods, own_views, scalars, device)
         plan: DecodePlan = prepared.plan
+        if os.environ.get("CUATTN_DEBUG"):
+            host = {name: library.host(present[name]) for name in _INDICES if name in present}
+            _check_host({**host, **{name: None for name in ("k",) if name in present}}, length, plan.problem)
         out = present.get("out")
         if out is None:
             out = library.empty(prepared.out_shape, plan.problem.dtype, device)

@@ -383,7 +383,45 @@ def test_no_batch_axis(backend: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_pages_outside_the_cache_are_not_touched(cupy_backend: Any) -> None:
+@pytest.mark.parametrize("cache", ["", "float8_e4m3fn"])
+def test_numpy_arrays_travel_to_the_gpu_and_back(cache: str) -> None:
+    """The caches too, when they have been written."""
+    from tests.conftest import NumPyBackend
+
+    case = Decode("bfloat16", cache, lengths=(30, 7), new=2)
+    made = {name: x.copy() if isinstance(x, np.ndarray) else x for name, x in arguments(case).items()}
+    out, lse = cuattn.attention_with_kvcache(**made, return_lse=True)
+    verify(case, NumPyBackend(), out, lse, made)
+
+
+@pytest.mark.gpu
+def test_a_graph_serves_any_lengths(cupy_backend: Any) -> None:
+    """One capture, replayed after the lengths on the device have changed."""
+    import cupy
+
+    cases = [Decode("float16", lengths=lengths) for lengths in ((600, 5, 70), (1, 64, 600), (0, 0, 600))]
+    made = put(cupy_backend, arguments(cases[0]))
+    made["out"] = cupy.empty_like(made["q"])
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        cuattn.attention_with_kvcache(**made)
+        stream.begin_capture()
+        cuattn.attention_with_kvcache(**made)
+        graph = stream.end_capture()
+        for case in cases:
+            for name in ("k_cache", "v_cache", "page_table", "cache_seqlens", "q"):
+                made[name][...] = cupy.asarray(arguments(case)[name])
+            for _ in range(3):
+                made["out"][...] = 0
+                graph.launch(stream)
+                stream.synchronize()
+                exact, naive = oracle(case, "float64")[0], oracle(case, "float16")[0]
+                assert_close("out", cupy_backend.get(made["out"]), exact, limit(exact, naive, np.float16, "float16"))
+
+
+@pytest.mark.gpu
+def test_pages_outside_the_cache_are_not_touched(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their keys count as zeros, and new tokens of theirs are dropped; lengths past the cache end with it."""
     case = Decode("float16", lengths=(61, 30), new=2, page=8)
     given = dict(arguments(case))
@@ -401,6 +439,10 @@ def test_pages_outside_the_cache_are_not_touched(cupy_backend: Any) -> None:
     for name in padded:
         around = cupy_backend.get(padded[name])
         assert (around[:32] == 7).all() and (around[-32:] == 7).all(), name
+    with monkeypatch.context() as patch:
+        patch.setenv("CUATTN_DEBUG", "1")
+        with pytest.raises(ValueError, match=r"^page_table: "):
+            cuattn.attention_with_kvcache(**made)
     zeros = {n: np.concatenate([given[n], np.zeros((3, *given[n].shape[1:]), np.float16)]) for n in ("k_cache", "v_cache")}
     table[0, 2], table[0, 7], table[1, 1] = pages, pages + 1, pages + 2
     expected = {**given, **zeros, "page_table": table}

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import cuattn
-from cuattn import CacheFull, PagedKVCache
+from cuattn import CacheFull, PagedKVCache, reference
+from tests.tolerance import assert_close, limit
 
 
 class Model:
@@ -253,7 +254,7 @@ def test_errors_name_the_argument() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_paged_equals_contiguous(backend: Any, dtype: str) -> None:
-    """Prefill and decode through the cache, forks included, against one call over contiguous keys."""
+    """Prefill and decode through the cache, a fork included, against the oracle over contiguous keys."""
     rng = np.random.default_rng(0)
     heads, heads_kv, dim, total = 4, 2, 32, 23
     q, k, v = (rng.standard_normal((2, total, n, dim)).astype(np.float16) for n in (heads, heads_kv, heads_kv))
@@ -278,9 +279,12 @@ def test_paged_equals_contiguous(backend: Any, dtype: str) -> None:
             cache.free(seqs[1])
             seqs = [seqs[0], fork]
     whole = np.zeros((2, 32, heads_kv, dim), np.float16 if dtype == "float16" else np.int8)
-    given = (backend.put(x) for x in (q, whole, whole.copy(), k, v))
-    expected = cuattn.attention_with_kvcache(*given, cache_seqlens=0, causal=True, **scale)
-    np.testing.assert_array_almost_equal_nulp(np.concatenate(found, 1), backend.get(expected), 64)
+    scales = {n: backend.get(x) for n, x in scale.items()}
+    options = {"scale": dim**-0.5, "mask": cuattn.Causal(), "cache_seqlens": np.zeros(2, np.int32), **scales}
+    exact, naive = (
+        reference.with_kvcache(q, whole, whole, k=k, v=v, **options, dtype=precise)[0] for precise in (np.float64, np.float16)
+    )
+    assert_close("out", np.concatenate(found, 1), exact, limit(exact, naive, np.float16, "float16"))
 
 
 def _order(parts: list[Any], step: Any) -> tuple[Any, ...]:
@@ -290,3 +294,35 @@ def _order(parts: list[Any], step: Any) -> tuple[Any, ...]:
 
 def _rest(step: Any) -> dict[str, Any]:
     return {n: x for n, x in step.arguments().items() if n not in ("k_cache", "v_cache")}
+
+
+@pytest.mark.parametrize("options", [["--random"], ["--steps", "2"]], ids=str)
+def test_the_example_runs(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from examples import generate
+
+    assert generate.main([*options, "--tokens", "5"]) == 0
+    assert "agree to the bit: True" in capsys.readouterr().out
+
+
+def test_the_example_differentiates_its_model(numpy_backend: Any) -> None:
+    from examples.generate import Model
+
+    rng, step = np.random.default_rng(0), 2.0**-7
+    model = Model(np, vocabulary=7, width=16, layers=2, heads=2, heads_kv=1, longest=12)
+    model.weights = {name: x.astype(np.float64) for name, x in model.weights.items()}
+    batch = rng.integers(0, 7, (3, 12))
+    _, grads = model.gradients(batch)
+    for name, x in list(model.weights.items()):
+        direction = rng.standard_normal(x.shape)
+        direction /= np.linalg.norm(direction)
+        values = []
+        for sign in (1, -1, 2, -2):
+            model.weights[name] = x + sign * step / 16 * direction
+            values.append(model.gradients(batch)[0])
+        model.weights[name] = x
+        exact = (8 * (values[0] - values[1]) - (values[2] - values[3])) / (12 * step / 16)
+        assert_close(name, np.array((grads[name] * direction).sum()), np.array(exact), TOLERANCE)
+
+
+TOLERANCE = 1e-6
+"""Of finite differences across the kinks of a perceptron."""
