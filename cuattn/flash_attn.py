@@ -1,7 +1,7 @@
 """The public functions of flash-attn 2.8 over cuattn: `from cuattn.flash_attn import flash_attn_func`.
 
-Same names, arguments, defaults, return values and conventions; every dtype and head size that cuattn serves. All are
-differentiable through autograd. Where the two libraries differ on purpose:
+Same names, arguments, defaults, return values and conventions; every dtype and head size that cuattn serves. All but the one
+with a cache are differentiable through autograd. Where the two libraries differ on purpose:
 
 - softmax_lse is differentiable, not a by-product whose gradient is dropped. As there, it is +inf on a row that sees no key.
 - S_dmask comes without the padding of its last two axes to multiples of 128.
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cuattn.api import attention_with_kvcache
 from cuattn.torch import attention, attention_varlen, draw_seed, last_axis_contiguous
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "pad_input",
     "unpad_input",
 ]
@@ -174,6 +176,77 @@ def flash_attn_varlen_qkvpacked_func(
     return _attend(_unpack("qkv", qkv, 3, 4), packing, options, dropout_p, deterministic, return_attn_probs)
 
 
+def flash_attn_with_kvcache(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any = None,
+    v: Any = None,
+    rotary_cos: Any = None,
+    rotary_sin: Any = None,
+    cache_seqlens: Any = None,
+    cache_batch_idx: Any = None,
+    cache_leftpad: Any = None,
+    block_table: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Any = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """Attention of q (batch, seqlen_q, nheads, headdim) over a cache, into which k and v (batch, seqlen_new, ...) go first.
+
+    k_cache, v_cache: (batch_cache, seqlen_cache, nheads_k, headdim), or with block_table (batch, max_blocks) int32 pages
+      (num_blocks, page_size, nheads_k, headdim) of any size; changed in place.
+    cache_seqlens: int or (batch,) int32, tokens in the cache before the new ones; None: all that it has room for, without k.
+    rotary_cos, rotary_sin: (positions, rotary_dim / 2); needs k, as many new keys as queries, and a causal or local mask where
+      there are several queries. Other arguments: `cuattn.attention_with_kvcache` and `flash_attn_func`.
+
+    Returns out, or (out, softmax_lse) with softmax_lse (batch, nheads, seqlen_q). Has no gradient.
+    """
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if not isinstance(x, torch.Tensor):
+            raise _not_a_tensor(name, x)
+    if cache_seqlens is None:
+        if k is not None:
+            raise ValueError("cache_seqlens: got None together with k, expected where the new tokens go")
+        cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    if rotary_cos is not None:
+        _check_rotary(q, k, options)
+    result = attention_with_kvcache(
+        last_axis_contiguous(q),
+        k_cache,
+        v_cache,
+        None if k is None else last_axis_contiguous(k),
+        None if v is None else last_axis_contiguous(v),
+        cache_seqlens=cache_seqlens,
+        page_table=block_table,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        rotary_interleaved=rotary_interleaved,
+        num_splits=num_splits,
+        return_lse=return_softmax_lse,
+        **options,
+    )
+    return (result[0], _as_flash_attn(result[1])) if return_softmax_lse else result
+
+
+def _check_rotary(q: Any, k: Any, options: dict[str, Any]) -> None:
+    """There, query i is rotated as position cache_seqlens + i, or without a causal or local mask as cache_seqlens."""
+    if k is None:
+        raise ValueError("rotary_cos: got a table without k, expected new keys to rotate")
+    everything = options.get("causal") is False or options.get("window") == (None, None)
+    if q.shape[1] != k.shape[1] or (everything and q.shape[1] > 1):
+        found = f"{q.shape[1]} queries, {k.shape[1]} new keys and {'no' if everything else 'a'} causal or local mask"
+        raise NotImplementedError(f"rotary_cos: got {found}, expected as many keys as queries, and causal=True for several")
+
+
 # Padding --------------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +358,12 @@ def _attend(
     out, lse = verb(q, k, v, *packing, deterministic=deterministic, return_lse=True, **options)
     with torch.no_grad():
         s_dmask = _probabilities(q, k, packing, options) if dropout_p else q.new_empty(0)
-    return out, lse.masked_fill(lse == -torch.inf, torch.inf), s_dmask
+    return out, _as_flash_attn(lse), s_dmask
+
+
+def _as_flash_attn(lse: Any) -> Any:
+    """A row that sees no key has +inf."""
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
 def _gather_pages(k: Any, v: Any, block_table: Any, packing: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:

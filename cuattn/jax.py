@@ -590,7 +590,7 @@ def _device(address: int) -> int:
             runtime.setDevice(0)
             _thread.ready = True
         return 0
-    index = int(runtime.pointerGetAttributes(address).device)
+    index = int(runtime.pointerGetAttributes(address).device) if address else 0
     runtime.setDevice(index)
     return index
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bench import backward, compare, figures, results
-from bench.__main__ import main, parser, selected
+from bench.__main__ import STORED, main, parser, selected
 from bench.baselines import BASELINES, TITLES, Sdpa, available
 from bench.cases import (
     BACKWARD,
@@ -384,5 +384,6 @@ def test_figures_and_page_come_from_the_rows(tmp_path: Path) -> None:
 
 def test_all_is_the_parts_that_store_rows() -> None:
     chosen = selected(parser().parse_args(["all", "--quick"]))
-    parts = {case.bench.partition("/")[0] for case in chosen}
-    assert {"forward", "backward"} <= parts and HOST in chosen and len(chosen) > len(QUICK) + len(BACKWARD_QUICK)
+    for part in STORED:
+        assert set(selected(parser().parse_args([part, "--quick"]))) <= set(chosen), part
+    assert HOST in chosen and len(chosen) > len(QUICK) + len(BACKWARD_QUICK)

@@ -208,6 +208,65 @@ def test_pages_are_read_through_the_block_table(device: str, page_size: int) -> 
     check(paged, flash_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 5, 7, causal=True))
 
 
+def cached(device: str) -> dict[str, Tensor]:
+    """Three sequences with 6, 0 and 9 tokens in a cache of five rows, and two new tokens each."""
+    given = {"q": (3, 2, HEADS, DIM), "k_cache": (5, 12, HEADS_KV, DIM), "v_cache": (5, 12, HEADS_KV, DIM)}
+    given |= {"k": (3, 2, HEADS_KV, DIM), "v": (3, 2, HEADS_KV, DIM)}
+    arrays = {name: torch.randn(shape, dtype=torch.float64, device=device) for name, shape in given.items()}
+    ints = {"dtype": torch.int32, "device": device}
+    return {**arrays, "cache_seqlens": torch.tensor([6, 0, 9], **ints), "cache_batch_idx": torch.tensor([4, 0, 2], **ints)}
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (3, 0)])
+def test_cache_is_extended_and_attended(device: str, window: tuple[int, int]) -> None:
+    given = cached(device)
+    before = {name: given[name].clone() for name in ("k_cache", "v_cache")}
+    out, lse = flash_attn.flash_attn_with_kvcache(**given, causal=True, window_size=window, return_softmax_lse=True)
+    for b, (row, n) in enumerate(((4, 6), (0, 0), (2, 9))):
+        keys, values = (torch.cat([before[f"{x}_cache"][row, :n], given[x][b]]) for x in "kv")
+        assert torch.equal(given["k_cache"][row, : n + 2], keys) and torch.equal(given["v_cache"][row, : n + 2], values)
+        expected, expected_lse, _ = textbook(given["q"][b : b + 1], keys[None], values[None], causal=True, window=window)
+        check(out[b : b + 1], expected)
+        check(lse[b : b + 1], expected_lse)
+    assert torch.equal(given["k_cache"][[1, 3]], before["k_cache"][[1, 3]])
+
+
+def test_cache_in_pages_and_without_lengths(device: str) -> None:
+    given = cached(device)
+    q, (k_cache, v_cache) = given["q"], (given[name][:3] for name in ("k_cache", "v_cache"))
+    whole = flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache)
+    check(whole, textbook(q, k_cache, v_cache)[0])
+    table = torch.randperm(12, device=device).view(3, 4).int()
+    pages = [torch.empty(12, 3, HEADS_KV, DIM, dtype=torch.float64, device=device) for _ in range(2)]
+    for paged, x in zip(pages, (k_cache, v_cache), strict=True):
+        paged[table.flatten().long()] = x.reshape(12, 3, HEADS_KV, DIM)
+    check(flash_attn.flash_attn_with_kvcache(q, *pages, block_table=table), whole)
+
+
+def test_cache_rotates_queries_and_new_keys(device: str) -> None:
+    given = cached(device)
+    angles = torch.arange(12, device=device, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.1], device=device)
+    cos, sin = angles.cos(), angles.sin()
+
+    def rotate(x: Tensor, start: int) -> Tensor:
+        """The first four dimensions, in neighbouring pairs, by the positions from `start`."""
+        c, s = (t[start : start + x.shape[0], None] for t in (cos, sin))
+        a, b = x[..., :4:2], x[..., 1:4:2]
+        return torch.cat([torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2), x[..., 4:]], -1)
+
+    before = given["k_cache"].clone()
+    out = flash_attn.flash_attn_with_kvcache(**given, rotary_cos=cos, rotary_sin=sin, causal=True)
+    for b, (row, n) in enumerate(((4, 6), (0, 0), (2, 9))):
+        keys = torch.cat([before[row, :n], rotate(given["k"][b], n)])
+        check(given["k_cache"][row, : n + 2], keys)
+        values = given["v_cache"][row, : n + 2]
+        check(out[b : b + 1], textbook(rotate(given["q"][b], n)[None], keys[None], values[None], causal=True)[0])
+    with pytest.raises(NotImplementedError, match="rotary_cos: got 2 queries, 2 new keys and no causal or local mask"):
+        flash_attn.flash_attn_with_kvcache(**given, rotary_cos=cos, rotary_sin=sin)
+    with pytest.raises(ValueError, match="cache_seqlens: got None together with k"):
+        flash_attn.flash_attn_with_kvcache(**{**given, "cache_seqlens": None})
+
+
 @pytest.mark.parametrize("seqlen_k", [7, 300])
 def test_dropout_can_be_replayed_from_s_dmask(device: str, seqlen_k: int) -> None:
     q, k, v = qkv(device, seqlen_k=seqlen_k)
@@ -315,6 +374,15 @@ def test_signatures_are_those_of_flash_attn(name: str) -> None:
     spelled = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters]
     tail = ", block_table=None" if name == "flash_attn_varlen_func" else ""
     assert ", ".join(spelled) == ", ".join(SIGNATURES[name].split()) + ", " + OPTIONS + tail
+
+
+def test_signature_of_the_cache_is_that_of_flash_attn() -> None:
+    parameters = inspect.signature(flash_attn.flash_attn_with_kvcache).parameters.values()
+    assert ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters) == (
+        "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None, "
+        "cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
+        "rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False"
+    )
 
 
 def wrong(**change: Any) -> Any:

@@ -98,7 +98,7 @@ def test_compiled_call_matches_the_oracle(platform: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
-def test_gradients_match_the_oracle(platform: str, case: Case) -> None:
+def test_backward_matches_the_oracle(platform: str, case: Case) -> None:
     run, leaves = function_of(case)
 
     @jax.jit
@@ -142,6 +142,9 @@ MAPPED: dict[str, tuple[dict[str, Array], set[str]]] = {
 }
 
 
+MAPPED_ON_GPU = ("plain", "bias", "sinks")
+
+
 def mapped_arguments(kind: str) -> tuple[list[Array], list[int | None], list[str]]:
     """Arrays, their mapped axes and names; three elements along axis 0."""
     more, shared = MAPPED[kind]
@@ -159,6 +162,8 @@ def mapped_arguments(kind: str) -> tuple[list[Array], list[int | None], list[str
 
 @pytest.mark.parametrize("kind", MAPPED)
 def test_vmap_equals_a_loop_and_so_do_its_gradients(platform: str, kind: str) -> None:
+    if platform == "cuda" and kind not in MAPPED_ON_GPU:
+        pytest.skip("how arrays are folded does not depend on the platform")
     arguments, axes, names = mapped_arguments(kind)
 
     def call(*values: Array) -> Array:
@@ -330,11 +335,13 @@ def test_dot_product_attention_without_a_batch_and_with_its_residual(platform: s
 
 
 def test_signature_is_that_of_jax_nn() -> None:
-    mine, theirs = (
-        [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
-        for f in (adapter.dot_product_attention, jax.nn.dot_product_attention)
-    )
-    assert mine == theirs
+    """Another version of JAX may have keywords that are not here; positions, names and defaults are the same."""
+    mine, theirs = (inspect.signature(f).parameters for f in (adapter.dot_product_attention, jax.nn.dot_product_attention))
+    assert [p for p in mine.values() if p.kind is not p.KEYWORD_ONLY] == [
+        p.replace(annotation=mine[p.name].annotation) for p in theirs.values() if p.kind is not p.KEYWORD_ONLY
+    ]
+    for parameter in mine.values():
+        assert theirs[parameter.name].default == parameter.default, parameter.name
 
 
 # Wrong use ---------------------------------------------------------------------------------------------------------------
@@ -379,4 +386,4 @@ def test_a_call_takes_nothing_from_cupys_pool() -> None:
     before = cupy.get_default_memory_pool().used_bytes()
     value, gradient = run(q)
     assert jnp.isfinite(value) and jnp.isfinite(gradient).all()
-    assert cupy.get_default_memory_pool().used_bytes() == before
+    assert cupy.get_default_memory_pool().used_bytes() <= before
