@@ -78,9 +78,10 @@ def _translation_unit(
     """The text around `struct Config`. `arguments`: name of the parameter struct in kernels/params.cuh, of so many bytes."""
     p = plan.problem
     definitions = [mod.cuda_source(operands, uniform) for mod, operands, uniform in _mods(plan)] if with_mods else []
-    if any(definitions):
+    if definitions:
         functions = "FastFunctions" if p.dtype in ("float16", "bfloat16") else "LibraryFunctions"
-        definitions.insert(0, f"using Functions = {functions};")
+        tanh = "RationalTanh" if kernel == "forward_sm90" else "ExponentialTanh"
+        definitions = [f"using Functions = {functions};", f"using Tanh = {tanh};", *definitions]
     sinks = p.operand("sinks")
     lens = p.operand("q_lens") is not None or p.operand("kv_lens") is not None
     types = {

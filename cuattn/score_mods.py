@@ -95,7 +95,7 @@ class SoftCap(ScoreMod):
         return np.asarray(1 - np.tanh(s / s.dtype.type(self.cap)) ** 2)
 
     def cuda_type(self, operands: Sequence[Operand], uniform: int | None = None) -> str:
-        return "SoftCap<Real>"
+        return "SoftCap<Real, Tanh>"
 
     def fields(self, operands: Sequence[Operand], gradients: Sequence[int] = ()) -> tuple[Field, ...]:
         return (Field("real", self.cap), Field("real", 1 / self.cap))

@@ -32,22 +32,37 @@ struct alignas(8) NoScoreMod {
     __device__ __forceinline__ void flush(Sums&, const Coord&) const {}
 };
 
-// cap * tanh(s / cap). The single-instruction form of tanh has an error of 2^-11.
-template <class Real>
-struct alignas(8) SoftCap {
-    static constexpr bool kIdentity = false, kReadsMemory = false;
-    alignas(8) Real cap;
-    alignas(8) Real inverse;
-
-    // x P(x^2) / Q(x^2), of the least relative error (2e-7) on [-8, 8], beyond which tanh is 1 up to 2.3e-7. One MUFU, where
-    // 1 - 2 / (e^2x + 1) takes two, beside exponentials that are bound by them.
-    __device__ __forceinline__ static float tanh_of(float x) {
+// tanh of a float. The single-instruction form has an error of 2^-11.
+//
+// 1 - 2 / (e^2x + 1), absolute error 2e-7; the series where that is no longer small beside x.
+struct ExponentialTanh {
+    __device__ __forceinline__ static float of(float x) {
+        const float wide = 1.0f - 2.0f * reciprocal_fast(exp2_fast(x * static_cast<float>(2.0 * kLog2e)) + 1.0f);
+        const float x2 = x * x;
+        const float narrow = x * (1.0f + x2 * (-1.0f / 3.0f + x2 * (2.0f / 15.0f)));
+        return fabsf(x) < 0.06f ? narrow : wide;
+    }
+};
+// x P(x^2) / Q(x^2), of the least relative error (2e-7) on [-8, 8], beyond which tanh is 1 up to 2.3e-7. One MUFU instead of
+// two, for a loop whose exponentials are bound by them; it takes more registers.
+struct RationalTanh {
+    __device__ __forceinline__ static float of(float x) {
         x = clamp(x, -8.0f, 8.0f);
         const float y = x * x;
         const float p = (((-6.14229556e-09f * y + 7.16249588e-06f) * y + 0.00269640866f) * y + 0.127123103f) * y + 0.999999762f;
         const float q = ((0.000196745081f * y + 0.0228502955f) * y + 0.460454702f) * y + 1.0f;
         return x * p * reciprocal_fast(q);
     }
+};
+
+// cap * tanh(s / cap)
+template <class Real, class Tanh>
+struct alignas(8) SoftCap {
+    static constexpr bool kIdentity = false, kReadsMemory = false;
+    alignas(8) Real cap;
+    alignas(8) Real inverse;
+
+    __device__ __forceinline__ static float tanh_of(float x) { return Tanh::of(x); }
     __device__ __forceinline__ static double tanh_of(double x) { return tanh(x); }
     __device__ __forceinline__ Real apply(Real s, const Coord&, int, int) const { return cap * tanh_of(s * inverse); }
     __device__ __forceinline__ Real grad(Real s, const Coord&, int, int) const {
@@ -165,7 +180,7 @@ struct FastFunctions {
     __device__ __forceinline__ static float exp2(float x) { return exp2_fast(x); }
     __device__ __forceinline__ static float log(float x) { return log2_fast(x) * static_cast<float>(kLn2); }
     __device__ __forceinline__ static float log2(float x) { return log2_fast(x); }
-    __device__ __forceinline__ static float tanh(float x) { return SoftCap<float>::tanh_of(x); }
+    __device__ __forceinline__ static float tanh(float x) { return RationalTanh::of(x); }
 };
 
 template <bool kFirst, class First, class Second>

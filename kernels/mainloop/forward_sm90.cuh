@@ -71,8 +71,8 @@ struct ForwardSm90 {
     using Slot = RingSlot<kStages>;
     static constexpr int kQStages = Config::kQStages;
     using QSlot = RingSlot<kQStages>;
-    // A warpgroup begins its next query tile before the last one's output is done.
-    static constexpr bool kCrosses = Config::kOverlap && Config::kPersistent;
+    // A warpgroup begins its next query tile before the last one's output is done; wider heads leave no registers for that.
+    static constexpr bool kCrosses = Config::kOverlap && Config::kPersistent && kHeadDim <= 128 && kHeadDimV <= 128;
     static constexpr int kTileStages = 2;  // of query tiles: the one being finished and the next
     using TileSlot = RingSlot<kTileStages>;
     // A bias that TMA can load comes in tiles like K; kBiasStages 0: there is none, or it is read from global memory.
