@@ -124,10 +124,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+    else:
+        items.sort(key=lambda item: not _cases(item))
+
+
+COMPILING: list[concurrent.futures.Future[Any]] = []
+"""The kernels of the cases, in the order of the tests, which run meanwhile."""
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compile the kernels of all selected GPU cases at once, and ask the oracle: one by one would take most of a run's time."""
+    """Start to compile the kernels of all GPU cases, and ask the oracle: one by one would take most of a run's time."""
     items = [item for item in session.items if "gpu" in item.keywords]
     cases = dict.fromkeys(c for item in items for c in _cases(item))
     if not cases or session.config.option.collectonly or not arrays.gpu_available()[0]:
@@ -140,15 +146,23 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     again = dict.fromkeys(c for item in items if "deterministic" in item.nodeid for c in _cases(item))
     plans += [_plan(c, backward=True, deterministic=True) for c in again]
     jobs = dict.fromkeys((unit.source, p.device.arch) for p in plans if p is not None for unit in _units(p).values())
-    with contextlib.suppress(jit.CompileError):  # the test that needs the kernel will say so
-        jit.compile_many(jobs)
-    compiled = time.perf_counter()
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)  # NVRTC releases the interpreter
+    COMPILING.extend(pool.submit(jit.build, *job) for job in jobs)
+    pool.shutdown(wait=False)
+    planned = time.perf_counter()
     forward = dict.fromkeys(c for item in items if "backward" not in item.nodeid for c in _cases(item))
     asked = [q for c in forward for q in questions(c, False)] + [q for c in backward for q in questions(c, True)]
     _ask_ahead(asked)
     if reporter is not None:
-        took = f"{compiled - start:.1f} s, {len(asked)} answers of the oracle in {time.perf_counter() - compiled:.1f} s"
-        reporter.write_line(f"compiled {len(jobs)} kernels in {took}")
+        took = f"{len(asked)} answers of the oracle in {time.perf_counter() - planned:.1f} s"
+        reporter.write_line(f"compiling {len(jobs)} kernels, planned in {planned - start:.1f} s; {took}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests that are no cases come last, and alone: some of them look at the cache of kernels."""
+    if COMPILING and not _cases(item):
+        concurrent.futures.wait(COMPILING)  # one that failed to compile is the business of its test
+        COMPILING.clear()
 
 
 def _ask_ahead(asked: list[Any]) -> None:
