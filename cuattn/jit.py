@@ -175,15 +175,23 @@ def _warn_once(message: str) -> None:
 
 def _compile(source: str, arch: str, key: str) -> Cubin:
     nvrtc, _, include = _nvrtc()
-    program = nvrtc.createProgram(source, "cuattn.cu", (), ())
-    try:
-        nvrtc.compileProgram(program, (*options(arch), f"-I{kernel_folder()}", f"-I{include}"))
-        # NOTE: CuPy's getCUBIN drops the last byte, which cuobjdump and the ELF format need.
-        return Cubin(None, nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program))
-    except nvrtc.NVRTCError as error:
-        raise CompileError(_explain(nvrtc.getProgramLog(program) or str(error), source, arch, key)) from None
-    finally:
-        nvrtc.destroyProgram(program)
+    for attempt in range(ATTEMPTS):
+        program = nvrtc.createProgram(source, "cuattn.cu", (), ())
+        try:
+            nvrtc.compileProgram(program, (*options(arch), f"-I{kernel_folder()}", f"-I{include}"))
+            # NOTE: CuPy's getCUBIN drops the last byte, which cuobjdump and the ELF format need.
+            return Cubin(None, nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program))
+        except nvrtc.NVRTCError as error:
+            log = nvrtc.getProgramLog(program) or str(error)
+            if "libnvrtc-builtins" not in log or attempt + 1 == ATTEMPTS:
+                raise CompileError(_explain(log, source, arch, key)) from None
+        finally:
+            nvrtc.destroyProgram(program)
+    raise AssertionError("unreachable")
+
+
+ATTEMPTS = 3
+"""NVRTC opens a library of its own for each program, which fails now and then while many processes and threads compile."""
 
 
 def _explain(log: str, source: str, arch: str, key: str) -> str:

@@ -24,6 +24,10 @@ HEAD = struct.Struct(f"<{len(POINTERS)}Q")
 _Q, _SPLIT_Q = SLOT["q"], SLOT["split_q"]
 
 
+WARPGROUP_ROWS = 64
+"""Rows of q that forward_sm90.cu loads at once: each warpgroup has its own."""
+
+
 def _strides(plan: Plan | BackwardPlan, of_pairs: bool) -> list[int]:
     """Batch, row and head strides of q, k, v and out. `of_pairs`: q, k and v are the fp16 pairs that split.cu wrote; the
     forward's strides then count rows.
@@ -98,12 +102,12 @@ def parameter_bytes(plan: Plan | BackwardPlan, with_mods: bool) -> int:
     return (4 if plan.bias_stages else 3) * MAP_BYTES + -(-size // MAP_ALIGNMENT) * MAP_ALIGNMENT
 
 
-def _tensor_maps(plan: Plan | BackwardPlan) -> list[TensorMap]:
-    """Of q, k and v as (head_dim, row, head, batch), in boxes of 64 columns by the rows of a tile (of q, of those of a
-    warpgroup), and of a staged bias.
+def _tensor_maps(plan: Plan | BackwardPlan, rows_q: int) -> list[TensorMap]:
+    """Of q, k and v as (head_dim, row, head, batch), in boxes of 64 columns by the rows of a tile (of q: rows_q), and of a
+    staged bias.
     """
     p, tiles = plan.problem, plan.tiles
-    arrays = [(p.operand(name), rows) for name, rows in (("q", 64), ("k", tiles.block_n), ("v", tiles.block_n))]
+    arrays = [(p.operand(name), rows) for name, rows in (("q", rows_q), ("k", tiles.block_n), ("v", tiles.block_n))]
     arrays += [(staged_bias(p), tiles.block_m)] if plan.bias_stages else []
     return [TensorMap(operand, (64, rows, 1, 1)) for operand, rows in arrays if operand is not None]
 
@@ -127,7 +131,7 @@ class Parameters:
         self.of_pairs = with_mods and plan.split_inputs
         fixed, variant = fixed_fields(plan, self.of_pairs), _variant_fields(plan, with_mods)
         self.tail, self.patches = _layout(plan.problem.real, fixed, variant)
-        self.maps = _tensor_maps(plan) if with_mods and plan.uses_tma else []
+        self.maps = _tensor_maps(plan, WARPGROUP_ROWS) if with_mods and plan.uses_tma else []
         if self.maps:
             self.tail += bytes(-(8 * len(POINTERS) + len(self.tail)) % MAP_ALIGNMENT)
 
@@ -216,9 +220,9 @@ def backward_parameter_bytes(plan: BackwardPlan, attends: bool) -> int:
 
 
 def _backward_maps(plan: BackwardPlan) -> list[TensorMap]:
-    """Of q, k, v and dout, as `_tensor_maps`."""
+    """Of q, k, v and dout, in whole tiles."""
     dout = plan.backward.dout._replace(slot=plan.backward.slot("dout"))
-    return [*_tensor_maps(plan), TensorMap(dout, (64, plan.tiles.block_m, 1, 1))]
+    return [*_tensor_maps(plan, plan.tiles.block_m), TensorMap(dout, (64, plan.tiles.block_m, 1, 1))]
 
 
 class BackwardParameters:

@@ -132,12 +132,17 @@ COMPILING: list[concurrent.futures.Future[Any]] = []
 """The kernels of the cases, in the order of the tests, which run meanwhile."""
 
 
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this process runs a part of the tests of another one (`pytest -n`)."""
+    return hasattr(config, "workerinput")
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start to compile the kernels of all GPU cases, and ask the oracle: one by one would take most of a run's time."""
     items = [item for item in session.items if "gpu" in item.keywords]
     cases = dict.fromkeys(c for item in items for c in _cases(item))
-    if not cases or session.config.option.collectonly or not arrays.gpu_available()[0]:
-        return
+    if not cases or session.config.option.collectonly or is_worker(session.config) or not arrays.gpu_available()[0]:
+        return  # workers compile in parallel as they are
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     backward = dict.fromkeys(c for item in items if "backward" in item.nodeid for c in _cases(item))
     start = time.perf_counter()
@@ -213,7 +218,7 @@ class GpuReport:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         config = session.config
         partial = config.option.keyword or config.option.deselect or session.shouldfail
-        whole = not partial and all(Path(arg).is_dir() for arg in config.args)
+        whole = not partial and not is_worker(config) and all(Path(arg).is_dir() for arg in config.args)
         if whole and config.option.markexpr == "gpu" and self.outcomes and arrays.gpu_available()[0]:
             REPORT.write_text(json.dumps(self.summary(), indent=1) + "\n")
 
