@@ -65,6 +65,16 @@ def _mods(plan: Plan | BackwardPlan | DecodePlan) -> Iterator[tuple[ScoreMod, Se
         uniforms += mod.uniforms if gradient else 0
 
 
+def _definitions(plan: Plan | BackwardPlan | DecodePlan, kernel: str) -> list[str]:
+    """What the types of a plan's score modifications refer to."""
+    sources = [mod.cuda_source(operands, uniform) for mod, operands, uniform in _mods(plan)]
+    if not sources:
+        return []
+    functions = "FastFunctions" if plan.problem.dtype in ("float16", "bfloat16") else "LibraryFunctions"
+    tanh = "RationalTanh" if kernel == "forward_sm90" else "ExponentialTanh"
+    return [f"using Functions = {functions};", f"using Tanh = {tanh};", *sources]
+
+
 def _translation_unit(
     plan: Plan | BackwardPlan,
     kernel: str,
@@ -77,11 +87,7 @@ def _translation_unit(
 ) -> Unit:
     """The text around `struct Config`. `arguments`: name of the parameter struct in kernels/params.cuh, of so many bytes."""
     p = plan.problem
-    definitions = [mod.cuda_source(operands, uniform) for mod, operands, uniform in _mods(plan)] if with_mods else []
-    if definitions:
-        functions = "FastFunctions" if p.dtype in ("float16", "bfloat16") else "LibraryFunctions"
-        tanh = "RationalTanh" if kernel == "forward_sm90" else "ExponentialTanh"
-        definitions = [f"using Functions = {functions};", f"using Tanh = {tanh};", *definitions]
+    definitions = _definitions(plan, kernel) if with_mods else []
     sinks = p.operand("sinks")
     lens = p.operand("q_lens") is not None or p.operand("kv_lens") is not None
     types = {
@@ -330,6 +336,6 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
         flags["kWholeRows"] = (p.head_dim, p.head_dim_v) == (plan.head_dim, plan.head_dim_v)
         caches = [p.operand(name) for name in ("k_cache", "v_cache")]
         flags["kAlike"] = len({op.strides for op in caches if op is not None}) == 1
-    definitions = [mod.cuda_source(operands, uniform) for mod, operands, uniform in _mods(plan)] if attends else []
+    definitions = _definitions(plan, kernel) if attends else []
     size = 8 * decode_words(plan, attends)
     return _source(kernel, "DecodeArguments", size, CTYPES[p.real], definitions, types, constants, flags)
