@@ -24,12 +24,13 @@ FRAME_WORDS = 21
 COUNT, ARGUMENT_VALUES, ATTRIBUTE_VALUES = 2, 4, 5
 """Words of Args, Rets and Attrs."""
 DATA = 3
-ERROR_CREATE, STREAM_GET, MEMORY_ALLOCATE, MEMORY_FREE = 6, 10, 15, 16
+ERROR_CREATE, ERROR_MESSAGE, ERROR_DESTROY, STREAM_GET, MEMORY_ALLOCATE, MEMORY_FREE = 6, 7, 8, 10, 15, 16
 API_WORDS = 17
 METADATA_EXTENSION = 1
 VERSION = (0, 1)
 """The oldest ABI that has all of this: jaxlib 0.5."""
-ALIGNMENT = 256
+ALIGNMENT = 16
+"""The largest that XLA may be asked for, and the widest access to a workspace; its allocator aligns to more."""
 INTERNAL, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED = 13, 3, 8, 12
 """XLA's error codes."""
 
@@ -58,8 +59,9 @@ class Frame(NamedTuple):
     def allocate(self, size: int) -> int:
         """Device memory from XLA's allocator until `free`: the allocator reuses it in the order of the stream."""
         request = _words(6)(48, 0, self.context, size, ALIGNMENT, 0)
-        if self.api.call(MEMORY_ALLOCATE, request):
-            raise MemoryError(f"XLA has no room for a workspace of {size} bytes")
+        error = self.api.call(MEMORY_ALLOCATE, request)
+        if error:
+            raise MemoryError(f"XLA has no room for a workspace of {size} bytes: {self.api.message(error)}")
         return int(request[5])
 
     def free(self, address: int, size: int) -> None:
@@ -72,12 +74,21 @@ class _Api:
 
     def __init__(self, address: int) -> None:
         words = _ApiWords.from_address(address)
-        self._functions = {n: _Function(words[n]) for n in (ERROR_CREATE, STREAM_GET, MEMORY_ALLOCATE, MEMORY_FREE)}
+        errors, memory = (ERROR_CREATE, ERROR_MESSAGE, ERROR_DESTROY), (STREAM_GET, MEMORY_ALLOCATE, MEMORY_FREE)
+        self._functions = {n: _Function(words[n]) for n in (*errors, *memory)}
 
     def call(self, function: int, request: Any) -> int | None:
         """The error that a function returns, an address; None if all is well."""
         result: int | None = self._functions[function](ctypes.addressof(request))
         return result
+
+    def message(self, error: int) -> str:
+        """What an error that XLA returned says; the error is gone afterwards."""
+        request = _words(4)(32, 0, error, 0)
+        self.call(ERROR_MESSAGE, request)
+        text = ctypes.string_at(request[3]).decode(errors="replace")
+        self.call(ERROR_DESTROY, _words(3)(24, 0, error))
+        return text
 
     def error(self, error: BaseException) -> int | None:
         """An XLA error with the message of an exception."""

@@ -5,6 +5,7 @@ A test that takes `platform` runs on JAX's CPU through the NumPy backend and, ma
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 import os
@@ -238,6 +239,7 @@ def test_compiled_programs_name_nothing_of_this_process() -> None:
 
 
 SHARDED = """
+import ctypes
 import functools
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_enable_x64", True)
@@ -387,3 +389,14 @@ def test_a_call_takes_nothing_from_cupys_pool() -> None:
     value, gradient = run(q)
     assert jnp.isfinite(value) and jnp.isfinite(gradient).all()
     assert cupy.get_default_memory_pool().used_bytes() <= before
+
+
+def test_memory_that_xla_refuses_is_an_error_with_its_reason() -> None:
+    """XLA's CPU has no allocator for calls."""
+    handler = adapter.xla.handler(lambda frame: frame.allocate(512))
+    address = ctypes.cast(handler, ctypes.c_void_p).value
+    jax.ffi.register_ffi_target("cuattn_test_allocate", jax.ffi.pycapsule(address), platform="cpu")
+    with jax.default_device(jax.devices("cpu")[0]):
+        call = jax.ffi.ffi_call("cuattn_test_allocate", jax.ShapeDtypeStruct((4,), np.float32), has_side_effect=True)
+        with pytest.raises(Exception, match=r"no room for a workspace of 512 bytes: \S+.*not available"):
+            jax.jit(functools.partial(call, text="unread"))(np.zeros(4, np.float32)).block_until_ready()
