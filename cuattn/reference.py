@@ -339,7 +339,7 @@ def head_backward(
     visible = visible & alive[:, None]
     p = np.where(visible, np.exp(chain[-1][0] - lse[:, None]), 0)
     p, p_kept = rounded(p, dtype), rounded(p * kept, dtype)
-    out = rounded(weighted_sum(p_kept[None], v[None], visible[None])[0], dtype)
+    out = rounded(weighted_sum(operand(p_kept)[None], v[None], visible[None])[0], dtype)
     delta = (dout * out).sum(axis=-1) - dlse
     dp = rounded(rounded(dout @ v.T, dtype) * kept, dtype)
     ds = np.where(visible, rounded(p * (dp - delta[:, None]), dtype), 0)[None]
