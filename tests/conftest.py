@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: not _cases(item))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "compile the kernels of the selected GPU cases for ARCH (sm_90a, ...), which needs no GPU, and run nothing"
+    parser.addoption("--compile-for", metavar="ARCH", help=text)
+
+
 COMPILING: list[concurrent.futures.Future[Any]] = []
 """The kernels of the cases, in the order of the tests, which run meanwhile."""
 
@@ -140,27 +145,42 @@ def is_worker(config: pytest.Config) -> bool:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start to compile the kernels of all GPU cases, and ask the oracle: one by one would take most of a run's time."""
     items = [item for item in session.items if "gpu" in item.keywords]
-    cases = dict.fromkeys(c for item in items for c in _cases(item))
-    if not cases or session.config.option.collectonly or is_worker(session.config) or not arrays.gpu_available()[0]:
+    arch = session.config.getoption("compile_for", None)
+    if arch:
+        jobs = _jobs(items, arch=arch)
+        jit.compile_many(jobs)
+        pytest.exit(f"compiled {len(jobs)} kernels for {arch} into {jit.cache_folder()}", returncode=0)
+    if session.config.option.collectonly or is_worker(session.config) or not arrays.gpu_available()[0]:
         return  # workers compile in parallel as they are
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    backward = dict.fromkeys(c for item in items if "backward" in item.nodeid for c in _cases(item))
     start = time.perf_counter()
-    plans = [_plan(case) for case in cases]
-    plans += [_plan(c, backward=True) for c in backward]
-    again = dict.fromkeys(c for item in items if "deterministic" in item.nodeid for c in _cases(item))
-    plans += [_plan(c, backward=True, deterministic=True) for c in again]
-    jobs = dict.fromkeys((unit.source, p.device.arch) for p in plans if p is not None for unit in _units(p).values())
+    jobs = _jobs(items)
+    if not jobs:
+        return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)  # NVRTC releases the interpreter
     COMPILING.extend(pool.submit(jit.build, *job) for job in jobs)
     pool.shutdown(wait=False)
     planned = time.perf_counter()
+    backward = _distinct(items, "backward")
     forward = dict.fromkeys(c for item in items if "backward" not in item.nodeid for c in _cases(item))
     asked = [q for c in forward for q in questions(c, False)] + [q for c in backward for q in questions(c, True)]
     _ask_ahead(asked)
     if reporter is not None:
         took = f"{len(asked)} answers of the oracle in {time.perf_counter() - planned:.1f} s"
         reporter.write_line(f"compiling {len(jobs)} kernels, planned in {planned - start:.1f} s; {took}")
+
+
+def _distinct(items: Iterable[pytest.Item], word: str) -> dict[Case, None]:
+    """The cases of tests whose name has a word in it."""
+    return dict.fromkeys(c for item in items if word in item.nodeid for c in _cases(item))
+
+
+def _jobs(items: Sequence[pytest.Item], **options: Any) -> list[tuple[str, str]]:
+    """(source, arch) of the kernels of all cases, in the order of the tests; options: of `explain`."""
+    plans = [_plan(c, **options) for c in _distinct(items, "")]
+    plans += [_plan(c, backward=True, **options) for c in _distinct(items, "backward")]
+    plans += [_plan(c, backward=True, deterministic=True, **options) for c in _distinct(items, "deterministic")]
+    return [*dict.fromkeys((unit.source, p.device.arch) for p in plans if p is not None for unit in _units(p).values())]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
