@@ -60,6 +60,7 @@ __device__ __forceinline__ void score_gradients(Tile& s, Tile& dp, const Coord& 
         const int row = row0 + Tile::row(x), i = kReads ? min(row, at.seqlen_q - 1) : row;
         const int col = col0 + Tile::col(x), j = kChecked && ScoreMod::kReadsMemory ? min(col, at.seqlen_k - 1) : col;
         const Real raw = Config::kFoldScale ? s[x] : s[x] * scale;
+        sums.x = x;
         Real score = raw;
         if constexpr (!Config::kFoldScale) score = score_mod.apply(raw, at, i, j);
         const auto row_stats = stats(Tile::thread_row(x));
@@ -79,7 +80,6 @@ __device__ __forceinline__ void score_gradients(Tile& s, Tile& dp, const Coord& 
         }
         s[x] = kept ? p : Real(0);
         if constexpr (!Config::kFoldScale) {
-            sums.x = x;
             // Where nothing is visible, a derivative may be anything.
             const Real pulled = score_mod.pull(raw, gradient, at, i, j, sums);
             gradient = kChecked && gradient == Real(0) ? gradient : pulled;

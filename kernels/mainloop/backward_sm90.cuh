@@ -15,7 +15,10 @@
 // Registers   the producer warpgroup hands all but kProducerRegisters over
 // Memory      sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x sQ (kBlockM x D) | kStages x sdO (kBlockM x Dv) |
 //             2 x sdS (kBlockM x kBlockN) | 2 x sP (likewise, kWide) | sdQ (kBlockM x D floats, with kBulkDq) |
-//             kStages x row statistics | kStages x Visit | barriers
+//             kStages x bias tile | 2 x its gradient | kStages x row statistics | kStages x Visit | barriers
+// Bias        a bias that varies along the queries comes in tiles with them and is read as P^T lies in registers; its gradient
+//             goes the other way: rows again in shared memory, from where the copy engine stores it or adds it to bias_sum. Of
+//             one that does not vary a thread keeps the elements of its two keys
 // Barriers    name             arrives                         count   waits
 //             full (k, v, q, do)  the loader, and the bytes    1       consumers
 //             visit_full       the guide                       32      consumers
@@ -48,10 +51,13 @@ namespace cuattn {
 
 // Tensor maps of q, k, v and dout over (d, row, head, batch), packed (d, token, head, 1), with boxes of 64 columns and the rows
 // of a tile.
-enum BackwardMapIndex { kBackwardMapQ, kBackwardMapK, kBackwardMapV, kBackwardMapDout };
+// kBiasTiles: also of the bias and, where it is wanted, of its gradient or bias_sum over (key, query, head, batch), with boxes
+// of 128 bytes and the rows of a tile.
+enum BackwardMapIndex { kBackwardMapQ, kBackwardMapK, kBackwardMapV, kBackwardMapDout, kBackwardMapBias, kBackwardMapDbias };
 template <class Config>
 struct BackwardTmaArguments {
-    TensorMap maps[4];
+    static constexpr bool kBiasTiles = Config::kStageBias && !Config::kBiasRow;
+    TensorMap maps[!kBiasTiles ? 4 : Config::kBiasKind == kBiasNone ? 5 : 6];
     BackwardArguments<Config> variant;
 };
 
@@ -93,6 +99,11 @@ struct BackwardSm90 {
     // causal mask they share, so that none waits for long.
     using Tiles = QueryTiles<Mask, kBlockM, kBlockN, Config::kDeterministic>;
     static_assert(Sums::kKind != kBiasRows && !(kWide && Sums::kKind == kBiasColumns));
+    static constexpr bool kBiasTiles = BackwardTmaArguments<Config>::kBiasTiles, kBiasRow = Config::kBiasRow;
+    static constexpr bool kStageSums = kBiasTiles && Sums::kEach, kAddSums = kStageSums && Sums::kKind == kBiasCells;
+    static_assert(!(kWide && kBiasTiles));
+    using BiasTile = PanelTile<kBlockM, kBlockN>;
+    static constexpr int kSumsBytes = kStageSums ? (kAddSums ? 2 : 1) * BiasTile::kBytes : 0;
     // A part of dQ^T starts at a multiple of 8 rows of a panel of dS.
     static_assert(DqGrid::kRows % 8 == 0);
 
@@ -108,7 +119,10 @@ struct BackwardSm90 {
     static constexpr int kOffsetV = KTile::kBytes, kOffsetQ = kOffsetV + VTile::kBytes;
     static constexpr int kOffsetDo = kOffsetQ + kStages * QTile::kBytes, kOffsetDs = kOffsetDo + kStages * DoTile::kBytes;
     static constexpr int kOffsetP = kOffsetDs + 2 * DsTile::kBytes, kOffsetDq = kOffsetP + (kWide ? 2 * DsTile::kBytes : 0);
-    static constexpr int kOffsetStats = kOffsetDq + 8 * kDqWarpBytes;
+    static constexpr int kOffsetBias = kOffsetDq + 8 * kDqWarpBytes;
+    static constexpr int kOffsetSums = kOffsetBias + (kBiasTiles ? kStages * BiasTile::kBytes : 0);
+    static constexpr int kOffsetStats = kOffsetSums + 2 * kSumsBytes;
+    static_assert(kOffsetBias % QTile::kAlignment == 0);
     static constexpr int kStatsBytes = kBlockM * static_cast<int>(sizeof(Stats));
     static_assert(sizeof(Stats) == 8);
     static constexpr int kOffsetVisits = kOffsetStats + kStages * kStatsBytes;
@@ -182,8 +196,13 @@ struct BackwardSm90 {
             w.n = rest / size;
             w.q_split = pair % g.q_splits;
             pair /= g.q_splits;
-            w.head_kv = g.first_head_kv + pair % g.heads_kv;
-            w.at.batch = g.first_batch + pair / g.heads_kv;
+            if constexpr (Config::kBiasKind == kBiasCells) {  // those who add to the same elements run side by side
+                w.at.batch = g.first_batch + pair % g.batches;
+                w.head_kv = g.first_head_kv + pair / g.batches;
+            } else {
+                w.head_kv = g.first_head_kv + pair % g.heads_kv;
+                w.at.batch = g.first_batch + pair / g.heads_kv;
+            }
             w.at.head = w.head_kv * p.group;
             w.seq = Sequence::of<Config::kPacked, Config::kLens>(p, w.at.batch);
             w.at.seqlen_q = w.seq.seqlen_q, w.at.seqlen_k = w.seq.seqlen_k;
@@ -218,6 +237,12 @@ struct BackwardSm90 {
             mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
             QTile::load(base + kOffsetQ + slot.stage * QTile::kBytes, arguments.maps[kBackwardMapQ], q_full(slot.stage), 0, row,
                         head, batch);
+            if constexpr (kBiasTiles) {
+                const auto& bias = BiasIn<ScoreMod>::get(arguments.variant.score_mod);
+                BiasTile::load(base + kOffsetBias + slot.stage * BiasTile::kBytes, arguments.maps[kBackwardMapBias],
+                               q_full(slot.stage), w.n * kBlockN, here.m * kBlockM, bias.stride_head != 0 ? head : 0,
+                               bias.stride_batch != 0 ? w.at.batch : 0);
+            }
             if (first) VTile::load(base + kOffsetV, arguments.maps[kBackwardMapV], v_full(), 0, row_k, w.head_kv, batch);
             first = false;
             mbarrier_wait(do_empty(slot.stage), slot.parity ^ 1);
@@ -302,6 +327,9 @@ struct BackwardSm90 {
         WgmmaTile<kValueCols> dv;
         Sums sums;
         float columns[Sums::kKind == kBiasColumns ? Scores::kThreadCols : 1];  // sums over the tiles of a head
+        // Of the tile at hand as an operand, or of this thread's keys.
+        unsigned bias_tile[kBiasTiles ? Scores::kSize / 2 : 1];
+        float bias_row[kBiasRow ? Scores::kThreadCols : 1];
 
         __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
         __device__ __forceinline__ const ForwardParams& params() const { return kernel.params(); }
@@ -376,12 +404,105 @@ struct BackwardSm90 {
             }
         }
 
+        // What a StagedBias reads: the element that corresponds to the score being visited.
+        struct BiasReader {
+            const Consumer& consumer;
+
+            __device__ __forceinline__ float operator()(int, int) const {
+                const int x = consumer.sums.x;
+                if constexpr (kBiasRow) {
+                    return consumer.bias_row[Scores::thread_col(x)];
+                } else {
+                    const float2 pair = unpack_pair<typename Config::BiasElement>(consumer.bias_tile[x / 2]);
+                    return x % 2 == 0 ? pair.x : pair.y;
+                }
+            }
+        };
+        __device__ __forceinline__ auto staged_mod() const {
+            const ScoreMod& score_mod = kernel.arguments.variant.score_mod;
+            if constexpr (Config::kStageBias) {
+                return BiasIn<ScoreMod>::stage(score_mod, BiasReader{*this}, 0, 0);
+            } else {
+                return score_mod;
+            }
+        }
+        // At the start of a head.
+        __device__ __forceinline__ void read_bias_row() {
+            if constexpr (kBiasRow) {
+                const auto& bias = BiasIn<ScoreMod>::get(kernel.arguments.variant.score_mod);
+                const auto* row = bias.array + at.batch * bias.stride_batch + at.head * bias.stride_head;
+#pragma unroll
+                for (int c = 0; c < Scores::kThreadCols; c++) {
+                    const int j = min(first_key() + Scores::col_at(c), at.seqlen_k - 1);
+                    bias_row[c] = static_cast<float>(row[j * bias.stride_k]);
+                }
+            }
+        }
+        __device__ __forceinline__ void read_bias_tile(unsigned start) {
+            if constexpr (kBiasTiles) {
+                load_panel(bias_tile, start + kOffsetBias + slot.stage * BiasTile::kBytes + wg * BiasTile::kPanelBytes);
+                // Rows that belong to other sequences, or to none, may hold anything.
+                if (kForeignRows && (m + 1) * kBlockM > at.seqlen_q) {
+#pragma unroll
+                    for (int x = 0; x < Scores::kSize; x += 2) {
+                        const int i = m * kBlockM + Scores::row(x);
+                        bias_tile[x / 2] &= (i < at.seqlen_q ? 0xffffu : 0u) | (i + 1 < at.seqlen_q ? 0xffff0000u : 0u);
+                    }
+                }
+            }
+        }
+        // The gradient of a bias tile, to shared memory. What lies outside the sequences adds nothing.
+        __device__ __forceinline__ void stage_sums(unsigned start) {
+            if constexpr (kStageSums) {
+                if (!full || (m + 1) * kBlockM > at.seqlen_q) {
+#pragma unroll
+                    for (int x = 0; x < Scores::kSize; x++) {
+                        const bool inside =
+                            m * kBlockM + Scores::row(x) < at.seqlen_q && first_key() + Scores::col(x) < at.seqlen_k;
+                        if (!inside) sums.cells[x] = 0;
+                    }
+                }
+                const int to = kOffsetSums + slot.stage * kSumsBytes + wg * (kSumsBytes / kConsumers);
+                if constexpr (kAddSums) {
+                    store_float_panels(kernel.smem + to, sums.cells);
+                } else {
+                    unsigned packed[Scores::kSize / 2];
+#pragma unroll
+                    for (int x = 0; x < Scores::kSize; x += 2) {
+                        packed[x / 2] = pack_pair<typename Config::BiasElement>(sums.cells[x], sums.cells[x + 1]);
+                    }
+                    store_panel(start + to, packed);
+                }
+            }
+        }
+        // And from there to where it belongs, by one thread of a warpgroup. Two buffers let the barrier of dS do for both: before
+        // it the thread waits until the copy engine has read the tile before this one.
+        __device__ __forceinline__ static bool sends_sums() { return kStageSums && threadIdx.x % 128 == 0; }
+        __device__ __forceinline__ void send_sums(unsigned start) const {
+            if constexpr (kStageSums) {
+                if (!sends_sums()) return;
+                const TensorMap& map = kernel.arguments.maps[kBackwardMapDbias];
+                const unsigned from = start + kOffsetSums + slot.stage * kSumsBytes + wg * (kSumsBytes / kConsumers);
+                const int head = grads().bias_heads > 1 ? at.head : 0, batch = grads().bias_batches > 1 ? at.batch : 0;
+                if constexpr (kAddSums) {
+#pragma unroll
+                    for (int panel = 0; panel < 2; panel++) {
+                        cp_reduce_async_bulk_tensor_4d_add(map, from + panel * BiasTile::kPanelBytes, first_key() + 32 * panel,
+                                                           m * kBlockM, head, batch);
+                    }
+                } else {
+                    cp_async_bulk_tensor_4d_store(map, from, first_key(), m * kBlockM, head, batch);
+                }
+                cp_async_bulk_commit();
+            }
+        }
+
         // P and the gradients of the scores, in place of the products.
         __device__ __forceinline__ void differentiate(Scores& s, Scores& dp) {
             const ForwardParams& p = params();
             const StatsReader stats = kernel.read_stats(slot.stage);
             const float scale = static_cast<float>(p.scale), dropout_scale = static_cast<float>(p.dropout_scale);
-            const auto& score_mod = kernel.arguments.variant.score_mod;
+            const auto score_mod = staged_mod();
             sums.clear_tile();
             if (full) {
                 score_gradients<Config, false>(s, dp, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
@@ -390,7 +511,7 @@ struct BackwardSm90 {
                 score_gradients<Config, true>(s, dp, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
                                               sums, p.seed, p.dropout_threshold, dropout_scale);
             }
-            sums.write_cells(grads(), at, first_query(), first_key());
+            if constexpr (!kStageSums) sums.write_cells(grads(), at, first_query(), first_key());
             if constexpr (Sums::kKind == kBiasColumns) {
 #pragma unroll
                 for (int c = 0; c < Scores::kThreadCols; c++) columns[c] += sums.columns[c];
@@ -479,10 +600,12 @@ struct BackwardSm90 {
                 wgmma_pin(s.data);
                 find_probabilities(s);
             } else {
+                read_bias_tile(start);
                 wgmma_wait_group<0>();
                 wgmma_pin(s.data);
                 wgmma_pin(dp.data);
                 differentiate(s, dp);
+                stage_sums(start);
                 pack_operand<Element>(ds_operand, dp);
             }
             pack_operand<Element>(p_operand, s);
@@ -511,7 +634,9 @@ struct BackwardSm90 {
             if constexpr (!kWide || kEarly) {
                 store_panel(ds + (kWide ? queries : group * DsTile::kPanelBytes), ds_operand);
                 fence_proxy_async();
+                if (sends_sums()) cp_async_bulk_wait_read();
                 bar_sync(kDsBarrier, kConsumerThreads);
+                send_sums(start);
             }
             const unsigned dq_keys = start + (DqGrid::kAcross == 2 ? group * kDqPanels : 0) * KTile::kPanelBytes;
             const unsigned dq_rows = ds + (DqGrid::kDown == 2 ? group : 0) * DqGrid::kRows * 128;
@@ -566,11 +691,13 @@ struct BackwardSm90 {
             mbarrier_wait(kernel.k_full(), 0);
             mbarrier_wait(kernel.v_full(), 0);
             clear_keys();
+            read_bias_row();
             while (m >= 0) {
                 const int head = step();
                 if (head != at.head && m >= 0) {
                     finish_head();
                     at.head = head;
+                    read_bias_row();
                 }
             }
             finish_head();
@@ -648,7 +775,7 @@ struct BackwardSm90 {
             consumer.visit_queries();
             consumer.store();
         }
-        if constexpr (Config::kBulkDq) {
+        if constexpr (Config::kBulkDq || kStageSums) {
             if (Consumer::leads()) cp_async_bulk_wait();
         }
         if constexpr (kForeignRows && !Config::kQuerySplit) store_padding();
@@ -662,7 +789,7 @@ struct BackwardSm90 {
             mbarrier_init(k_full(), 1);
             mbarrier_init(v_full(), 1);
             for (int stage = 0; stage < kStages; stage++) {
-                mbarrier_init(q_full(stage), 1);
+                mbarrier_init(q_full(stage), kBiasTiles ? 2 : 1);
                 mbarrier_init(do_full(stage), 1);
                 mbarrier_init(visit_full(stage), 32);
                 mbarrier_init(turn(stage), 1);
