@@ -263,8 +263,7 @@ class BackwardPlan:
     @property
     def early(self) -> bool:
         """backward_sm90: dv is multiplied before dp is there."""
-        p = self.problem
-        return not p.mods and p.scale > 0 and p.dropout == 0 and not p.mask.tiled
+        return _early(self.problem)
 
     @property
     def tma_bias(self) -> Operand | None:
@@ -614,7 +613,7 @@ def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
     window = _window(p)
     if window is not None and window < LEAST_WINDOW:
         reasons.append(f"does not repay its start in windows of less than {LEAST_WINDOW} keys, got {window}")
-    if not reasons and not sm90_candidates(backward):
+    if not reasons and not sm90_candidates(backward, device):
         reasons.append("has no registers left for these modifications")
     return reasons
 
@@ -623,6 +622,13 @@ def sm90_bias(problem: Problem) -> Operand | None:
     """The one bias that backward_sm90 does not read element by element: it does not vary along the queries, or comes by TMA."""
     found = [ops[0] for mod, ops in zip(problem.mods, problem.mod_operands, strict=True) if isinstance(mod, Bias)]
     return found[0] if len(found) == 1 and (one_row(found[0]) or tma_bias(found[0]) is not None) else None
+
+
+def _early(problem: Problem) -> bool:
+    """Whether probabilities and gradients of scores can be found one after the other: a bias moves scores, no gradient."""
+    p = problem
+    folded = not p.mods and p.scale > 0
+    return (folded or (len(p.mods) == 1 and sm90_bias(p) is not None)) and p.dropout == 0 and not p.mask.tiled
 
 
 def _bias_obstacles(backward: BackwardProblem) -> list[str]:
@@ -673,10 +679,12 @@ _SM90 = {  # by the wider head dimension; warps include the producer's four
 }
 
 
-def sm90_candidates(backward: BackwardProblem) -> Sequence[Tiles]:
-    """Tiles that fit the registers, best first."""
+def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles]:
+    """Tiles that fit shared memory and registers, best first."""
     problem = backward.forward
-    weight = register_weight(problem) + 4 * any(isinstance(mod, Bias) for mod in problem.mods) + 4 * bool(problem.mods)
+    weight = register_weight(problem)
+    if problem.mods and not _early(problem):
+        weight += 4 + 4 * any(isinstance(mod, Bias) for mod in problem.mods)
     weight += backward.deterministic + 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
     widest = max(sm90_dims(problem))
     tiles = next((tiles for limit, tiles in _SM90.items() if widest <= limit), ())
@@ -685,7 +693,8 @@ def sm90_candidates(backward: BackwardProblem) -> Sequence[Tiles]:
     bulk = widest == 128 or (widest == 64 and isinstance(problem.mask, Full))
     # The rows that a window shows to 128 keys begin and end at multiples of 64 more often than of 96.
     rows = 128 if _window(problem) is None else 64
-    return [replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight and t.block_m <= rows]
+    tiles = tuple(replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight and t.block_m <= rows)
+    return [t for t in tiles if sm90_smem_bytes(backward, t) <= device.smem_per_block]
 
 
 def _sm90_gemm(problem: Problem) -> Gemm:
@@ -722,7 +731,7 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
     declined = sm90_declines(backward, device)
     hopper = not declined
     gemm = _sm90_gemm(p) if hopper else gemm_of(p, device)
-    tiles = (sm90_candidates(backward) if hopper else candidates(p, device, backward.deterministic))[0]
+    tiles = (sm90_candidates(backward, device) if hopper else candidates(p, device, backward.deterministic))[0]
     longest_q, longest_k = min(p.seqlen_q, p.total_q), min(p.seqlen_k, p.total_k)
     m_blocks, n_blocks = -(-longest_q // tiles.block_m), max(1, -(-longest_k // tiles.block_n))
     if p.packed:

@@ -452,7 +452,7 @@ struct BackwardSm90 {
             }
         }
         // The gradient of a bias tile, to shared memory. What lies outside the sequences adds nothing.
-        __device__ __forceinline__ void stage_sums(unsigned start) {
+        __device__ __forceinline__ void stage_sums() {
             if constexpr (kStageSums) {
                 if (!full || (m + 1) * kBlockM > at.seqlen_q) {
 #pragma unroll
@@ -471,7 +471,7 @@ struct BackwardSm90 {
                     for (int x = 0; x < Scores::kSize; x += 2) {
                         packed[x / 2] = pack_pair<typename Config::BiasElement>(sums.cells[x], sums.cells[x + 1]);
                     }
-                    store_panel(start + to, packed);
+                    store_panel(kernel.base + to, packed);
                 }
             }
         }
@@ -511,28 +511,43 @@ struct BackwardSm90 {
                 score_gradients<Config, true>(s, dp, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
                                               sums, p.seed, p.dropout_threshold, dropout_scale);
             }
-            if constexpr (!kStageSums) sums.write_cells(grads(), at, first_query(), first_key());
+            gather_sums();
+        }
+        // What the bias receives from this tile.
+        __device__ __forceinline__ void gather_sums() {
+            if constexpr (kStageSums) {
+                stage_sums();
+            } else {
+                sums.write_cells(grads(), at, first_query(), first_key());
+            }
             if constexpr (Sums::kKind == kBiasColumns) {
 #pragma unroll
                 for (int c = 0; c < Scores::kThreadCols; c++) columns[c] += sums.columns[c];
             }
         }
-        __device__ __forceinline__ void find_probabilities(Scores& s) const {
+        __device__ __forceinline__ void find_probabilities(Scores& s) {
+            const float scale = static_cast<float>(params().scale);
+            const auto score_mod = staged_mod();
             const StatsReader reader = kernel.read_stats(slot.stage);
             const auto stats = [&](int r) { return Stats{kStatsAhead ? lse[kStatsAhead ? r : 0] : reader.lse(r), 0.0f}; };
             if (full) {
-                score_probabilities<false>(s, at, first_query(), first_key(), factor, mask(), stats);
+                score_probabilities<Config, false>(s, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
+                                                   sums);
             } else {
-                score_probabilities<true>(s, at, first_query(), first_key(), factor, mask(), stats);
+                score_probabilities<Config, true>(s, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
+                                                  sums);
             }
         }
-        __device__ __forceinline__ void find_gradients(Scores& dp, Scores& p) const {
+        __device__ __forceinline__ void find_gradients(Scores& dp, Scores& p) {
+            const auto score_mod = staged_mod();
+            sums.clear_tile();
             const StatsReader stats = kernel.read_stats(slot.stage);
             if (full) {
-                probability_gradients<false>(dp, p, at, first_query(), first_key(), mask(), stats);
+                probability_gradients<Config, false>(dp, p, at, first_query(), first_key(), mask(), score_mod, stats, sums);
             } else {
-                probability_gradients<true>(dp, p, at, first_query(), first_key(), mask(), stats);
+                probability_gradients<Config, true>(dp, p, at, first_query(), first_key(), mask(), score_mod, stats, sums);
             }
+            gather_sums();
         }
 
         // Where dq of the tile at hand lies.
@@ -595,17 +610,16 @@ struct BackwardSm90 {
             wgmma_fence();
             wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(start + kOffsetV + keys),
                                                         DoTile::k_major(dout + queries));
+            read_bias_tile(start);
             if constexpr (kEarly) {
                 wgmma_wait_group<1>();
                 wgmma_pin(s.data);
                 find_probabilities(s);
             } else {
-                read_bias_tile(start);
                 wgmma_wait_group<0>();
                 wgmma_pin(s.data);
                 wgmma_pin(dp.data);
                 differentiate(s, dp);
-                stage_sums(start);
                 pack_operand<Element>(ds_operand, dp);
             }
             pack_operand<Element>(p_operand, s);
