@@ -15,10 +15,12 @@
 // Registers   the producer warpgroup hands all but kProducerRegisters over
 // Memory      sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x sQ (kBlockM x D) | kStages x sdO (kBlockM x Dv) |
 //             2 x sdS (kBlockM x kBlockN) | 2 x sP (likewise, kWide) | sdQ (kBlockM x D floats, with kBulkDq) |
-//             kStages x bias tile | 2 x its gradient | kStages x row statistics | kStages x Visit | barriers
+//             kStages x bias tile | 2 x its gradient | of each thread's keys the bias | and its gradient |
+//             kStages x row statistics | kStages x Visit | barriers
 // Bias        a bias that varies along the queries comes in tiles with them and is read as P^T lies in registers; its gradient
 //             goes the other way: rows again in shared memory, from where the copy engine stores it or adds it to bias_sum. Of
 //             one that does not vary a thread keeps the elements of its two keys
+//             in shared memory, and sums of columns likewise
 // Barriers    name             arrives                         count   waits
 //             full (k, v, q, do)  the loader, and the bytes    1       consumers
 //             visit_full       the guide                       32      consumers
@@ -113,15 +115,19 @@ struct BackwardSm90 {
         long long slab, padding;
     };
     static constexpr bool kEarly = Config::kEarly;
-    // Of 128 rows they take registers that the products need.
-    static constexpr bool kStatsAhead = kEarly && kScoreRows <= 64;
+    // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that bias and mask need.
+    static constexpr bool kBiasAndMask = Config::kStageBias && !kIsFull<Mask>;
+    static constexpr bool kStatsAhead = kEarly && kScoreRows <= (kBiasAndMask && kKeyCols > 64 ? 32 : 64);
     static constexpr int kDqWarpBytes = Config::kBulkDq ? Slab::kWarpElements * 4 : 0;
     static constexpr int kOffsetV = KTile::kBytes, kOffsetQ = kOffsetV + VTile::kBytes;
     static constexpr int kOffsetDo = kOffsetQ + kStages * QTile::kBytes, kOffsetDs = kOffsetDo + kStages * DoTile::kBytes;
     static constexpr int kOffsetP = kOffsetDs + 2 * DsTile::kBytes, kOffsetDq = kOffsetP + (kWide ? 2 * DsTile::kBytes : 0);
     static constexpr int kOffsetBias = kOffsetDq + 8 * kDqWarpBytes;
     static constexpr int kOffsetSums = kOffsetBias + (kBiasTiles ? kStages * BiasTile::kBytes : 0);
-    static constexpr int kOffsetStats = kOffsetSums + 2 * kSumsBytes;
+    static constexpr int kOffsetRow = kOffsetSums + 2 * kSumsBytes, kKeysBytes = kConsumerThreads * static_cast<int>(sizeof(float2));
+    static constexpr int kOffsetColumns = kOffsetRow + (kBiasRow ? kKeysBytes : 0);
+    static constexpr int kOffsetStats = kOffsetColumns + (Sums::kKind == kBiasColumns ? kKeysBytes : 0);
+    static_assert(Scores::kThreadCols == 2);
     static_assert(kOffsetBias % QTile::kAlignment == 0);
     static constexpr int kStatsBytes = kBlockM * static_cast<int>(sizeof(Stats));
     static_assert(sizeof(Stats) == 8);
@@ -326,10 +332,9 @@ struct BackwardSm90 {
         WgmmaTile<kKeyCols> dk;
         WgmmaTile<kValueCols> dv;
         Sums sums;
-        float columns[Sums::kKind == kBiasColumns ? Scores::kThreadCols : 1];  // sums over the tiles of a head
         // Of the tile at hand as an operand, or of this thread's keys.
         unsigned bias_tile[kBiasTiles ? Scores::kSize / 2 : 1];
-        float bias_row[kBiasRow ? Scores::kThreadCols : 1];
+        float2 bias_row;
 
         __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
         __device__ __forceinline__ const ForwardParams& params() const { return kernel.params(); }
@@ -359,10 +364,11 @@ struct BackwardSm90 {
         }
         __device__ __forceinline__ void clear_head() {
             sums.clear_head();
-            if constexpr (Sums::kKind == kBiasColumns) {
-#pragma unroll
-                for (float& column : columns) column = 0;
-            }
+            if constexpr (Sums::kKind == kBiasColumns) of_keys(kOffsetColumns) = make_float2(0, 0);
+        }
+        // What this thread keeps of its two keys: their bias, or the sums of their columns over the tiles of a head.
+        __device__ __forceinline__ float2& of_keys(int offset) const {
+            return reinterpret_cast<float2*>(kernel.smem + offset)[threadIdx.x];
         }
         // What a head's parameters receive from this key tile.
         __device__ __forceinline__ void finish_head() {
@@ -372,7 +378,8 @@ struct BackwardSm90 {
                 const Work w = Work::of(params(), g);
 #pragma unroll
                 for (int c = 0; c < Scores::kThreadCols; c++) {
-                    const float sum = Scores::sum_col(columns[c]);
+                    const float2 own = of_keys(kOffsetColumns);
+                    const float sum = Scores::sum_col(c == 0 ? own.x : own.y);
                     const int j = first_key() + Scores::col_at(c);
                     if (!Scores::leads_col() || j >= at.seqlen_k) continue;
                     static_cast<float*>(
@@ -411,7 +418,7 @@ struct BackwardSm90 {
             __device__ __forceinline__ float operator()(int, int) const {
                 const int x = consumer.sums.x;
                 if constexpr (kBiasRow) {
-                    return consumer.bias_row[Scores::thread_col(x)];
+                    return Scores::thread_col(x) == 0 ? consumer.bias_row.x : consumer.bias_row.y;
                 } else {
                     const float2 pair = unpack_pair<typename Config::BiasElement>(consumer.bias_tile[x / 2]);
                     return x % 2 == 0 ? pair.x : pair.y;
@@ -427,18 +434,17 @@ struct BackwardSm90 {
             }
         }
         // At the start of a head.
-        __device__ __forceinline__ void read_bias_row() {
+        __device__ __forceinline__ void keep_bias_row() const {
             if constexpr (kBiasRow) {
                 const auto& bias = BiasIn<ScoreMod>::get(kernel.arguments.variant.score_mod);
                 const auto* row = bias.array + at.batch * bias.stride_batch + at.head * bias.stride_head;
-#pragma unroll
-                for (int c = 0; c < Scores::kThreadCols; c++) {
-                    const int j = min(first_key() + Scores::col_at(c), at.seqlen_k - 1);
-                    bias_row[c] = static_cast<float>(row[j * bias.stride_k]);
-                }
+                const int j = first_key() + Scores::col_at(0), last = at.seqlen_k - 1;
+                of_keys(kOffsetRow) = make_float2(static_cast<float>(row[min(j, last) * bias.stride_k]),
+                                                  static_cast<float>(row[min(j + 8, last) * bias.stride_k]));
             }
         }
-        __device__ __forceinline__ void read_bias_tile(unsigned start) {
+        __device__ __forceinline__ void read_bias(unsigned start) {
+            if constexpr (kBiasRow) bias_row = of_keys(kOffsetRow);
             if constexpr (kBiasTiles) {
                 load_panel(bias_tile, start + kOffsetBias + slot.stage * BiasTile::kBytes + wg * BiasTile::kPanelBytes);
                 // Rows that belong to other sequences, or to none, may hold anything.
@@ -521,8 +527,8 @@ struct BackwardSm90 {
                 sums.write_cells(grads(), at, first_query(), first_key());
             }
             if constexpr (Sums::kKind == kBiasColumns) {
-#pragma unroll
-                for (int c = 0; c < Scores::kThreadCols; c++) columns[c] += sums.columns[c];
+                float2& own = of_keys(kOffsetColumns);
+                own = make_float2(own.x + sums.columns[0], own.y + sums.columns[1]);
             }
         }
         __device__ __forceinline__ void find_probabilities(Scores& s) {
@@ -610,7 +616,7 @@ struct BackwardSm90 {
             wgmma_fence();
             wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(start + kOffsetV + keys),
                                                         DoTile::k_major(dout + queries));
-            read_bias_tile(start);
+            read_bias(start);
             if constexpr (kEarly) {
                 wgmma_wait_group<1>();
                 wgmma_pin(s.data);
@@ -705,13 +711,13 @@ struct BackwardSm90 {
             mbarrier_wait(kernel.k_full(), 0);
             mbarrier_wait(kernel.v_full(), 0);
             clear_keys();
-            read_bias_row();
+            keep_bias_row();
             while (m >= 0) {
                 const int head = step();
                 if (head != at.head && m >= 0) {
                     finish_head();
                     at.head = head;
-                    read_bias_row();
+                    keep_bias_row();
                 }
             }
             finish_head();
