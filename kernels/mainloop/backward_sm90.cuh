@@ -124,7 +124,8 @@ struct BackwardSm90 {
     static constexpr int kOffsetP = kOffsetDs + 2 * DsTile::kBytes, kOffsetDq = kOffsetP + (kWide ? 2 * DsTile::kBytes : 0);
     static constexpr int kOffsetBias = kOffsetDq + 8 * kDqWarpBytes;
     static constexpr int kOffsetSums = kOffsetBias + (kBiasTiles ? kStages * BiasTile::kBytes : 0);
-    static constexpr int kOffsetRow = kOffsetSums + 2 * kSumsBytes, kKeysBytes = kConsumerThreads * static_cast<int>(sizeof(float2));
+    static constexpr int kOffsetRow = kOffsetSums + 2 * kSumsBytes,
+                         kKeysBytes = kConsumerThreads * static_cast<int>(sizeof(float2));
     static constexpr int kOffsetColumns = kOffsetRow + (kBiasRow ? kKeysBytes : 0);
     static constexpr int kOffsetStats = kOffsetColumns + (Sums::kKind == kBiasColumns ? kKeysBytes : 0);
     static_assert(Scores::kThreadCols == 2);
@@ -481,8 +482,8 @@ struct BackwardSm90 {
                 }
             }
         }
-        // And from there to where it belongs, by one thread of a warpgroup. Two buffers let the barrier of dS do for both: before
-        // it the thread waits until the copy engine has read the tile before this one.
+        // And from there to where it belongs, by one thread of a warpgroup. Two buffers let the barrier of dS do for both:
+        // before it the thread waits until the copy engine has read the tile before this one.
         __device__ __forceinline__ static bool sends_sums() { return kStageSums && threadIdx.x % 128 == 0; }
         __device__ __forceinline__ void send_sums(unsigned start) const {
             if constexpr (kStageSums) {
