@@ -156,7 +156,8 @@ def _hopper_plans(device: Device) -> Iterator[BackwardPlan]:
     for dtype, dims in itertools.product(("float16", "bfloat16"), ((64, 64), (128, 128), (256, 256), (192, 128))):
         causal, shapes = SlidingWindow(None, 0), ((1, 16, 4096, 4096), (4, 16, 4096, 4096), (16, 1, 4096))
         biases = [Bias(view(shape, dtype)) for shape in shapes]
-        more = [{"mods": (bias,), "mask": mask, "extras": ("kv_lens",)} for bias in biases for mask in (Full(), causal)]
+        more: list[dict[str, Any]] = []
+        more += [{"mods": (bias,), "mask": mask, "extras": ("kv_lens",)} for bias in biases for mask in (Full(), causal)]
         more += [{"mods": (SoftCap(30.0), bias)} for bias in biases] + [{"mods": (biases[2],)}]
         # One that is not aligned is read element by element.
         more += [{"mods": (Bias(view(shapes[0], dtype, 2)),)}, {"mask": SlidingWindow(1024, 0)}]
