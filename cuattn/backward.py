@@ -661,8 +661,8 @@ def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     m, n, stages = tiles.block_m, tiles.block_n, tiles.stages
     staged, sums = sm90_bias(backward.forward), {CELLS: 2 * 4, STORE: 2 * 2}.get(_bias_kind(backward), 0)
     bias = (2 * stages + sums) * m * n if staged is not None and not one_row(staged) else 0
-    # Of each consumer's two keys.
-    bias += 2 * 4 * 256 * ((staged is not None and one_row(staged)) + (_bias_kind(backward) is COLUMNS))
+    # Of each consumer warp's 16 keys, and each consumer's two.
+    bias += 4 * 8 * 16 * (staged is not None and one_row(staged)) + 4 * 256 * 2 * (_bias_kind(backward) is COLUMNS)
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
     bulk = 4 * m * dim if tiles.bulk else 0
     through = 2 if n == 64 else 1  # dS, and P where the warpgroups share their keys

@@ -22,10 +22,6 @@ struct alignas(8) FullMask {
     __device__ __forceinline__ bool covers(const Coord&, Range, Range) const { return true; }
     __device__ __forceinline__ TileClass classify(const Coord&, Range, Range) const { return kTileFull; }
 };
-template <class Mask>
-inline constexpr bool kIsFull = false;
-template <>
-inline constexpr bool kIsFull<FullMask> = true;
 
 // Keys i + shift - left ... i + shift + right, inclusive: causal, window, any shift.
 template <bool kHasLeft, bool kHasRight, bool kBottomRight>

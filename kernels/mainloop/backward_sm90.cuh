@@ -15,7 +15,7 @@
 // Registers   the producer warpgroup hands all but kProducerRegisters over
 // Memory      sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x sQ (kBlockM x D) | kStages x sdO (kBlockM x Dv) |
 //             2 x sdS (kBlockM x kBlockN) | 2 x sP (likewise, kWide) | sdQ (kBlockM x D floats, with kBulkDq) |
-//             kStages x bias tile | 2 x its gradient | of each thread's keys the bias | and its gradient |
+//             kStages x bias tile | 2 x its gradient | bias of the keys | its gradient |
 //             kStages x row statistics | kStages x Visit | barriers
 // Bias        a bias that varies along the queries comes in tiles with them and is read as P^T lies in registers; its gradient
 //             goes the other way: rows again in shared memory, from where the copy engine stores it or adds it to bias_sum. Of
@@ -115,19 +115,18 @@ struct BackwardSm90 {
         long long slab, padding;
     };
     static constexpr bool kEarly = Config::kEarly;
-    // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that bias and mask need.
-    static constexpr bool kBiasAndMask = Config::kStageBias && !kIsFull<Mask>;
-    static constexpr bool kStatsAhead = kEarly && kScoreRows <= (kBiasAndMask && kKeyCols > 64 ? 32 : 64);
+    // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that a bias needs.
+    static constexpr bool kStatsAhead = kEarly && kScoreRows <= (Config::kStageBias && kKeyCols > 64 ? 32 : 64);
     static constexpr int kDqWarpBytes = Config::kBulkDq ? Slab::kWarpElements * 4 : 0;
     static constexpr int kOffsetV = KTile::kBytes, kOffsetQ = kOffsetV + VTile::kBytes;
     static constexpr int kOffsetDo = kOffsetQ + kStages * QTile::kBytes, kOffsetDs = kOffsetDo + kStages * DoTile::kBytes;
     static constexpr int kOffsetP = kOffsetDs + 2 * DsTile::kBytes, kOffsetDq = kOffsetP + (kWide ? 2 * DsTile::kBytes : 0);
     static constexpr int kOffsetBias = kOffsetDq + 8 * kDqWarpBytes;
     static constexpr int kOffsetSums = kOffsetBias + (kBiasTiles ? kStages * BiasTile::kBytes : 0);
-    static constexpr int kOffsetRow = kOffsetSums + 2 * kSumsBytes,
-                         kKeysBytes = kConsumerThreads * static_cast<int>(sizeof(float2));
-    static constexpr int kOffsetColumns = kOffsetRow + (kBiasRow ? kKeysBytes : 0);
-    static constexpr int kOffsetStats = kOffsetColumns + (Sums::kKind == kBiasColumns ? kKeysBytes : 0);
+    // Of each warp's 16 keys the bias; of each thread's two keys the sums.
+    static constexpr int kOffsetRow = kOffsetSums + 2 * kSumsBytes;
+    static constexpr int kOffsetColumns = kOffsetRow + (kBiasRow ? kConsumerThreads / 32 * 16 * 4 : 0);
+    static constexpr int kOffsetStats = kOffsetColumns + (Sums::kKind == kBiasColumns ? kConsumerThreads * 8 : 0);
     static_assert(Scores::kThreadCols == 2);
     static_assert(kOffsetBias % QTile::kAlignment == 0);
     static constexpr int kStatsBytes = kBlockM * static_cast<int>(sizeof(Stats));
@@ -365,11 +364,15 @@ struct BackwardSm90 {
         }
         __device__ __forceinline__ void clear_head() {
             sums.clear_head();
-            if constexpr (Sums::kKind == kBiasColumns) of_keys(kOffsetColumns) = make_float2(0, 0);
+            if constexpr (Sums::kKind == kBiasColumns) key_sums() = make_float2(0, 0);
         }
-        // What this thread keeps of its two keys: their bias, or the sums of their columns over the tiles of a head.
-        __device__ __forceinline__ float2& of_keys(int offset) const {
-            return reinterpret_cast<float2*>(kernel.smem + offset)[threadIdx.x];
+        // Sums of this thread's two columns over the tiles of a head.
+        __device__ __forceinline__ float2& key_sums() const {
+            return reinterpret_cast<float2*>(kernel.smem + kOffsetColumns)[threadIdx.x];
+        }
+        // The bias of its first key; that of the second is 8 keys further.
+        __device__ __forceinline__ float* key_bias() const {
+            return reinterpret_cast<float*>(kernel.smem + kOffsetRow) + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
         }
         // What a head's parameters receive from this key tile.
         __device__ __forceinline__ void finish_head() {
@@ -379,7 +382,7 @@ struct BackwardSm90 {
                 const Work w = Work::of(params(), g);
 #pragma unroll
                 for (int c = 0; c < Scores::kThreadCols; c++) {
-                    const float2 own = of_keys(kOffsetColumns);
+                    const float2 own = key_sums();
                     const float sum = Scores::sum_col(c == 0 ? own.x : own.y);
                     const int j = first_key() + Scores::col_at(c);
                     if (!Scores::leads_col() || j >= at.seqlen_k) continue;
@@ -440,12 +443,14 @@ struct BackwardSm90 {
                 const auto& bias = BiasIn<ScoreMod>::get(kernel.arguments.variant.score_mod);
                 const auto* row = bias.array + at.batch * bias.stride_batch + at.head * bias.stride_head;
                 const int j = first_key() + Scores::col_at(0), last = at.seqlen_k - 1;
-                of_keys(kOffsetRow) = make_float2(static_cast<float>(row[min(j, last) * bias.stride_k]),
-                                                  static_cast<float>(row[min(j + 8, last) * bias.stride_k]));
+                float* const own = key_bias();
+                __syncwarp();  // four lanes write the same
+                own[0] = static_cast<float>(row[min(j, last) * bias.stride_k]);
+                own[8] = static_cast<float>(row[min(j + 8, last) * bias.stride_k]);
             }
         }
         __device__ __forceinline__ void read_bias(unsigned start) {
-            if constexpr (kBiasRow) bias_row = of_keys(kOffsetRow);
+            if constexpr (kBiasRow) bias_row = make_float2(key_bias()[0], key_bias()[8]);
             if constexpr (kBiasTiles) {
                 load_panel(bias_tile, start + kOffsetBias + slot.stage * BiasTile::kBytes + wg * BiasTile::kPanelBytes);
                 // Rows that belong to other sequences, or to none, may hold anything.
@@ -528,7 +533,7 @@ struct BackwardSm90 {
                 sums.write_cells(grads(), at, first_query(), first_key());
             }
             if constexpr (Sums::kKind == kBiasColumns) {
-                float2& own = of_keys(kOffsetColumns);
+                float2& own = key_sums();
                 own = make_float2(own.x + sums.columns[0], own.y + sums.columns[1]);
             }
         }
