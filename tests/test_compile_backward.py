@@ -14,7 +14,7 @@ from cuattn.backward import CELLS, COLUMNS, STORE, BiasKind, make_backward_plan
 from cuattn.catalogue import COMMON_DIMS, backward_plans, backward_problem_of, problem_of, view
 from cuattn.codegen import backward_units
 from cuattn.launch import BackwardParameters
-from cuattn.masks import SlidingWindow
+from cuattn.masks import Full, Mask, SlidingWindow
 from cuattn.registry import DEVICES
 from cuattn.score_mods import Bias
 from tests.test_compile import complaints, sass
@@ -50,26 +50,36 @@ PAIRS, OWN, KEYS = (Bias(view(shape, "bfloat16")) for shape in ((1, 16, 4096, 40
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(
-    ("bias", "kind", "dtype", "sends"),
-    [(PAIRS, CELLS, "float32", "UTMAREDG"), (OWN, STORE, "bfloat16", "UTMASTG"), (KEYS, COLUMNS, None, None)],
+    ("bias", "kind", "boxes", "sends"),
+    [
+        (PAIRS, CELLS, [(64, "bfloat16"), (32, "float32")], "UTMAREDG"),
+        (OWN, STORE, [(64, "bfloat16"), (64, "bfloat16")], "UTMASTG"),
+        (KEYS, COLUMNS, [], ""),
+    ],
 )
-def test_tiles_of_a_bias(bias: Bias, kind: BiasKind, dtype: str | None, sends: str | None, dim: int, tmp_path: Path) -> None:
+def test_tiles_of_a_bias(
+    bias: Bias, kind: BiasKind, boxes: list[tuple[int, str]], sends: str, dim: int, tmp_path: Path
+) -> None:
     """The copy engine brings them and takes their gradients away, as does whoever waits for it expect."""
     problem = problem_of("bfloat16", dims=(dim, dim), mods=(bias,))
     plan = make_backward_plan(backward_problem_of(problem), DEVICES["sm_90a"])
     assert plan.kernel == "backward_sm90" and plan.bias_kind is kind and plan.early
-    tiles = BackwardParameters(plan, plan.launches[0], True).maps[4:]
-    rows = plan.tiles.block_m
+    maps = BackwardParameters(plan, plan.launches[0], True).maps[4:]
     text = sass(jit.build(backward_units(plan)["backward"].source, "sm_90a").image, tmp_path)
-    if dtype is None or sends is None:
-        assert not tiles and "UTMAREDG" not in text and "UTMASTG" not in text
-        return
-    assert [m.box for m in tiles] == [(64, rows, 1, 1), (32 if dtype == "float32" else 64, rows, 1, 1)]
-    assert tiles[1].operand.dtype == dtype and sends in text
-    # What has no gradient is only read.
-    forward_only = make_backward_plan(replace(backward_problem_of(problem), wanted=(False,)), DEVICES["sm_90a"])
-    assert len(BackwardParameters(forward_only, forward_only.launches[0], True).maps) == 5
-    assert not complaints(jit.build(backward_units(forward_only)["backward"].source, "sm_90a").log)
+    rows = plan.tiles.block_m
+    assert [(m.box, m.operand.dtype) for m in maps] == [((columns, rows, 1, 1), dtype) for columns, dtype in boxes]
+    assert [name for name in ("UTMAREDG", "UTMASTG") if name in text] == [sends] * bool(sends)
+
+
+@pytest.mark.parametrize("mask", [Full(), SlidingWindow(None, 0)], ids=["full", "causal"])
+@pytest.mark.parametrize(("bias", "dims"), [("pairs", (64, 128)), ("keys", (64, 128, 256))], ids=["pairs", "keys"])
+def test_a_bias_without_gradient(bias: str, dims: tuple[int, ...], mask: Mask) -> None:
+    for dim in dims:
+        problem = problem_of("bfloat16", dims=(dim, dim), mask=mask, mods=(PAIRS if bias == "pairs" else KEYS,))
+        plan = make_backward_plan(replace(backward_problem_of(problem), wanted=(False,)), DEVICES["sm_90a"])
+        assert plan.kernel == "backward_sm90"
+        assert len(BackwardParameters(plan, plan.launches[0], True).maps) == (5 if bias == "pairs" else 4)
+        assert not complaints(jit.build(backward_units(plan)["backward"].source, "sm_90a").log), str(plan)
 
 
 @pytest.mark.parametrize(

@@ -429,12 +429,11 @@ struct BackwardSm90 {
                 }
             }
         };
-        __device__ __forceinline__ auto staged_mod() const {
-            const ScoreMod& score_mod = kernel.arguments.variant.score_mod;
+        __device__ __forceinline__ decltype(auto) staged_mod() const {
             if constexpr (Config::kStageBias) {
-                return BiasIn<ScoreMod>::stage(score_mod, BiasReader{*this}, 0, 0);
+                return BiasIn<ScoreMod>::stage(kernel.arguments.variant.score_mod, BiasReader{*this}, 0, 0);
             } else {
-                return score_mod;
+                return (kernel.arguments.variant.score_mod);  // a reference
             }
         }
         // At the start of a head.
@@ -514,7 +513,7 @@ struct BackwardSm90 {
             const ForwardParams& p = params();
             const StatsReader stats = kernel.read_stats(slot.stage);
             const float scale = static_cast<float>(p.scale), dropout_scale = static_cast<float>(p.dropout_scale);
-            const auto score_mod = staged_mod();
+            const auto& score_mod = staged_mod();
             sums.clear_tile();
             if (full) {
                 score_gradients<Config, false>(s, dp, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
@@ -539,7 +538,7 @@ struct BackwardSm90 {
         }
         __device__ __forceinline__ void find_probabilities(Scores& s) {
             const float scale = static_cast<float>(params().scale);
-            const auto score_mod = staged_mod();
+            const auto& score_mod = staged_mod();
             const StatsReader reader = kernel.read_stats(slot.stage);
             const auto stats = [&](int r) { return Stats{kStatsAhead ? lse[kStatsAhead ? r : 0] : reader.lse(r), 0.0f}; };
             if (full) {
@@ -551,7 +550,7 @@ struct BackwardSm90 {
             }
         }
         __device__ __forceinline__ void find_gradients(Scores& dp, Scores& p) {
-            const auto score_mod = staged_mod();
+            const auto& score_mod = staged_mod();
             sums.clear_tile();
             const StatsReader stats = kernel.read_stats(slot.stage);
             if (full) {
