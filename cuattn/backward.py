@@ -614,7 +614,7 @@ def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
     if window is not None and window < LEAST_WINDOW:
         reasons.append(f"does not repay its start in windows of less than {LEAST_WINDOW} keys, got {window}")
     if not reasons and not sm90_candidates(backward, device):
-        reasons.append("has no registers left for these modifications")
+        reasons.append("has no registers or shared memory left for these modifications")
     return reasons
 
 

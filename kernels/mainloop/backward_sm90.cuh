@@ -19,8 +19,8 @@
 //             kStages x row statistics | kStages x Visit | barriers
 // Bias        a bias that varies along the queries comes in tiles with them and is read as P^T lies in registers; its gradient
 //             goes the other way: rows again in shared memory, from where the copy engine stores it or adds it to bias_sum. Of
-//             one that does not vary a thread keeps the elements of its two keys
-//             in shared memory, and sums of columns likewise
+//             one that does not vary a warp keeps the elements of its 16 keys in shared memory, each thread the sums of its two
+//             columns
 // Barriers    name             arrives                         count   waits
 //             full (k, v, q, do)  the loader, and the bytes    1       consumers
 //             visit_full       the guide                       32      consumers
