@@ -261,8 +261,8 @@ class BackwardPlan:
 
     @property
     def section(self) -> int:
-        """backward_sm90: pairs of sequences and KV heads whose key tiles take turns: as many as have their queries and sums of dq
-        in L2 together, but enough of them to keep the GPU busy to the end.
+        """backward_sm90: pairs of sequences and KV heads whose key tiles take turns: as many as have their queries and sums of
+        dq in L2 together, but enough of them to keep the GPU busy to the end.
         """
         p = self.problem
         row = 2 * self.head_dim + 2 * self.head_dim_v + 4 * self.head_dim
@@ -533,15 +533,15 @@ def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
     return reasons
 
 
-def sm90_dims(problem: Problem) -> tuple[int, int]:
-    """Head dimensions in whole panels of 64 columns, beyond 128 for each of two warpgroups."""
-    unit = 64 if max(problem.head_dim, problem.head_dim_v) <= 128 else 128
+def sm90_dims(problem: Problem, shared_keys: bool) -> tuple[int, int]:
+    """Head dimensions in whole panels of 64 columns, for each of two warpgroups where they share their keys."""
+    unit = 128 if shared_keys else 64
     return round_up(problem.head_dim, unit), round_up(problem.head_dim_v, unit)
 
 
 def sm90_smem_bytes(problem: Problem, tiles: Tiles) -> int:
     """kernels/mainloop/backward_sm90.cuh, which asserts that it suffices."""
-    dim, dim_v = sm90_dims(problem)
+    dim, dim_v = sm90_dims(problem, tiles.block_n == 64)
     m, n, stages = tiles.block_m, tiles.block_n, tiles.stages
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
     bulk = 4 * m * dim if tiles.bulk else 0
@@ -549,7 +549,7 @@ def sm90_smem_bytes(problem: Problem, tiles: Tiles) -> int:
     return 2 * n * (dim + dim_v) + stages * stage + through * 2 * 2 * m * n + bulk + 8 * (2 + 6 * stages) + 1024
 
 
-_SM90 = {  # by the wider head dimension; warps include the producer's four
+_SM90 = {  # by the wider head dimension, 192 with values to 128; warps include the producer's four. 64 keys: shared
     64: (
         Tiles(128, 128, 2, 12, max_weight=0),
         Tiles(96, 128, 2, 12, max_weight=5),
@@ -557,6 +557,7 @@ _SM90 = {  # by the wider head dimension; warps include the producer's four
         Tiles(32, 128, 2, 12, max_weight=17),
     ),
     128: (Tiles(64, 128, 2, 12, max_weight=5), Tiles(32, 128, 2, 12, max_weight=13)),
+    192: (Tiles(32, 128, 2, 12, max_weight=5), Tiles(64, 64, 2, 12, max_weight=17)),
     256: (Tiles(64, 64, 2, 12, max_weight=17),),
 }
 
@@ -566,12 +567,13 @@ def sm90_candidates(backward: BackwardProblem) -> Sequence[Tiles]:
     problem = backward.forward
     weight = register_weight(problem) + 4 * any(isinstance(mod, Bias) for mod in problem.mods) + 4 * bool(problem.mods)
     weight += backward.deterministic + 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
-    widest = max(sm90_dims(problem))
-    tiles = next((tiles for limit, tiles in _SM90.items() if widest <= limit), ())
+    dim, dim_v = sm90_dims(problem, False)
+    widest = max(dim, dim_v)
+    tiles = _SM90[192 if dim == 192 and dim_v <= 128 else 256 if widest > 128 else widest]
     # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
     # spread by themselves, and at 256 there is no shared memory left to stage them.
-    bulk = widest == 128 or (widest == 64 and isinstance(problem.mask, Full))
-    return [replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight]
+    bulk = widest > 64 or isinstance(problem.mask, Full)
+    return [replace(t, bulk=bulk and t.block_n > 64) for t in tiles if weight <= t.max_weight]
 
 
 def _sm90_gemm(problem: Problem) -> Gemm:
@@ -613,7 +615,7 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
     m_blocks, n_blocks = -(-longest_q // tiles.block_m), max(1, -(-longest_k // tiles.block_n))
     if p.packed:
         m_blocks = max(m_blocks, 1)
-    dims = sm90_dims(p) if hopper else padded_dims(p)
+    dims = sm90_dims(p, tiles.block_n == 64) if hopper else padded_dims(p)
     staged = None if hopper else bias_to_stage(p)
     if staged is not None and smem_bytes(p, tiles, gemm, staged) > device.smem_per_block:
         staged = None

@@ -82,9 +82,8 @@ struct BackwardSm90 {
     using DsTile = PanelTile<kBlockM, kBlockN>;
     using Scores = WgmmaTransposedTile<kScoreRows>;
     using Slab = QuerySlab<Config>;
-    using DqGrid = typename Slab::Grid;
-    static constexpr int kDqPanels = DqGrid::kCols / 64;
-    static_assert(kDqPanels <= 2);
+    using DqSums = typename Slab::Sums;
+    static_assert(DqSums::kParts <= 2);
     using Stats = RowStats<Config>;
     using Sums = ModSums<Config, Scores>;
     using Slot = RingSlot<kStages>;
@@ -92,8 +91,8 @@ struct BackwardSm90 {
     // causal mask they share, so that none waits for long.
     using Tiles = QueryTiles<Mask, kBlockM, kBlockN, Config::kDeterministic>;
     static_assert(Sums::kKind != kBiasRows && !(kWide && Sums::kKind == kBiasColumns));
-    // A part of dQ^T starts at a multiple of 8 rows of a panel of dS.
-    static_assert(DqGrid::kRows % 8 == 0);
+    // Half the rows of a panel of dS start at a multiple of 8.
+    static_assert(kBlockM % 16 == 0);
 
     // A query tile of the loop; m is negative after the last one of a key tile.
     struct alignas(16) Visit {
@@ -425,19 +424,21 @@ struct BackwardSm90 {
             __syncwarp();
             if (leads() && last_slab >= 0) count_release(grads().turns + last_slab);
         }
-        // kPanel: of the 64 columns that a product of dq has.
-        template <int kPanel>
-        __device__ __forceinline__ void add_dq(float* to, typename Slab::Sums::Panel& dq, unsigned start) const {
+        // Adds one part of dq after the other, this thread's elements from `first` on.
+        template <class Part>
+        __device__ __forceinline__ void add_dq(float* to, Part& part, int first, unsigned start) const {
             if constexpr (Config::kBulkDq) {
-                static_assert(sizeof(dq) == sizeof(typename Slab::Sums));
                 const int warp = uniform(static_cast<int>(threadIdx.x / 32));
-                if (leads()) cp_async_bulk_wait_read();
-                __syncwarp();
+                if (first == 0) {
+                    if (leads()) cp_async_bulk_wait_read();
+                    __syncwarp();
+                }
                 float4* staged = reinterpret_cast<float4*>(kernel.smem + kOffsetDq + warp * kDqWarpBytes) + lane_index();
 #pragma unroll
-                for (int x = 0; x < dq.kSize; x += 4) {
-                    staged[x / 4 * 32] = make_float4(dq.data[x], dq.data[x + 1], dq.data[x + 2], dq.data[x + 3]);
+                for (int x = 0; x < Part::kSize; x += 4) {
+                    staged[(first + x) / 4 * 32] = make_float4(part[x], part[x + 1], part[x + 2], part[x + 3]);
                 }
+                if (first + Part::kSize < DqSums::kSize) return;
                 fence_proxy_async();
                 __syncwarp();
                 if (leads()) {
@@ -445,7 +446,7 @@ struct BackwardSm90 {
                                              kDqWarpBytes);
                 }
             } else {
-                Slab::template add<kPanel * Slab::Sums::Panel::kSize>(to, dq);
+                Slab::add(to, part, first);
             }
         }
 
@@ -457,7 +458,7 @@ struct BackwardSm90 {
             const unsigned q = start + kOffsetQ + stage * QTile::kBytes, dout = start + kOffsetDo + stage * DoTile::kBytes;
             const unsigned ds = start + kOffsetDs + stage * DsTile::kBytes;
             Scores s, dp;
-            typename Slab::Sums dq;
+            DqSums dq;
             unsigned p_operand[Scores::kSize / 2], ds_operand[Scores::kSize / 2];
             mbarrier_wait(kernel.q_full(stage), slot.parity);
             if constexpr (kForeignRows) {
@@ -512,17 +513,22 @@ struct BackwardSm90 {
                 fence_proxy_async();
                 bar_sync(kDsBarrier, kConsumerThreads);
             }
-            const unsigned dq_keys = start + (DqGrid::kAcross == 2 ? group * kDqPanels : 0) * KTile::kPanelBytes;
-            const unsigned dq_rows = ds + (DqGrid::kDown == 2 ? group : 0) * DqGrid::kRows * 128;
 #pragma unroll
-            for (int panel = 0; panel < kDqPanels; panel++) wgmma_pin(dq.panels[panel].data);
+            for (int x = 0; x < DqSums::kWhole; x++) wgmma_pin(dq.whole[x].data);
+            if constexpr (DqSums::kOdd) wgmma_pin(dq.half.data);
             wgmma_pin(dk.data);
             if constexpr (!kWide) wgmma_pin(ds_operand);
             wgmma_fence();
 #pragma unroll
-            for (int panel = 0; panel < kDqPanels; panel++) {
-                wgmma_at<Element, KTile, DsTile>(dq.panels[panel], KTile::descriptor(dq_keys + panel * KTile::kPanelBytes, 16),
-                                                 DsTile::k_major(dq_rows));
+            for (int x = 0; x < DqSums::kWhole; x++) {
+                wgmma_at<Element, KTile, DsTile>(dq.whole[x],
+                                                 KTile::descriptor(start + DqSums::panel(group, x) * KTile::kPanelBytes, 16),
+                                                 DsTile::k_major(ds));
+            }
+            if constexpr (DqSums::kOdd) {
+                wgmma_at<Element, KTile, DsTile>(dq.half,
+                                                 KTile::descriptor(start + DqSums::kHalfPanel * KTile::kPanelBytes, 16),
+                                                 DsTile::k_major(ds + DqSums::half_row(group) * 128));
             }
             if constexpr (kWide) {
                 wgmma_atb<Element, DsTile, QTile>(dk, DsTile::descriptor(ds, 16),
@@ -530,8 +536,7 @@ struct BackwardSm90 {
             } else {
                 wgmma_pv<Element, QTile>(dk, ds_operand, QTile::mn_major(q));
             }
-            wgmma_wait_group<kDqPanels>();
-            wgmma_pin(dq.panels[0].data);
+            wgmma_wait_group<DqSums::kParts>();
             wgmma_pin(dv.data);
             if constexpr (!kWide) wgmma_pin(p_operand);
             if (leads()) mbarrier_arrive(kernel.do_empty(stage));
@@ -544,11 +549,16 @@ struct BackwardSm90 {
                 mbarrier_wait(kernel.turn(stage), slot.parity);
             }
             float* const to = dq_target();
-            add_dq<0>(to, dq.panels[0], start);
-            if constexpr (kDqPanels == 2) {
-                wgmma_wait_group<1>();
-                wgmma_pin(dq.panels[1].data);
-                add_dq<1>(to, dq.panels[1], start);
+#pragma unroll
+            for (int x = 0; x < DqSums::kWhole; x++) {
+                if (x > 0) wgmma_wait_group<1>();
+                wgmma_pin(dq.whole[x].data);
+                add_dq(to, dq.whole[x], x * DqSums::Whole::kSize, start);
+            }
+            if constexpr (DqSums::kOdd) {
+                if constexpr (DqSums::kWhole > 0) wgmma_wait_group<1>();
+                wgmma_pin(dq.half.data);
+                add_dq(to, dq.half, DqSums::kHalf, start);
             }
             wgmma_wait_group<0>();
             wgmma_pin(dk.data);
