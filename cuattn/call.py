@@ -30,7 +30,7 @@ from cuattn.backward import (
 from cuattn.codegen import BIAS_THREADS, COMBINE_THREADS, PREPARE_THREADS, Unit, backward_units, bias_is_wide, units
 from cuattn.decode import DecodePlan
 from cuattn.fields import ITEMSIZE
-from cuattn.launch import BackwardParameters, Parameters
+from cuattn.launch import BackwardParameters, DecodeParameters, Parameters
 from cuattn.masks import Mask
 from cuattn.plan import WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan, make_plan
 from cuattn.problem import POINTERS, SLOT, Problem, make_problem
@@ -395,7 +395,7 @@ class _Step:
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     smem_bytes: int
-    parameters: Parameters | BackwardParameters
+    parameters: Parameters | BackwardParameters | DecodeParameters
 
 
 @dataclass(frozen=True)

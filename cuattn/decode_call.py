@@ -191,22 +191,11 @@ def _bits(x: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One kernel of a call, ready to launch."""
-
-    function: Any
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    smem_bytes: int
-    parameters: DecodeParameters
-
-
-@dataclass(frozen=True)
 class _Prepared:
     """Steps 2 to 4 of a call, done."""
 
     plan: DecodePlan
-    steps: tuple[_Step, ...]
+    steps: tuple[call._Step, ...]
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
     workspace: tuple[tuple[int, int], ...]
@@ -290,7 +279,7 @@ def _prepare(
     return prepared
 
 
-def prepare_steps(plan: DecodePlan) -> tuple[_Step, ...]:
+def prepare_steps(plan: DecodePlan) -> tuple[call._Step, ...]:
     """The kernels of a plan, loaded, with their grids."""
     p, steps = plan.problem, []
     for role, unit in decode_units(plan).items():
@@ -300,5 +289,5 @@ def prepare_steps(plan: DecodePlan) -> tuple[_Step, ...]:
             grid = -(-tokens * p.num_heads_kv // (APPEND_THREADS // 32))
         if grid:
             parameters = DecodeParameters(plan, role == "decode")
-            steps.append(_Step(call._load(unit, plan), (grid, 1, 1), (unit.threads, 1, 1), unit.smem_bytes, parameters))
+            steps.append(call._Step(call._load(unit, plan), (grid, 1, 1), (unit.threads, 1, 1), unit.smem_bytes, parameters))
     return tuple(steps)

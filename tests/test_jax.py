@@ -143,9 +143,6 @@ MAPPED: dict[str, tuple[dict[str, Array], set[str]]] = {
 }
 
 
-MAPPED_ON_GPU = ("plain", "bias", "sinks")
-
-
 def mapped_arguments(kind: str) -> tuple[list[Array], list[int | None], list[str]]:
     """Arrays, their mapped axes and names; three elements along axis 0."""
     more, shared = MAPPED[kind]
@@ -163,8 +160,6 @@ def mapped_arguments(kind: str) -> tuple[list[Array], list[int | None], list[str
 
 @pytest.mark.parametrize("kind", MAPPED)
 def test_vmap_equals_a_loop_and_so_do_its_gradients(platform: str, kind: str) -> None:
-    if platform == "cuda" and kind not in MAPPED_ON_GPU:
-        pytest.skip("how arrays are folded does not depend on the platform")
     arguments, axes, names = mapped_arguments(kind)
 
     def call(*values: Array) -> Array:
