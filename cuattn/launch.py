@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cuattn.backward import POINTERS as BACKWARD_POINTERS
 from cuattn.backward import BackwardPlan
@@ -19,8 +20,8 @@ from cuattn.tma import MAP_ALIGNMENT, MAP_BYTES, TensorMap
 if TYPE_CHECKING:
     from cuattn.plan import Plan
 
-HEAD = struct.Struct(f"<{len(POINTERS)}Q")
-"""The words that every call rewrites."""
+WORD = 8
+"""Bytes of a pointer; every member of a struct is padded to them."""
 _Q, _SPLIT_Q = SLOT["q"], SLOT["split_q"]
 
 
@@ -96,7 +97,7 @@ def _variant_fields(plan: Plan | BackwardPlan, with_mods: bool) -> list[Field]:
 
 def parameter_bytes(plan: Plan | BackwardPlan, with_mods: bool) -> int:
     """Size of the kernel's parameter struct."""
-    size = 8 * (len(POINTERS) + len(fixed_fields(plan)) + len(_variant_fields(plan, with_mods)))
+    size = WORD * (len(POINTERS) + len(fixed_fields(plan)) + len(_variant_fields(plan, with_mods)))
     if not (with_mods and plan.uses_tma):
         return size
     return (4 if plan.bias_stages else 3) * MAP_BYTES + -(-size // MAP_ALIGNMENT) * MAP_ALIGNMENT
@@ -123,38 +124,53 @@ def _layout(
     return struct.pack(layout, *values), [(start + 8 * n, int(f.value)) for n, f in enumerate(variant) if f.kind == "ptr"]
 
 
-class Parameters:
-    """The bytes of a plan's parameter struct; pointers are filled in by `pack`."""
+class Struct(NamedTuple):
+    """A plan's parameter struct, and where in it the words of a call belong."""
 
-    def __init__(self, plan: Plan | BackwardPlan, with_mods: bool) -> None:
-        # Where inputs are split first, attention reads the pairs in the place of q, k and v.
-        self.of_pairs = with_mods and plan.split_inputs
-        fixed, variant = fixed_fields(plan, self.of_pairs), _variant_fields(plan, with_mods)
-        self.tail, self.patches = _layout(plan.problem.real, fixed, variant)
-        self.maps = _tensor_maps(plan, WARPGROUP_ROWS) if with_mods and plan.uses_tma else []
-        if self.maps:
-            self.tail += bytes(-(8 * len(POINTERS) + len(self.tail)) % MAP_ALIGNMENT)
+    image: bytes
+    """all of it; 0 where a word or a map belongs"""
+    words: tuple[tuple[int, int], ...]
+    """(place in 8-byte words, slot)"""
+    maps: tuple[TensorMap, ...]
+    """at the start, one after the other"""
 
-    def pack(self, pointers: list[int]) -> bytes:
-        """`pointers` by slot; the first are those of `POINTERS`, seed included."""
-        own = pointers[: len(POINTERS)]
-        if self.of_pairs:
-            own[_Q : _Q + 3] = own[_SPLIT_Q : _SPLIT_Q + 3]
-        head = HEAD.pack(*own)
-        if self.maps:
-            head = b"".join([m.at(pointers[m.operand.slot]) for m in self.maps]) + head
-        if not self.patches:
-            return head + self.tail
-        tail = bytearray(self.tail)
-        for offset, slot in self.patches:
-            struct.pack_into("<Q", tail, offset, pointers[slot])
-        return head + bytes(tail)
+
+def _assemble(maps: Sequence[TensorMap], *parts: Sequence[int] | tuple[bytes, list[tuple[int, int]]]) -> Struct:
+    """Maps, then parts: slots of words that lie one after the other, or what `_layout` gives."""
+    image, words = bytes(MAP_BYTES * len(maps)), []
+    for part in parts:
+        place = len(image) // WORD
+        if isinstance(part, tuple):
+            image += part[0]
+            words += [(place + offset // WORD, slot) for offset, slot in part[1]]
+        else:
+            image += bytes(WORD * len(part))
+            words += [(place + n, slot) for n, slot in enumerate(part)]
+    if maps:
+        image += bytes(-len(image) % MAP_ALIGNMENT)
+    return Struct(image, tuple(words), tuple(maps))
+
+
+def forward_struct(plan: Plan | BackwardPlan, with_mods: bool) -> Struct:
+    """ForwardParams of a kernel; those that attend are `with_mods`."""
+    # Where inputs are split first, attention reads the pairs in the place of q, k and v.
+    of_pairs = with_mods and plan.split_inputs
+    maps = _tensor_maps(plan, WARPGROUP_ROWS) if with_mods and plan.uses_tma else []
+    layout = _layout(plan.problem.real, fixed_fields(plan, of_pairs), _variant_fields(plan, with_mods))
+    return _assemble(maps, _slots(of_pairs), layout)
+
+
+def _slots(of_pairs: bool) -> list[int]:
+    """What `POINTERS` are filled from, in order."""
+    slots = list(range(len(POINTERS)))
+    if of_pairs:
+        slots[_Q : _Q + 3] = range(_SPLIT_Q, _SPLIT_Q + 3)
+    return slots
 
 
 # Backward -------------------------------------------------------------------------------------------------------------
 
 _DOUT, _SPLIT_DOUT = BACKWARD_POINTERS.index("dout"), BACKWARD_POINTERS.index("split_dout")
-BACKWARD_HEAD = struct.Struct(f"<{len(BACKWARD_POINTERS)}Q")
 
 
 def _backward_fields(
@@ -225,54 +241,70 @@ def _backward_maps(plan: BackwardPlan) -> list[TensorMap]:
     return [*_tensor_maps(plan, plan.tiles.block_m), TensorMap(dout, (64, plan.tiles.block_m, 1, 1))]
 
 
-class BackwardParameters:
-    """The bytes of the parameter struct of one launch of the backward."""
-
-    def __init__(self, plan: BackwardPlan, launch: tuple[int, int, int, int], attends: bool) -> None:
-        self.of_pairs = attends and plan.split_inputs
-        self.base = _layout(plan.problem.real, fixed_fields(plan, self.of_pairs), [])[0]
-        self.start = plan.backward.first_slot
-        variant = _backward_variant(plan, attends)
-        self.tail, self.patches = _layout(plan.problem.real, _backward_fields(plan, launch, self.of_pairs), variant)
-        self.maps = _backward_maps(plan) if attends and plan.uses_tma else []
-        if self.maps:
-            self.tail += bytes(-8 * backward_words(plan, attends) % MAP_ALIGNMENT)
-
-    def pack(self, pointers: list[int]) -> bytes:
-        """`pointers` by slot: of the forward, of masks and modifications, then those of the backward."""
-        inputs, own_pointers = pointers[: len(POINTERS)], pointers[self.start : self.start + len(BACKWARD_POINTERS)]
-        if self.of_pairs:
-            inputs[_Q : _Q + 3] = inputs[_SPLIT_Q : _SPLIT_Q + 3]
-            own_pointers[_DOUT] = own_pointers[_SPLIT_DOUT]
-        head = HEAD.pack(*inputs)
-        if self.maps:
-            head = b"".join([m.at(pointers[m.operand.slot]) for m in self.maps]) + head
-        own = BACKWARD_HEAD.pack(*own_pointers)
-        if not self.patches:
-            return head + self.base + own + self.tail
-        tail = bytearray(self.tail)
-        for offset, slot in self.patches:
-            struct.pack_into("<Q", tail, offset, pointers[slot])
-        return head + self.base + own + bytes(tail)
+def backward_struct(plan: BackwardPlan, launch: tuple[int, int, int, int], attends: bool) -> Struct:
+    """BackwardParams of one launch of a kernel of the backward."""
+    real, of_pairs = plan.problem.real, attends and plan.split_inputs
+    own = [plan.backward.first_slot + n for n in range(len(BACKWARD_POINTERS))]
+    if of_pairs:
+        own[_DOUT] = own[_SPLIT_DOUT]
+    maps = _backward_maps(plan) if attends and plan.uses_tma else []
+    base = _layout(real, fixed_fields(plan, of_pairs), [])
+    layout = _layout(real, _backward_fields(plan, launch, of_pairs), _backward_variant(plan, attends))
+    return _assemble(maps, _slots(of_pairs), base, own, layout)
 
 
 # KV cache -------------------------------------------------------------------------------------------------------------
 
-DECODE_HEAD = struct.Struct(f"<{len(DECODE_POINTERS)}Q")
+
+def decode_struct(plan: DecodePlan, attends: bool) -> Struct:
+    """DecodeParams of a kernel over a KV cache."""
+    layout = _layout(plan.problem.real, decode_fields(plan), decode_variant(plan, attends))
+    return _assemble([], list(range(len(DECODE_POINTERS))), layout)
 
 
-class DecodeParameters:
-    """The bytes of the parameter struct of a kernel over a KV cache."""
+# Launches -------------------------------------------------------------------------------------------------------------
 
-    def __init__(self, plan: DecodePlan, attends: bool) -> None:
-        self.tail, self.patches = _layout(plan.problem.real, decode_fields(plan), decode_variant(plan, attends))
 
-    def pack(self, pointers: list[int]) -> bytes:
-        """`pointers` by slot."""
-        head = DECODE_HEAD.pack(*pointers[: len(DECODE_POINTERS)])
-        if not self.patches:
-            return head + self.tail
-        tail = bytearray(self.tail)
-        for offset, slot in self.patches:
-            struct.pack_into("<Q", tail, offset, pointers[slot])
-        return head + bytes(tail)
+class Launch:
+    """A loaded kernel with its grid and its struct. A call gives it its words and a stream."""
+
+    def __init__(
+        self, function: Any, grid: int, threads: int, smem_bytes: int, struct: Struct, position: Mapping[int, int]
+    ) -> None:
+        """function: of `jit.load`. position: of a slot among the words of a call; slots that calls do not fill are 0."""
+        self._function, self._grid, self._block, self._smem_bytes = function, (grid, 1, 1), (threads, 1, 1), smem_bytes
+        self._struct = struct
+        self._words = tuple((place, position[slot]) for place, slot in struct.words if slot in position)
+        self._bases = tuple(position[m.operand.slot] for m in struct.maps)
+        self._free: list[_Memory] = []
+
+    def __call__(self, words: Sequence[int], stream: Any) -> None:
+        try:
+            memory = self._free.pop()  # each launch has memory of its own, whatever other threads do
+        except IndexError:
+            memory = _Memory(self._struct, [words[n] for n in self._bases])
+        target = memory.words
+        for place, n in self._words:
+            target[place] = words[n]
+        if memory.lasting:
+            for n, place in zip(self._bases, memory.bases, strict=True):
+                target[place] = words[n]
+        self._function(self._grid, self._block, memory.arguments, self._smem_bytes, stream)
+        if memory.lasting:
+            self._free.append(memory)
+
+
+class _Memory:
+    """A struct in memory that the driver reads while it launches, with the tensor maps of a call."""
+
+    def __init__(self, struct: Struct, bases: Sequence[int]) -> None:
+        """bases: addresses of the arrays of its maps."""
+        from cupy.cuda.function import CPointer
+
+        maps = b"".join([m.at(address) for m, address in zip(struct.maps, bases, strict=True)])
+        image = maps + struct.image[len(maps) :]
+        self.words = (ctypes.c_uint64 * (len(image) // WORD)).from_buffer_copy(image)
+        self.arguments = (CPointer(ctypes.addressof(self.words)),)
+        self.lasting = all(m.movable for m in struct.maps)
+        """whether the maps of another call differ in their addresses alone, which lie at `bases`"""
+        self.bases = range(0, len(maps) // WORD, MAP_BYTES // WORD)

@@ -267,7 +267,7 @@ def _four_axes_named(name: str, mask: Any, shape: tuple[int, int, int, int]) -> 
 # Eager calls ----------------------------------------------------------------------------------------------------------
 
 
-def record(arguments: call.Call) -> Any:
+def record(arguments: call.Call, needs_grad: bool) -> Any:
     """`call.execute`, under autocast and autograd.
 
     Returns out, or (out, lse); both are differentiable with respect to q, k, v, sinks and the differentiable arrays of the
@@ -276,19 +276,18 @@ def record(arguments: call.Call) -> Any:
     """
     casts = _casts(arguments.present)
     if casts:
-        arguments = arguments._replace(present={**arguments.present, **casts})
+        arguments = arguments.over({**arguments.present, **casts})
+    if not needs_grad:
+        return call.execute(arguments)
     present, mods = arguments.present, arguments.mods
     _check_forward_mode(present, mods)
-    if not _needs_gradient(present, mods):
-        return call.execute(arguments)
     _check_differentiable(present.get("out"), mods)
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError("cuattn: transforms of torch.func (grad, vmap, ...) are not supported, use torch.autograd")
     inputs = [present["q"], present["k"], present["v"], present.get("sinks")]
     if mods:
         inputs += [mod.arrays[n] for mod in mods for n in mod.differentiable]
-    out, lse = _Attention.apply(arguments, *inputs)
-    return (out, lse) if arguments.options.return_lse else out
+    return _apply(arguments, *inputs)
 
 
 CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -361,35 +360,36 @@ def _bind(mask: Mask, mods: tuple[ScoreMod, ...], own: Sequence[Any]) -> tuple[M
 
 
 class _Attention(torch.autograd.Function):  # type: ignore[misc]
-    """(out, lse) as autograd sees them: functions of q, k, v, sinks and the differentiable arrays of the modifications."""
+    """out, or (out, lse), as autograd sees them: of q, k, v, sinks and the differentiable arrays of the modifications."""
 
     @staticmethod
-    def forward(ctx: Any, arguments: call.Call, *_: Any) -> tuple[Any, Any]:
+    def forward(ctx: Any, arguments: call.Call, *_: Any) -> Any:
         """The tensors that follow `arguments` are among them. Grad mode is off in here."""
-        present, mask, mods, own, options, seed = arguments[2:]
-        if not options.return_lse:
-            arguments = arguments._replace(options=options._replace(return_lse=True))
-        out, lse = call.execute(arguments)
+        present, mask, mods, own, options, seed = arguments[2:8]
+        out, lse = call.execute(arguments.with_lse())
         # Every array is saved, so that autograd notices when one changes in place; nothing else keeps them alive.
         ctx.save_for_backward(*present.values(), out, lse, *own)
-        ctx.names = (*present, "out", "lse")
-        ctx.rest = (*_bind(mask, mods, _Described.of(own)), options, seed)
+        ctx.rest = ((*present, "out", "lse"), *_bind(mask, mods, _Described.of(own)), options, seed)
         ctx.set_materialize_grads(False)
-        return out, lse
+        return (out, lse) if options.return_lse else out
 
     @staticmethod
-    def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
-        if dout is None and dlse is None:
-            return (None,) * len(ctx.needs_input_grad)
-        saved, (mask, mods, options, seed) = ctx.saved_tensors, ctx.rest
-        named = dict(zip(ctx.names, saved, strict=False))
-        mask, mods = _bind(mask, mods, saved[len(named) :])
+    def backward(ctx: Any, dout: Any, dlse: Any = None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad[1:]
+        if dout is None and dlse is None:
+            return (None,) * (1 + len(needed))
+        saved, (names, mask, mods, options, seed) = ctx.saved_tensors, ctx.rest
+        named = dict(zip(names, saved, strict=False))
+        mask, mods = _bind(mask, mods, saved[len(named) :])
         if not torch.is_grad_enabled():
             return (None, *_gradients(dout, dlse, named, mask, mods, options, seed, needed))
         with torch.no_grad():  # create_graph=True: all that is recorded of the gradients is that they are final
             gradients = _gradients(dout, dlse, named, mask, mods, options, seed, needed)
         return (None, *_Final.apply(gradients, dout, dlse, *saved))
+
+
+_apply = super(torch.autograd.Function, _Attention).apply
+"""Function.apply without what it does for transforms of torch.func, which are refused before."""
 
 
 class _Final(torch.autograd.Function):  # type: ignore[misc]
@@ -420,12 +420,13 @@ def _gradients(
 ) -> list[Any]:
     """Gradients of q, k, v, sinks and the differentiable arrays of `mods`, in this order; None where not needed.
 
-    named: the call's arrays with its out and lse. dout and dlse, of their shapes: not both None, which stands for zeros.
+    named: the call's arrays with its out and lse; to be given away. dout and dlse, of their shapes: not both None, which stands
+      for zeros.
     """
     out = named["out"]
     if dout is None:
         dout = out.new_zeros(out.shape[-1:]).expand(out.shape)
-    named = {**named, "dout": _readable(dout), "dlse": dlse}
+    named["dout"], named["dlse"] = _readable(dout), dlse
     if not options.deterministic and torch.are_deterministic_algorithms_enabled():
         options = options._replace(deterministic=True)
     parts, start = [], 4

@@ -11,7 +11,7 @@ from cuattn import jit
 from cuattn.backward import make_backward_plan
 from cuattn.catalogue import COMMON_DIMS, backward_plans, backward_problem_of, problem_of, view
 from cuattn.codegen import backward_units
-from cuattn.launch import BackwardParameters
+from cuattn.launch import backward_struct
 from cuattn.masks import SlidingWindow
 from cuattn.registry import DEVICES
 from cuattn.score_mods import Bias
@@ -100,6 +100,6 @@ def test_sums_over_the_heads_of_a_group_have_one_order() -> None:
 def test_the_copy_engine_brings_whole_tiles(dim: int) -> None:
     """backward_sm90.cu waits for the bytes of a tile: smaller boxes would let it wait for ever."""
     plan = make_backward_plan(backward_problem_of(problem_of("bfloat16", dims=(dim, dim))), DEVICES["sm_90a"])
-    boxes = [m.box for m in BackwardParameters(plan, plan.launches[0], True).maps]
+    boxes = [m.box for m in backward_struct(plan, plan.launches[0], True).maps]
     assert plan.uses_tma
     assert boxes == [(64, rows, 1, 1) for rows in (plan.tiles.block_m, *(plan.tiles.block_n,) * 2, plan.tiles.block_m)]
