@@ -99,8 +99,8 @@ def test_every_case_has_its_own_row_and_name() -> None:
 
 def test_the_paper_setting_has_as_many_tokens_and_channels_everywhere() -> None:
     paper = [c for c in FORWARD if c.dtype == "bfloat16" and not c.mods and c.mask in ("full", "causal") and c != SPLIT]
-    dense_ones = [c for c in paper if c.num_heads == c.num_heads_kv]
-    assert len(dense_ones) == 18
+    dense_ones = [c for c in paper if c.num_heads == c.num_heads_kv and c.head_dim == c.head_dim_v]
+    assert len(dense_ones) == 36
     assert {(c.batch * c.seqlen_q, c.num_heads * c.head_dim) for c in dense_ones} == {(16384, 2048)}
 
 
