@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from bench.progress import within
 from bench.results import Row, Store
 from bench.timing import Deadline, first_line
 
@@ -73,6 +74,8 @@ CASES = (
     DecodeCase(32, 8192, (32, 32), page_size=64),
     DecodeCase(128, 8192, cache="int8"),
 )
+LENGTHS = tuple(DecodeCase(batch, 1024 << n) for batch in (1, 32) for n in range(0, 7, 2))
+"""Bandwidth against length."""
 
 
 class Inputs(NamedTuple):
@@ -251,10 +254,7 @@ def run_case(case: DecodeCase, peers: Sequence[str], rounds: int, env: Row) -> R
 
 def run(cases: Sequence[DecodeCase], peers: Sequence[str], rounds: int, store: Store, env: Row, deadline: Deadline) -> None:
     """Measure the cases in order until the deadline, storing every row as it comes."""
-    for done, case in enumerate(cases):
-        if deadline.passed:
-            print(f"time limit: {len(cases) - done} of {len(cases)} cases not run, from {case}")
-            return
+    for case in within(deadline, cases):
         try:
             store.add(run_case(case, peers, rounds, env))
         except Exception as error:
