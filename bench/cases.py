@@ -206,7 +206,7 @@ FEATURES = [
     SPLIT,
 ]
 HALF = dense("float16", 128, 2, 16, 8192, mask="causal")
-FORWARD = [*paper(*CELLS), HALF, *wide(64, 128), *FEATURES]
+FORWARD = [*paper(4096, 8192, 16384), *paper(512, 1024, 2048), HALF, *wide(64, 128), *FEATURES]
 QUICK = [*paper(4096), HALF, *wide(128), FEATURES[0], FEATURES[3], PACKED, SPLIT]
 
 

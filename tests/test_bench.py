@@ -28,6 +28,7 @@ from bench.cases import (
     PACKED,
     QUICK,
     SPLIT,
+    UNEVEN_PACKED,
     USER_MOD,
     Case,
     dense,
@@ -319,7 +320,7 @@ def test_timing_is_a_median_with_its_spread() -> None:
 
 def test_options_select_cases(capsys) -> None:
     arguments = parser().parse_args(["forward", "--only", "packed"])
-    assert selected(arguments) == [PACKED]
+    assert selected(arguments) == [PACKED, UNEVEN_PACKED]
     assert main(["forward", "--list", "--quick"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(QUICK)
     assert main(["forward", "--only", "no such case"]) == 1
