@@ -10,14 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import cuattn
-from bench import ablation, backward, cases, ceilings, compare, decode, error, figures, forward, host, jit, latency, memory
-from bench import results
+from bench import (
+    ablation,
+    backward,
+    cases,
+    ceilings,
+    compare,
+    decode,
+    error,
+    figures,
+    forward,
+    host,
+    jit,
+    latency,
+    memory,
+    results,
+)
 from bench.baselines import TITLES, Baseline, available
 from bench.timing import Deadline
 
 ROUNDS = {"forward": 7, "backward": 5, "matrix": 3, "decode": 7, "latency": 5, "ablation": 7, "jit": 3}
 QUICK_ROUNDS = {"forward": 3, "backward": 3, "matrix": 3, "decode": 5, "latency": 2, "ablation": 3, "jit": 1}
-TIME_LIMIT = 480.0
+TIME_LIMIT, ALL_LIMIT = 480.0, 3600.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
         part.add_argument("--only", default="", metavar="SUBSTR", help="cases whose printed name contains this")
         part.add_argument("--peers", default="", metavar="A,B", help=f"of {', '.join(TITLES)}, or none; default all")
         part.add_argument("--rounds", type=int, metavar="N", help="interleaved rounds a case (jit: pairs of processes)")
-        part.add_argument("--time-limit", type=float, default=TIME_LIMIT, metavar="SECONDS", help="start no case after this")
+        limit = ALL_LIMIT if name == "all" else TIME_LIMIT
+        part.add_argument("--time-limit", type=float, default=limit, metavar="SECONDS", help="start no case after this")
         part.add_argument("--list", action="store_true", help="print the cases and stop; needs no GPU")
         if name == "all":
             part.add_argument("--report", action="store_true", help="write tables and figures afterwards")
@@ -71,11 +86,11 @@ JSON_HELP = {
 
 
 STORED = ("forward", "backward", "decode", "error", "memory", "latency", "host", "jit", "matrix")
-"""The parts of `all`, which share its time limit: the longest last."""
+"""The parts of `all`, which share its time limit; what matters least last."""
 PEERS: dict[str, Sequence[str]] = {
     "forward": (),
     "backward": (),
-    "matrix": (),
+    "matrix": ("naive", "cudnn", "flash", "efficient", "math", "flex", "xformers", "fa3", "fa4"),
     "error": error.PEERS,
     "latency": latency.PEERS,
     "memory": memory.PEERS,
@@ -142,6 +157,7 @@ def run_part(arguments: argparse.Namespace, chosen: Sequence[cases.Case], deadli
         forward.prewarm(chosen)
         latency.run(chosen, peers, rounds, store, env, deadline)
     elif part == "error":
+        forward.prewarm(chosen)
         forward.prewarm(cases.gradients(*chosen), backward.sources)
         error.run(chosen, peers, store, env, deadline)
     elif part == "ablation":
@@ -167,11 +183,13 @@ def rated(
     """Parts whose time is GPU time: all kernels compiled first, then the cases in order, of either direction."""
     limits = ceilings.of(results.gpu_slug(env["gpu"]))
     print(f"ceilings: {limits}")
-    for case_is_backward, module in ((False, forward), (True, backward)):
-        forward.prewarm([case for case in chosen if case.backward == case_is_backward], module.sources)
+    modules = {False: forward, True: backward}
+    for direction in sorted({case.backward for case in chosen}):
+        forward.prewarm([case for case in chosen if case.backward == direction], modules[direction].sources)
 
     def run_case(case: cases.Case, *rest: Any) -> results.Row | None:
-        return (backward if case.backward else forward).run_case(case, *rest)
+        row: results.Row | None = modules[case.backward].run_case(case, *rest)
+        return row
 
     forward.run(chosen, peers, rounds, store, env, limits, deadline, run_case)
 

@@ -255,7 +255,8 @@ def matrix(head_counts: Sequence[int], seqlens: Sequence[int]) -> list[Case]:
 MATRIX_LENGTHS = (1024, 2048, 8192, 16384)
 MATRIX_FORWARD = [*matrix((16, 32, 8), MATRIX_LENGTHS), *matrix((32, 8, 16), (4096,))]
 MATRIX = [*MATRIX_FORWARD, *(replace(case, bench="matrix/backward") for case in MATRIX_FORWARD)]
-"""The cells that FlexAttention joins, which compiles each for seconds, are the last of each direction."""
+COMPILED = [case for case in MATRIX if case.num_heads == 16 and case.seqlen_q == 4096]
+"""Plain cells that a peer joins which compiles for seconds at every shape; the last of each direction."""
 MATRIX_QUICK = [case for case in MATRIX if case.num_heads == 16 and case.seqlen_q != 4096]
 
 ERROR = [
@@ -284,6 +285,8 @@ MEMORY_BACKWARD = [
 ]
 """Forward and backward together."""
 MEMORY_LENGTHS = [
-    dense("bfloat16", 128, 1, 16, 1024 << n, mask="causal", bench=bench) for bench in ("memory", "memory/backward") for n in range(7)
+    dense("bfloat16", 128, 1, 16, 1024 << n, mask="causal", bench=bench)
+    for bench in ("memory", "memory/backward")
+    for n in range(7)
 ]
 """One sequence that grows, beside peers."""

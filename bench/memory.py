@@ -1,4 +1,7 @@
-"""`python -m bench memory`: device memory that calls take beyond their inputs and results, from CuPy's pool; peers from PyTorch's."""
+"""`python -m bench memory`: device memory that calls take beyond their inputs and results.
+
+Ours from CuPy's pool, that of peers from PyTorch's.
+"""
 
 from __future__ import annotations
 
@@ -135,9 +138,9 @@ def run(cases: Sequence[Case], baselines: Sequence[Baseline], store: Store, env:
             print(f"{name}: {first_line(error)}")
             continue
         beyond = "inputs, outputs, gradients and lse" if backward else "inputs and outputs"
-        planned = f" (planned: {found['planned'] / 2**20:.3f})" if backward else ""
-        others = "".join(f", {peer} {size / 2**20:.3f}" for peer, size in peers.items())
+        planned = f" (planned: {found['planned'] / 2**20:.2f})" if backward else ""
+        others = "".join(f", {peer} {size / 2**20:.2f}" for peer, size in peers.items())
         scores = case.scores * case.itemsize / 2**30
-        print(f"{name}: {found['bytes'] / 2**20:.3f} MiB{planned} beyond {beyond}{others}; scores: {scores:.2f} GiB", flush=True)
+        print(f"{name}: {found['bytes'] / 2**20:.2f} MiB{planned} beyond {beyond}{others}; scores {scores:.2f} GiB", flush=True)
         row_case = case if backward else dataclasses.replace(case, bench="memory")
         store.add(make_row(row_case, None, {}, env, None, **found, peer_bytes=peers))
