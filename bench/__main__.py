@@ -25,6 +25,7 @@ from bench import (
     latency,
     memory,
     results,
+    summary,
 )
 from bench.baselines import TITLES, Baseline, available
 from bench.timing import Deadline
@@ -50,11 +51,11 @@ def parser() -> argparse.ArgumentParser:
         "memory": "memory beyond inputs and outputs, beside that of peers",
         "ceilings": "measure matrix products and read bandwidth of this GPU, and print them",
         "all": "every part that stores rows, one after the other",
-        "report": "write the tables of bench/results/ into README.md, and tables and figures into docs/",
+        "report": "write what bench/results/ says in short into README.md, and tables and figures into docs/",
         "compare": "two files of rows, case by case; fails when one is slower",
     }
-    for name, summary in summaries.items():
-        part = parts.add_parser(name, help=summary, description=summary)
+    for name, words in summaries.items():
+        part = parts.add_parser(name, help=words, description=words)
         if name == "ceilings":
             continue
         if name == "compare":
@@ -229,8 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report() -> int:
-    """The tables of README.md, and docs/results.md with its figures."""
-    results.report(results.ROOT / "README.md", TITLES)
+    """The section of README.md, and docs/results.md with its figures."""
+    summary.write(results.ROOT / "README.md", TITLES)
     for path in figures.write(TITLES):
         print(path.relative_to(results.ROOT))
     return 0
