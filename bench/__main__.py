@@ -115,11 +115,12 @@ def run_part(arguments: argparse.Namespace, chosen: Sequence[cases.Case]) -> Non
         named = [name for name in arguments.peers.split(",") if name]
         peers = available(backward.peer_names(named) if arguments.part == "backward" else named)
     if arguments.part == "forward":
+        forward.prewarm(chosen)
         limits = ceilings.of(results.gpu_slug(env["gpu"]))
         print(f"ceilings: {limits}")
         forward.run(chosen, peers, rounds, store, env, limits, deadline)
     elif arguments.part == "backward":
-        backward.prewarm(chosen)
+        forward.prewarm(chosen, backward.sources)
         limits = ceilings.of(results.gpu_slug(env["gpu"]))
         forward.run(chosen, peers, rounds, store, env, limits, deadline, backward.run_case)
     elif arguments.part == "ablation":

@@ -173,10 +173,19 @@ def featured(**options: Any) -> Case:
     return dense("bfloat16", 128, 4, 16, 4096, **options)
 
 
+CELLS = (512, 1024, 2048, 4096, 8192, 16384)
+"""Sequence lengths of the papers' tables."""
 LENGTHS = (512, 3584, 1024, 2560, 1536, 4096, 1000, 2072)
 """Sequences of the packed case; 16,384 tokens."""
 PACKED = Case("forward", "bfloat16", 128, 128, 16, 16, len(LENGTHS), max(LENGTHS), max(LENGTHS), mask="causal",
               mods=("packed",), lengths=LENGTHS)  # fmt: skip
+UNEVEN = tuple(int(n) for n in np.random.default_rng(0).integers(512, 4097, 16))
+"""Sequences of random length."""
+UNEVEN_PACKED = replace(PACKED, batch=len(UNEVEN), seqlen_q=max(UNEVEN), seqlen_k=max(UNEVEN), lengths=UNEVEN)
+GROUPED = [dense("bfloat16", 128, 2, 64, 8192, num_heads_kv=8, mask=m) for m in ("full", "causal")]
+UNEQUAL = dense("bfloat16", 192, 2, 16, 8192, head_dim_v=128)
+"""More columns of queries and keys than of values."""
+WINDOWED = dense("bfloat16", 64, 2, 32, 8192, mask="window 128")
 SPLIT = dense("bfloat16", 128, 1, 16, 128, seqlen_k=65536)
 """One query tile: too few blocks to fill a GPU unless the keys are split."""
 
@@ -184,11 +193,15 @@ FEATURES = [
     *(featured(mask=m) for m in ("window", "boolean", "blocks")),
     *(featured(mods=(m,)) for m in ("bias", "alibi", "softcap", "user", "dropout")),
     dense("bfloat16", 128, 4, 32, 4096, num_heads_kv=8, mask="causal"),
+    *GROUPED,
+    UNEQUAL,
+    WINDOWED,
     PACKED,
+    UNEVEN_PACKED,
     SPLIT,
 ]
 HALF = dense("float16", 128, 2, 16, 8192, mask="causal")
-FORWARD = [*paper(4096, 8192, 16384), HALF, *wide(64, 128), *FEATURES]
+FORWARD = [*paper(4096, 8192, 16384), *paper(512, 1024, 2048), HALF, *wide(64, 128), *FEATURES]
 QUICK = [*paper(4096), HALF, *wide(128), FEATURES[0], FEATURES[3], PACKED, SPLIT]
 
 
@@ -197,21 +210,26 @@ def gradients(*cases: Case) -> list[Case]:
     return [replace(case, bench="backward") for case in cases]
 
 
-MASKED = ("full", "causal")
+def deterministic(*cases: Case) -> list[Case]:
+    """The same, bit for bit from run to run."""
+    return [replace(case, mods=(*case.mods, "deterministic")) for case in cases]
+
+
 BACKWARD = gradients(
     *paper(4096),
     *(dense("float32", d, 2, 16, 4096, precision=p) for p in ("ieee", "tf32x3") for d in (64, 128)),
     *(dense("float64", d, 2, 16, 4096) for d in (64, 128)),
     *(featured(mods=(m,)) for m in ("bias", "key bias")),
-    *(dense("bfloat16", 128, 16384 // s, 16, s, mask=m, mods=("deterministic",)) for s in (4096, 16384) for m in MASKED),
-    *paper(8192, 16384),
-    dense("bfloat16", 128, 2, 64, 8192, num_heads_kv=8, mask="causal"),
-    dense("bfloat16", 192, 2, 16, 8192, head_dim_v=128),
+    *paper(512, 1024, 2048, 8192, 16384),
+    *GROUPED,
+    UNEQUAL,
+    WINDOWED,
     PACKED,
+    UNEVEN_PACKED,
+    *deterministic(*paper(*CELLS)),
     featured(mods=("dropout",)),
-    *(dense("bfloat16", 128, 16384 // s, 16, s, mask=m) for s in (128, 512, 1024, 2048) for m in MASKED),
+    *(dense("bfloat16", 128, 128, 16, 128, mask=m) for m in ("full", "causal")),
     *(featured(mods=(m,)) for m in ("alibi", "softcap", "user")),
-    dense("bfloat16", 64, 2, 32, 8192, mask="window 128"),
 )
 """The most telling first; what only FlexAttention has besides us, which compiles for seconds, last."""
 BACKWARD_QUICK = [

@@ -28,6 +28,7 @@ from bench.cases import (
     PACKED,
     QUICK,
     SPLIT,
+    UNEVEN_PACKED,
     USER_MOD,
     Case,
     dense,
@@ -99,8 +100,8 @@ def test_every_case_has_its_own_row_and_name() -> None:
 
 def test_the_paper_setting_has_as_many_tokens_and_channels_everywhere() -> None:
     paper = [c for c in FORWARD if c.dtype == "bfloat16" and not c.mods and c.mask in ("full", "causal") and c != SPLIT]
-    dense_ones = [c for c in paper if c.num_heads == c.num_heads_kv]
-    assert len(dense_ones) == 18
+    dense_ones = [c for c in paper if c.num_heads == c.num_heads_kv and c.head_dim == c.head_dim_v]
+    assert len(dense_ones) == 36
     assert {(c.batch * c.seqlen_q, c.num_heads * c.head_dim) for c in dense_ones} == {(16384, 2048)}
 
 
@@ -319,7 +320,7 @@ def test_timing_is_a_median_with_its_spread() -> None:
 
 def test_options_select_cases(capsys) -> None:
     arguments = parser().parse_args(["forward", "--only", "packed"])
-    assert selected(arguments) == [PACKED]
+    assert selected(arguments) == [PACKED, UNEVEN_PACKED]
     assert main(["forward", "--list", "--quick"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(QUICK)
     assert main(["forward", "--only", "no such case"]) == 1
