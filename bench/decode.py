@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bench.progress import within
@@ -229,6 +229,11 @@ def run_case(case: DecodeCase, peers: Sequence[str], rounds: int, env: Row) -> R
     print(f"{case!s:48} {us:9.1f} us | {case.bytes() / us * 1e-3:6.0f} GB/s | {others}", flush=True)
     del graphs, x
     torch.cuda.empty_cache()
+    return row(case, us, times, env)
+
+
+def row(case: DecodeCase, us: float, peers: Mapping[str, float], env: Row) -> Row:
+    """What is stored of a case."""
     mods = [f"page {case.page_size}"] + [f"cache {case.cache}"] * (case.cache != "bfloat16")
     return {
         "bench": "decode",
@@ -247,7 +252,7 @@ def run_case(case: DecodeCase, peers: Sequence[str], rounds: int, env: Row) -> R
         "tflops": None,
         "gbps": round(case.bytes() / us * 1e-3, 1),
         "bound_pct": None,
-        "peers": {name: round(t, 2) for name, t in times.items()},
+        "peers": {name: round(t, 2) for name, t in peers.items()},
         **env,
     }
 
