@@ -11,7 +11,7 @@ from cuattn.backward import POINTERS as BACKWARD_POINTERS
 from cuattn.backward import BackwardPlan
 from cuattn.decode import POINTERS as DECODE_POINTERS
 from cuattn.decode import DecodePlan, decode_fields, decode_variant
-from cuattn.fields import Field, Operand
+from cuattn.fields import ITEMSIZE, Field, Operand
 from cuattn.problem import POINTERS, SLOT, Problem, contiguous_strides
 from cuattn.registry import staged_bias
 from cuattn.score_mods import Bias
@@ -236,9 +236,11 @@ def backward_parameter_bytes(plan: BackwardPlan, attends: bool) -> int:
 
 
 def _backward_maps(plan: BackwardPlan) -> list[TensorMap]:
-    """Of q, k, v and dout, in whole tiles."""
+    """Of q, k, v and dout, of a staged bias and of what its gradient goes to, in whole tiles or panels of 128 bytes."""
     dout = plan.backward.dout._replace(slot=plan.backward.slot("dout"))
-    return [*_tensor_maps(plan, plan.tiles.block_m), TensorMap(dout, (64, plan.tiles.block_m, 1, 1))]
+    arrays = [array for array in (dout, plan.tma_bias, plan.tma_bias_sums) if array is not None]
+    boxes = [(128 // ITEMSIZE[array.dtype], plan.tiles.block_m, 1, 1) for array in arrays]
+    return [*_tensor_maps(plan, plan.tiles.block_m), *map(TensorMap, arrays, boxes)]
 
 
 def backward_struct(plan: BackwardPlan, launch: tuple[int, int, int, int], attends: bool) -> Struct:
