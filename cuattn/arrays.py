@@ -17,7 +17,7 @@ import importlib
 import operator
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -348,8 +348,10 @@ class Torch(Library):
             if x.requires_grad:
                 needs_grad = True
             addresses.append(ptr)
-            kinds += (ptr & 15, x.dtype, x.shape, strides, x.device)
-        if (needs_grad and not self._torch.is_grad_enabled()) or getattr(self._forward_ad, "_current_level", 0) >= 0:
+            kinds += (ptr & 15, x.dtype, x.shape, strides, x.get_device())
+        if needs_grad and not self._torch.is_grad_enabled():
+            needs_grad = False
+        if getattr(self._forward_ad, "_current_level", 0) >= 0:
             needs_grad = self.needs_grad(named.values())
         return _view(Gathered, (addresses, tuple(kinds), needs_grad))
 
@@ -360,9 +362,9 @@ class Torch(Library):
         return self.maker(shape, dtype, device)()
 
     def maker(self, shape: tuple[int, ...], dtype: str, device: Device) -> Callable[[], Any]:
-        # PyTorch takes separate sizes faster than a tuple of them.
-        sizes = shape or ((),)
-        return functools.partial(self._torch.empty, *sizes, dtype=_torch_dtype(dtype), device=_torch_device(device))
+        # PyTorch reads its arguments in less time than those of torch.empty.
+        function, strides = self._torch.empty_strided, contiguous_strides(shape)
+        return functools.partial(function, shape, strides, dtype=_torch_dtype(dtype), device=_torch_device(device))
 
     def stream(self, device: Device) -> int:
         return 0 if device[0] == "cpu" else int(self._raw_stream(device[1]))
@@ -528,6 +530,15 @@ def _elements(strides: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[tuple[int
     # A size that is no power of two (a structured or string dtype) is refused by its name; here it only must not divide.
     low_bits = size - 1 if size & (size - 1) == 0 else 0
     return tuple(stride // size for stride in strides), dtype.name, low_bits
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Element strides of a C-contiguous array."""
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
 
 
 def _misaligned(name: str, ptr: int, dtype: str) -> ValueError:

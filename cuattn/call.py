@@ -83,8 +83,8 @@ class Call(NamedTuple):
         options = self.options
         if options.return_lse:
             return self
-        both: Options = _new(Options, (*options[:3], True, *options[4:]))
-        return _new(Call, (*self[:6], both, *self[7:]))
+        both: Options = new(Options, (*options[:3], True, *options[4:]))
+        return new(Call, (*self[:6], both, *self[7:]))
 
     def over(self, present: dict[str, Any]) -> Call:
         """The same call over other arrays of the same library and device, of which some may have other dtypes."""
@@ -107,10 +107,13 @@ def forward(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], optio
         return trace(named, mask, mods, options, seed)
     call, needs_grad = resolve(named, mask, mods, options, seed)
     if needs_grad or call.library.autocasts((named["q"], named["k"], named["v"]), call.device):
-        from cuattn.torch import record
-
-        return record(call, needs_grad)
+        return _torch().record(call, needs_grad)
     return execute(call)
+
+
+@functools.cache
+def _torch() -> Any:
+    return importlib.import_module("cuattn.torch")
 
 
 def execute(call: Call) -> Any:
@@ -164,7 +167,7 @@ def resolve(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], optio
     needs_grad = check_kinds(library, device, present, mask, mods) if gathered is None else gathered[2]
     if type(seed) is not int or seed < 0 or seed >> 64:
         seed = _seed(seed)
-    return _new(Call, (library, device, present, mask, mods, own, options, seed, gathered)), needs_grad
+    return new(Call, (library, device, present, mask, mods, own, options, seed, gathered)), needs_grad
 
 
 def own_arrays(
@@ -200,7 +203,7 @@ def gather(
         raise
 
 
-_new = tuple.__new__  # half the time of Call(...): that one packs its arguments twice
+new = tuple.__new__  # half the time of Call(...): that one packs its arguments twice
 
 
 def _seed(seed: Any) -> int:

@@ -71,7 +71,7 @@ def attend(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], scalar
             if not library.supports_out or not library.writable(present[name]):
                 kind = "a read-only" if library.supports_out else f"a {library.name}"
                 raise ValueError(f"{name}: got {kind} array, expected a writable one to append to")
-    made = _Call(library, device, present, mask, mods, own, scalars, length)
+    made: _Call = call.new(_Call, (library, device, present, mask, mods, own, scalars, length))
     if gathered is not None:
         return _launch(made, gathered)
     if device[0] == "cpu" and (library is not arrays.NUMPY or not arrays.gpu_available()[0]):

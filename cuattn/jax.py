@@ -25,11 +25,11 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from cuattn import arrays, call, xla
-from cuattn.arrays import Library, View
+from cuattn.arrays import Library, View, contiguous_strides
 from cuattn.fields import ITEMSIZE
 from cuattn.formula import decode, encode
 from cuattn.masks import And, BlockSparse, BooleanMask, Mask, SlidingWindow
-from cuattn.problem import contiguous_strides, parse_mask, parse_mods
+from cuattn.problem import parse_mask, parse_mods
 from cuattn.score_mods import Alibi, Bias, ScoreMod, UserMod
 
 __all__ = ["attention", "attention_varlen", "dot_product_attention"]

@@ -7,12 +7,13 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cuattn.arrays import contiguous_strides
 from cuattn.backward import POINTERS as BACKWARD_POINTERS
 from cuattn.backward import BackwardPlan
 from cuattn.decode import POINTERS as DECODE_POINTERS
 from cuattn.decode import DecodePlan, decode_fields, decode_variant
 from cuattn.fields import ITEMSIZE, Field, Operand
-from cuattn.problem import POINTERS, SLOT, Problem, contiguous_strides
+from cuattn.problem import POINTERS, SLOT, Problem
 from cuattn.registry import staged_bias
 from cuattn.score_mods import Bias
 from cuattn.tma import MAP_ALIGNMENT, MAP_BYTES, TensorMap
@@ -277,36 +278,40 @@ class Launch:
         self._function, self._grid, self._block, self._smem_bytes = function, (grid, 1, 1), (threads, 1, 1), smem_bytes
         self._struct = struct
         self._words = tuple((place, position[slot]) for place, slot in struct.words if slot in position)
-        self._bases = tuple(position[m.operand.slot] for m in struct.maps)
+        self._bases = tuple((n * MAP_BYTES // WORD, position[m.operand.slot]) for n, m in enumerate(struct.maps))
         self._free: list[_Memory] = []
 
     def __call__(self, words: Sequence[int], stream: Any) -> None:
         try:
             memory = self._free.pop()  # each launch has memory of its own, whatever other threads do
         except IndexError:
-            memory = _Memory(self._struct, [words[n] for n in self._bases])
+            memory = self._memory(words)
         target = memory.words
-        for place, n in self._words:
+        for place, n in memory.places:
             target[place] = words[n]
-        if memory.lasting:
-            for n, place in zip(self._bases, memory.bases, strict=True):
-                target[place] = words[n]
         self._function(self._grid, self._block, memory.arguments, self._smem_bytes, stream)
         if memory.lasting:
             self._free.append(memory)
 
-
-class _Memory:
-    """A struct in memory that the driver reads while it launches, with the tensor maps of a call."""
-
-    def __init__(self, struct: Struct, bases: Sequence[int]) -> None:
-        """bases: addresses of the arrays of its maps."""
+    def _memory(self, words: Sequence[int]) -> _Memory:
+        """Memory with the tensor maps of a call."""
         from cupy.cuda.function import CPointer
 
-        maps = b"".join([m.at(address) for m, address in zip(struct.maps, bases, strict=True)])
-        image = maps + struct.image[len(maps) :]
-        self.words = (ctypes.c_uint64 * (len(image) // WORD)).from_buffer_copy(image)
-        self.arguments = (CPointer(ctypes.addressof(self.words)),)
-        self.lasting = all(m.movable for m in struct.maps)
-        """whether the maps of another call differ in their addresses alone, which lie at `bases`"""
-        self.bases = range(0, len(maps) // WORD, MAP_BYTES // WORD)
+        maps = b"".join([m.at(words[n]) for m, (_, n) in zip(self._struct.maps, self._bases, strict=True)])
+        image = maps + self._struct.image[len(maps) :]
+        memory = (ctypes.c_uint64 * (len(image) // WORD)).from_buffer_copy(image)
+        lasting = all(m.movable for m in self._struct.maps)
+        places = self._words + self._bases if lasting else self._words
+        return _Memory(memory, (CPointer(ctypes.addressof(memory)),), places, lasting)
+
+
+class _Memory(NamedTuple):
+    """A struct in memory that the driver reads while it launches."""
+
+    words: Any
+    arguments: tuple[Any, ...]
+    """as `cupy.cuda.Function` takes them"""
+    places: tuple[tuple[int, int], ...]
+    """(place, position of a call's word) of all that another call must write"""
+    lasting: bool
+    """whether maps of other calls differ in their addresses alone, so that this memory serves them too"""

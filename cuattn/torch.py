@@ -274,13 +274,13 @@ def record(arguments: call.Call, needs_grad: bool) -> Any:
     modifications. Autocast casts q, k and v as it does for PyTorch's own attention. Raises ValueError for `out` in a call to be
     differentiated, NotImplementedError for an array that requires grad but has none and inside a transform of torch.func.
     """
-    casts = _casts(arguments.present)
-    if casts:
-        arguments = arguments.over({**arguments.present, **casts})
+    if torch.is_autocast_enabled(arguments.device[0]):
+        arguments = arguments.over({**arguments.present, **_casts(arguments.present)})
     if not needs_grad:
         return call.execute(arguments)
     present, mods = arguments.present, arguments.mods
-    _check_forward_mode(present, mods)
+    if forward_ad._current_level >= 0:
+        _check_forward_mode(present, mods)
     _check_differentiable(present.get("out"), mods)
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError("cuattn: transforms of torch.func (grad, vmap, ...) are not supported, use torch.autograd")
@@ -328,8 +328,6 @@ def _check_differentiable(out: Any, mods: tuple[ScoreMod, ...]) -> None:
 
 
 def _check_forward_mode(named: Mapping[str, Any], mods: tuple[ScoreMod, ...]) -> None:
-    if forward_ad._current_level < 0:
-        return
     for x in _inputs(named, mods):
         if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError("cuattn: forward-mode differentiation (jvp) is not supported")
@@ -349,8 +347,6 @@ class _Described(NamedTuple):
 
 def _bind(mask: Mask, mods: tuple[ScoreMod, ...], own: Sequence[Any]) -> tuple[Mask, tuple[ScoreMod, ...]]:
     """Mask and modifications over other arrays, given one after the other."""
-    if not own:
-        return mask, mods
     position = len(mask.arrays)
     mask, bound = mask.bind(own[:position]), []
     for mod in mods:
@@ -369,7 +365,9 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
         out, lse = call.execute(arguments.with_lse())
         # Every array is saved, so that autograd notices when one changes in place; nothing else keeps them alive.
         ctx.save_for_backward(*present.values(), out, lse, *own)
-        ctx.rest = ((*present, "out", "lse"), *_bind(mask, mods, _Described.of(own)), options, seed)
+        if own:
+            mask, mods = _bind(mask, mods, _Described.of(own))
+        ctx.rest = (*present, "out", "lse"), mask, mods, options, seed
         ctx.set_materialize_grads(False)
         return (out, lse) if options.return_lse else out
 
@@ -380,7 +378,8 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
             return (None,) * (1 + len(needed))
         saved, (names, mask, mods, options, seed) = ctx.saved_tensors, ctx.rest
         named = dict(zip(names, saved, strict=False))
-        mask, mods = _bind(mask, mods, saved[len(named) :])
+        if len(saved) > len(named):
+            mask, mods = _bind(mask, mods, saved[len(named) :])
         if not torch.is_grad_enabled():
             return (None, *_gradients(dout, dlse, named, mask, mods, options, seed, needed))
         with torch.no_grad():  # create_graph=True: all that is recorded of the gradients is that they are final
