@@ -167,6 +167,7 @@ HOST_LINES = {
     "flash_attn": "Host time that cuattn.flash_attn adds to a warm call on {kind} arrays",
     "sdpa": "Host time that cuattn.torch.scaled_dot_product_attention adds to a warm call on {kind} arrays",
     "jax": "Warm call of cuattn.jax.attention under jit, until the result is there",
+    "jax_return": "Warm call of cuattn.jax.attention under jit, until it returns",
 }
 
 
