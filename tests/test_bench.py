@@ -437,6 +437,10 @@ def test_all_is_the_parts_that_store_rows() -> None:
     chosen = selected(parser().parse_args(["all", "--quick"]))
     for part in STORED:
         assert set(selected(parser().parse_args([part, "--quick"]))) <= set(chosen), part
+    some = selected(parser().parse_args(["all", "--parts", "latency,host"]))
+    assert some == [*LATENCY, HOST]
+    with pytest.raises(ValueError, match="--parts: got sleep, expected some of forward"):
+        selected(parser().parse_args(["all", "--parts", "host,sleep"]))
     assert HOST in chosen and len(chosen) > len(QUICK) + len(BACKWARD_QUICK)
 
 
@@ -448,7 +452,7 @@ def test_the_matrix_is_complete_in_both_directions() -> None:
     for backward_too in (False, True):
         cells = [case for case in MATRIX if case.backward == backward_too]
         assert {(c.seqlen_q, c.head_dim, c.num_heads) for c in cells} == grid and len(cells) == len(grid)
-    assert len({results.key(row(case)) for case in MATRIX}) == len(MATRIX)
+    assert len({results.key(row(case)) for case in MATRIX}) == len(MATRIX) and MATRIX[-2:] == COMPILED
     flex = next(b for b in BASELINES if b.name == "flex")
     for case in MATRIX:
         names = {b.name for b in BASELINES if not (b.declines_gradient(case) if case.backward else b.declines(case))}
