@@ -246,6 +246,15 @@ def test_the_readme_and_the_page_are_what_the_rows_say(tmp_path: Path) -> None:
         assert written == (results.ROOT / name).read_text(encoding="utf-8"), "run: python -m bench report"
 
 
+def test_rows_behind_a_peer_are_listed_the_worst_first() -> None:
+    near, far, ahead = (dense("bfloat16", d, 1, 4, 1024) for d in (64, 128, 256))
+    rows = [row(near, 100.0, cudnn=99.0, flash=98.0), row(far, 100.0, fa4=50.0), row(ahead, 100.0, cudnn=101.0)]
+    rows.append(row(replace(HOST, bench="host/torch/autograd"), 100.0, **{"an empty autograd.Function": 10.0}))
+    *_, first, second = tables.behind(rows, TITLES)
+    assert first == "| forward | bf16 | 128 | 1 x 4 | 1024 | full | FA4 | 0.50 |" and "| FA2 | 0.98 |" in second
+    assert tables.behind(rows[2:], TITLES) == []
+
+
 def test_every_row_of_the_results_file_is_in_the_page() -> None:
     """Rows that no table shows would be measured for nothing."""
     shown = {*results.RATED, *tables.TABLES}
