@@ -496,7 +496,8 @@ class DecodePlan:
         return (
             f"DecodePlan({self.device.arch}: {self.rows} rows x {self.block_n} keys x {self.stages}, "
             f"d{self.head_dim}/{self.head_dim_v}{f' x {self.pieces}' if self.pieces > 1 else ''}, "
-            f"{self.warps_m}x{self.warps_n} warps, {self.smem_bytes} B shared, grid {self.grid}, workspace {sum(self.workspace)} B)"
+            f"{self.warps_m}x{self.warps_n} warps, {self.smem_bytes} B shared, "
+            f"grid {self.grid}, workspace {sum(self.workspace)} B)"
         )
 
 
@@ -544,7 +545,8 @@ def declines_latent(problem: DecodeProblem, device: Device) -> list[str]:
     if p.dtype not in ("float16", "bfloat16") or p.cache_dtype != p.dtype:
         reasons.append(f"multiplies float16 and bfloat16, got {p.dtype} over {p.cache_dtype}")
     if (p.head_dim, p.head_dim_v) != LATENT_DIMS:
-        reasons.append(f"serves {LATENT_DIMS[0]} columns of keys and {LATENT_DIMS[1]} of values, got {p.head_dim}, {p.head_dim_v}")
+        dims = f"{p.head_dim} and {p.head_dim_v}"
+        reasons.append(f"serves {LATENT_DIMS[0]} columns of keys and {LATENT_DIMS[1]} of values, got {dims}")
     if p.mods or p.mask.arrays or p.operand("sinks") is not None:
         reasons.append("has no score modification, sinks or mask that reads memory")
     if p.packed:
@@ -680,8 +682,10 @@ def divisor(n: int) -> tuple[int, int]:
 
 
 def decode_fields(plan: DecodePlan, attends: bool, piece: int = 0) -> list[tuple[str, int | float]]:
-    """Members of DecodeParams after its pointers, in order, as (struct code, value). `piece` of the columns of out, if the
-    kernel attends."""
+    """Members of DecodeParams after its pointers, in order, as (struct code, value).
+
+    `piece` of the columns of out, if the kernel attends.
+    """
     p = plan.problem
     heads_kv, group, dim_v = p.num_heads_kv, p.group, p.head_dim_v
     if attends:

@@ -1,4 +1,5 @@
-// Entry of mainloop/decode_latent_sm90.cuh: a fixed number of CTAs, which divide the work among themselves as those of decode.cu.
+// Entry of mainloop/decode_latent_sm90.cuh: a fixed number of CTAs, which divide the work among themselves as those of
+// decode.cu.
 #include "mainloop/decode_latent_sm90.cuh"
 
 namespace cuattn {

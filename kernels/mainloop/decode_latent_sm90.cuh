@@ -45,7 +45,7 @@ struct DecodeLatentSm90 {
     static constexpr int kHeadDim = Config::kHeadDim, kHeadDimV = Config::kHeadDimV, kHalf = kHeadDimV / 2;
     static constexpr int kBoxRows = Config::kBoxRows, kBoxes = kBlockN / kBoxRows;
     static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-    static_assert(Config::kThreads == 384 && kRows == 64 && kBlockN == 64 && kBlockN % kBoxRows == 0);
+    static_assert(Config::kThreads == 384 && kRows == 64 && kBlockN == 64 && kBlockN % kBoxRows == 0 && kBoxes <= 32);
     static_assert(kHeadDimV % 128 == 0 && kHeadDim % 64 == 0 && kHeadDim >= kHeadDimV + kBlockN, "P lies past the values");
 
     using QTile = PanelTile<kRows, kHeadDim>;
@@ -56,8 +56,17 @@ struct DecodeLatentSm90 {
     static constexpr int kOffsetBarriers = kOffsetC + 2 * CTile::kBytes, kOffsetShared = kOffsetBarriers + 8 * 8;
     enum NamedBarrier { kScores0 = 1, kScores1, kOwn, kBoth = kOwn + kConsumers };  // 0 is __syncthreads
 
+    // What this CTA knows of the schedule once it is open, in shared memory: the loop over the keys has no registers for it.
+    struct Share {
+        unsigned total;
+        int teams;
+        unsigned start, stop;
+        int batch;
+        unsigned first;
+    };
     struct Shared {
-        unsigned schedule[Config::kThreads / 32 + 2];
+        unsigned memory[Config::kThreads / 32 + 2];  // of DecodeSchedule::open
+        Share share;
         float max[kConsumers][kRows];  // that the last P of a warpgroup's blocks is relative to
         float sum[kConsumers][kRows];
         bool last;
@@ -83,85 +92,82 @@ struct DecodeLatentSm90 {
         return min(kRows, item.seq.seqlen_q * params().group - item.m_block * kRows);
     }
 
+    __device__ __forceinline__ Schedule schedule() const {
+        const Share& s = shared().share;
+        return {params(), arguments.variant.mask, s.total, s.teams, s.start, s.stop, s.batch, s.first};
+    }
     // What follows from an item's place again, rather than kept in registers that the loop over the keys needs.
-    __device__ __forceinline__ void refresh(const Schedule& schedule, DecodeItem& item) const {
+    __device__ __forceinline__ void refresh(DecodeItem& item) const {
         item.batch = opaque(item.batch);
         item.seq = CachedSequence::of<false>(params(), item.batch);
-        schedule.enter(item);
+        schedule().enter(item);
     }
     // Calls visit(item, blocks, first unit) for each part of this CTA's range.
     template <class Visit>
-    __device__ __forceinline__ void for_parts(const Schedule& schedule, Visit visit) const {
-        if (schedule.start >= schedule.stop) return;
-        DecodeItem item = schedule.first_item();
-        for (unsigned unit = schedule.start; unit < schedule.stop;) {
-            const unsigned end = min(schedule.stop, item.first + item.units);
-            while (unit < end) {
-                const unsigned next = params().max_parts > 0 ? unit + 1 : end;
-                const int from = static_cast<int>(unit - item.first) * item.chunk,
-                          to = static_cast<int>(next - item.first) * item.chunk;
-                visit(item, Range{item.blocks.start + from, min(item.blocks.start + to, item.blocks.stop)}, unit);
-                refresh(schedule, item);
-                unit = next;
-            }
-            if (unit < schedule.stop) schedule.advance(item);
+    __device__ __forceinline__ void for_parts(Visit visit) const {
+        unsigned unit = shared().share.start;
+        if (unit >= shared().share.stop) return;
+        DecodeItem item = schedule().first_item();
+        while (true) {
+            const unsigned end = min(shared().share.stop, item.first + item.units);
+            const unsigned next = params().max_parts > 0 ? unit + 1 : end;
+            const int from = static_cast<int>(unit - item.first) * item.chunk,
+                      to = static_cast<int>(next - item.first) * item.chunk;
+            visit(item, Range{item.blocks.start + from, min(item.blocks.start + to, item.blocks.stop)}, unit);
+            refresh(item);
+            unit = next;
+            if (unit >= shared().share.stop) return;
+            if (unit >= item.first + item.units) schedule().advance(item);
         }
     }
 
     // ---------------------------------------------------------------------------------------------------------- producer
 
-    // Where the boxes of a block lie: lane l knows of boxes l and l + 32.
-    struct Boxes {
-        Place at[(kBoxes + 31) / 32];
-    };
-    __device__ __forceinline__ Boxes find(const DecodeItem& item, int n) const {
-        Boxes boxes;
-#pragma unroll
-        for (int x = 0; x < (kBoxes + 31) / 32; x++) {
-            const int box = static_cast<int>(threadIdx.x % 32) + 32 * x, j = n * kBlockN + box * kBoxRows;
-            const bool exists = box < kBoxes && j < item.seq.seqlen_k;
-            boxes.at[x] = place_of<Config::kPaged>(params(), item.seq, item.seq.leftpad + j, exists);
-        }
-        return boxes;
+    // Where the boxes of a block lie: lane l knows of box l.
+    __device__ __forceinline__ Place find(const DecodeItem& item, int n) const {
+        const int box = static_cast<int>(threadIdx.x % 32), j = n * kBlockN + box * kBoxRows;
+        const bool exists = box < kBoxes && j < item.seq.seqlen_k;
+        return place_of<Config::kPaged>(params(), item.seq, item.seq.leftpad + j, exists);
     }
-    // What the map places outside the cache arrives as zeros.
-    __device__ __forceinline__ void load_panels(const Boxes& boxes, int head, int stage, int group, int start, int stop) const {
+    // Loads panels [start, start + count) of a block, shared among the warps. What the map places outside the cache arrives as
+    // zeros. NOTE: bytes may arrive before they are announced, since the phase does not end before the announcement.
+    __device__ __forceinline__ void load_panels(const Place& boxes, int head, int stage, int group, int start, int count,
+                                                int warp) const {
         const unsigned to = base + kOffsetC + stage * CTile::kBytes;
-#pragma unroll
-        for (int box = 0; box < kBoxes; box++) {
-            const int page = __shfl_sync(0xffffffffu, boxes.at[box / 32].page, box % 32);
-            const int slot = __shfl_sync(0xffffffffu, boxes.at[box / 32].slot, box % 32);
-            if (threadIdx.x % 32 != 0) continue;
 #pragma unroll 1
-            for (int panel = start; panel < stop; panel++) {
+        for (int x = warp; x < count * kBoxes; x += 4) {
+            const int box = x % kBoxes, panel = start + x / kBoxes;
+            const int page = __shfl_sync(0xffffffffu, boxes.page, box);
+            const int slot = __shfl_sync(0xffffffffu, boxes.slot, box);
+            if (threadIdx.x % 32 == 0) {
                 cp_async_bulk_tensor_4d(to + panel * CTile::kPanelBytes + box * kBoxRows * 128, arguments.map,
                                         full(stage, group), 64 * panel, slot, head, page);
             }
+            __syncwarp();
         }
     }
-    __device__ __forceinline__ void produce(const Schedule& schedule) const {
+    __device__ __forceinline__ void produce(int warp) const {
         constexpr int kEach = kHalf / 64, kRest = CTile::kPanels - 2 * kEach;  // panels of a half, and past both
+        const bool announces = warp == 0 && threadIdx.x % 32 == 0;
         unsigned parity[2] = {1, 1};  // a fresh barrier lets the first wait pass
-        if (threadIdx.x % 32 == 0) prefetch_tensormap(arguments.map);
-        for_parts(schedule, [&](const DecodeItem& item, const Range& blocks, unsigned) {
+        if (announces) prefetch_tensormap(arguments.map);
+        for_parts([&](const DecodeItem& item, const Range& blocks, unsigned) {
             if (blocks.start >= blocks.stop) return;
             const int head = params().k_head != 0 ? item.head_kv : 0;
-            Boxes boxes = find(item, blocks.start);
+            Place boxes = find(item, blocks.start);
 #pragma unroll 1
             for (int n = blocks.start; n < blocks.stop; n++) {
                 const int stage = (n - blocks.start) % 2;
-                const Boxes now = boxes;
+                const Place now = boxes;
                 if (n + 1 < blocks.stop) boxes = find(item, n + 1);  // on its way while the stage is waited for
                 const unsigned phase = stage == 0 ? parity[0] : parity[1];
                 mbarrier_wait(empty(stage, 0), phase);
-                if (threadIdx.x % 32 == 0) mbarrier_arrive_expect_tx(full(stage, 0), kEach * CTile::kPanelBytes);
-                __syncwarp();
-                load_panels(now, head, stage, 0, stage * kEach, (stage + 1) * kEach);
+                if (announces) mbarrier_arrive_expect_tx(full(stage, 0), kEach * CTile::kPanelBytes);
+                load_panels(now, head, stage, 0, stage * kEach, kEach, warp);
                 mbarrier_wait(empty(stage, 1), phase);
-                if (threadIdx.x % 32 == 0) mbarrier_arrive_expect_tx(full(stage, 1), (kEach + kRest) * CTile::kPanelBytes);
-                __syncwarp();
-                load_panels(now, head, stage, 1, (1 - stage) * kEach, (2 - stage) * kEach);
-                load_panels(now, head, stage, 1, 2 * kEach, CTile::kPanels);
+                if (announces) mbarrier_arrive_expect_tx(full(stage, 1), (kEach + kRest) * CTile::kPanelBytes);
+                load_panels(now, head, stage, 1, (1 - stage) * kEach, kEach, warp);
+                load_panels(now, head, stage, 1, 2 * kEach, kRest, warp);
                 if (stage == 0) {
                     parity[0] ^= 1;
                 } else {
@@ -177,7 +183,7 @@ struct DecodeLatentSm90 {
     struct Consumer {
         const DecodeLatentSm90& kernel;
         unsigned long long desc_q;  // K-major, of q; those of other operands lie at fixed distances
-        float factor;  // turns a score into the exponent of 2
+        float factor;               // turns a score into the exponent of 2
         unsigned parity[2] = {0, 0};
         WgmmaTile<kHalf> o;
         WgmmaTile<kBlockN> s;
@@ -214,8 +220,8 @@ struct DecodeLatentSm90 {
             wgmma_commit_group();
         }
         __device__ __forceinline__ void step_s(int step, bool accumulate) {
-            Wgmma<kBlockN, Element>::ss(s.data, desc_q + QTile::k_major_step(step),
-                                        desc_k() + CTile::k_major_step(step), accumulate);
+            Wgmma<kBlockN, Element>::ss(s.data, desc_q + QTile::k_major_step(step), desc_k() + CTile::k_major_step(step),
+                                        accumulate);
         }
         // O += P V of a stage, started: with the own P from registers, with the other one from shared memory.
         __device__ __forceinline__ void issue_own() {
@@ -244,9 +250,8 @@ struct DecodeLatentSm90 {
         // Rows past the sequence may hold anything: P is 0 there, but 0 * NaN is not.
         __device__ __forceinline__ void clear(const DecodeItem& item, int n, int stage) const {
             if ((n + 1) * kBlockN <= item.seq.seqlen_k) return;
-            VTile::template clear_rows<128>(
-                kernel.smem + kOffsetC + stage * CTile::kBytes + kWg * VTile::kBytes, item.seq.seqlen_k - n * kBlockN,
-                static_cast<int>(threadIdx.x % 128));
+            VTile::template clear_rows<128>(kernel.smem + kOffsetC + stage * CTile::kBytes + kWg * VTile::kBytes,
+                                            item.seq.seqlen_k - n * kBlockN, static_cast<int>(threadIdx.x % 128));
             fence_proxy_async();
             bar_sync(kOwn + kWg, 128);
         }
@@ -332,7 +337,8 @@ struct DecodeLatentSm90 {
 
         // Block n, and n + 1 with kPair, in stages 0 and 1.
         template <bool kPair>
-        __device__ __forceinline__ void visit(const DecodeItem& item, const PackedRows& packed_rows, const Range& queries, int n) {
+        __device__ __forceinline__ void visit(const DecodeItem& item, const PackedRows& packed_rows, const Range& queries,
+                                              int n) {
             if constexpr (kWg == 0) {
                 issue_s();
                 wgmma_wait_group<0>();
@@ -455,10 +461,10 @@ struct DecodeLatentSm90 {
                 results[half] = finish_row(max, sum, negative_infinity<float>());
             }
         }
-        __device__ __forceinline__ void process(const Schedule& schedule, DecodeItem& item, const Range& blocks,
-                                                unsigned unit) {
+        __device__ __forceinline__ void process(DecodeItem& item, const Range& blocks, unsigned unit) {
             visit_keys(item, blocks);
-            kernel.refresh(schedule, item);
+            kernel.refresh(item);
+            const Schedule schedule = kernel.schedule();
             const int parts = schedule.parts(item), count = kernel.rows_of(item);
             const PackedRows packed_rows = kernel.packed(item);
             RowResult<float> results[2];
@@ -567,13 +573,11 @@ struct DecodeLatentSm90 {
     };
 
     template <int kWg>
-    __device__ __forceinline__ void consume(const Schedule& schedule) const {
+    __device__ __forceinline__ void consume() const {
         Consumer<kWg> consumer{*this};
         consumer.desc_q = QTile::k_major(base);
         consumer.factor = static_cast<float>(Config::kFoldScale ? params().scale * kLog2e : kLog2e);
-        for_parts(schedule, [&](DecodeItem& item, const Range& blocks, unsigned unit) {
-            consumer.process(schedule, item, blocks, unit);
-        });
+        for_parts([&](DecodeItem& item, const Range& blocks, unsigned unit) { consumer.process(item, blocks, unit); });
     }
 
     // -------------------------------------------------------------------------------------------------------------- roles
@@ -590,16 +594,20 @@ struct DecodeLatentSm90 {
             fence_mbarrier_init();
         }
         Schedule schedule{params(), arguments.variant.mask};
-        schedule.open(shared().schedule);  // ends with a barrier
+        schedule.open(shared().memory);
+        if (threadIdx.x == 0) {
+            shared().share = {schedule.total, schedule.teams, schedule.start, schedule.stop, schedule.batch, schedule.first};
+        }
+        __syncthreads();
         if (wg == kConsumers) {
             setmaxnreg_dec<kProducerRegisters>();
-            if (warp == 4 * kConsumers) produce(schedule);
+            produce(warp - 4 * kConsumers);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
             if (wg == 0) {
-                consume<0>(schedule);
+                consume<0>();
             } else {
-                consume<1>(schedule);
+                consume<1>();
             }
         }
     }

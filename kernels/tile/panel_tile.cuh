@@ -24,7 +24,9 @@ struct PanelTile {
                static_cast<unsigned long long>(1024 / 16) << 32 | 1ull << 62;
     }
     __device__ __forceinline__ static constexpr unsigned long long k_major(unsigned smem) { return descriptor(smem, 16); }
-    __device__ __forceinline__ static constexpr unsigned long long mn_major(unsigned smem) { return descriptor(smem, kPanelBytes); }
+    __device__ __forceinline__ static constexpr unsigned long long mn_major(unsigned smem) {
+        return descriptor(smem, kPanelBytes);
+    }
 
     // What to add to a descriptor for operand step k of 16 columns (K-major) or 16 rows (MN-major), or for another tile.
     static constexpr int k_major_step(int k) { return (k / 4 * kPanelBytes + k % 4 * 32) / 16; }
