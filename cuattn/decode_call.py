@@ -220,10 +220,19 @@ _CALL_BITS = (1 << 48) - 1
 """Of a call's number that a ticket has room for."""
 
 
+def _holds_values(views: dict[str, View]) -> bool:
+    """Whether a v_cache that begins where k_cache does is columns of it, in a call that means the same with head_dim_v."""
+    k, v = views["k_cache"], views["v_cache"]
+    alike = (v.strides, v.shape[:-1], v.dtype) == (k.strides, k.shape[:-1], k.dtype) and v.shape[-1] < k.shape[-1]
+    return alike and not views.keys() & {"k", "v", "k_scale", "v_scale", "rotary_cos"}
+
+
 def _launch(made: _Call) -> Any:
     library, device, present, mask, mods, own, scalars, length = made
     view = library.view
     views = {name: view(x, name) for name, x in present.items()}
+    if "v_cache" in views and views["v_cache"].ptr == views["k_cache"].ptr and _holds_values(views):
+        scalars = scalars._replace(head_dim_v=views.pop("v_cache").shape[-1])
     own_views = [view(x) for x in own] if own else ()
     signature: tuple[Any, ...] = tuple([(name, *v[1:], v[0] & 15) for name, v in views.items()])
     if own:
