@@ -140,6 +140,19 @@ TABLES: dict[str, tuple[str, Table]] = {
 """Title and table of the parts whose rows are no rates."""
 
 
+def behind(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
+    """A table of every row in which a peer took less time than we did, the worst first; [] where there is none."""
+    found = []
+    for row in rows:
+        peers = {name: us for name, us in row["peers"].items() if name in titles and us < row["us"]}
+        if peers:
+            best = min(peers, key=lambda name: peers[name])
+            found.append({**row, "best": titles[best], "ratio": peers[best] / row["us"]})
+    words: dict[str, Cell] = {"": lambda row: row["bench"], **SIZES, "faster": lambda row: row["best"]}
+    found.sort(key=lambda row: row["ratio"])
+    return columns(found, words, {"its time over ours": lambda row: f"{row['ratio']:.2f}"}) if found else []
+
+
 def other_lines(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
     """Host path and first call, one line each."""
     lines = []

@@ -135,6 +135,10 @@ class Library:
         """A CuPy array over a CUDA array's memory; CuPy's current stream waits for what its producer has queued."""
         return _cupy().from_dlpack(x)
 
+    def results(self, device: Device) -> Library:
+        """The library of the arrays that `give_back` and `from_host` return; a call takes those beside arrays of its own."""
+        return self
+
     def give_back(self, x: Any, out: Any = None) -> Any:
         """A CuPy result as this library's kind, ordered after CuPy's current stream; `out` receives it where supported."""
         return x
@@ -447,10 +451,13 @@ class DLPack(Library):
 
     name = "dlpack"
 
+    def results(self, device: Device) -> Library:
+        return NUMPY if device[0] == "cpu" else CUPY
+
     def host(self, x: Any) -> Array:
         if self.device(x)[0] == "cuda":
             return CUPY.host(self.to_cupy(x))
-        return np.from_dlpack(x)
+        return x if isinstance(x, np.ndarray) else np.from_dlpack(x)
 
     def from_host(self, x: Array, like: Any) -> Any:
         device = self.device(like)
@@ -458,6 +465,19 @@ class DLPack(Library):
             return x
         with CUPY.guard(device):
             return upload(x)
+
+
+class CudaInterface(DLPack):
+    """Arrays with `__cuda_array_interface__` and no `__dlpack__`, Numba's for one. Results are CuPy arrays."""
+
+    name = "cuda_array_interface"
+
+    def device(self, x: Any, name: str = "array") -> Device:
+        return CUPY.device(self.to_cupy(x))
+
+    def to_cupy(self, x: Any) -> Any:
+        """A CuPy array over the same memory, after waiting for the stream that the interface names, if it names one."""
+        return _cupy().asarray(x)
 
 
 def traced(x: Any) -> bool:
@@ -469,7 +489,7 @@ def traced(x: Any) -> bool:
     return bool(torch.compiler.is_dynamo_compiling() or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__)
 
 
-NUMPY, CUPY, TORCH, JAX, DLPACK = NumPy(), CuPy(), Torch(), Jax(), DLPack()
+NUMPY, CUPY, TORCH, JAX, DLPACK, CUDA_INTERFACE = NumPy(), CuPy(), Torch(), Jax(), DLPack(), CudaInterface()
 _BY_TYPE: dict[type, Library] = {np.ndarray: NUMPY}
 
 
@@ -505,9 +525,14 @@ def _identify(x: Any, name: str) -> Library:
                 "traced ones are for cuattn.jax.attention"
             )
         return JAX
-    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__") and not isinstance(x, type):
+    if isinstance(x, type):
+        pass
+    elif hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         return DLPACK
-    raise TypeError(f"{name}: got {kind}, expected a NumPy, CuPy, PyTorch or JAX array, or one with __dlpack__")
+    elif hasattr(x, "__cuda_array_interface__"):
+        return CUDA_INTERFACE
+    others = "or one with __dlpack__ or __cuda_array_interface__"
+    raise TypeError(f"{name}: got {kind}, expected a NumPy, CuPy, PyTorch or JAX array, {others}")
 
 
 @functools.cache

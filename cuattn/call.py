@@ -238,7 +238,7 @@ _MOD_NAMES = {"Alibi": "alibi_slopes", "Bias": "bias"}
 
 def _check_kind(library: Library, device: ArrayDevice, name: str, x: Any) -> None:
     other = library_of(x, name)
-    if other is not library:
+    if other is not library and other is not library.results(device):
         raise TypeError(f"{name}: got {other.name} array, expected {library.name} as q is")
     where = library.device(x, name)
     if where != device:

@@ -10,12 +10,13 @@ import numpy as np
 
 from cuattn import arrays, call
 from cuattn.arrays import Device as ArrayDevice
-from cuattn.arrays import Gathered, Library
+from cuattn.arrays import Gathered, Library, View
 from cuattn.codegen import decode_units
 from cuattn.decode import (
     APPEND_THREADS,
     CACHE_DTYPES,
     POINTERS,
+    SHARED,
     SLOT,
     WORKSPACE,
     DecodePlan,
@@ -58,6 +59,8 @@ def attend(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], scalar
         length = int(present.pop("cache_seqlens"))
     elif "cache_seqlens" not in present:
         raise TypeError("cache_seqlens: got None, expected an integer or an int32 array of shape (batch,)")
+    if "v_cache" not in present and scalars.head_dim_v is None:
+        raise TypeError("v_cache: got None, expected an array, or head_dim_v where values are columns of the keys")
     mask, own = call.own_arrays(mask, mods, library, q, device)
     gathered = call.gather(library, device, present, own, mask, mods)
     if "out" in present:
@@ -67,7 +70,7 @@ def attend(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], scalar
             "attention_with_kvcache: has no gradient; call it under torch.no_grad() or on detached tensors"
         )
     if "k" in present:
-        for name in WRITTEN:
+        for name in (n for n in WRITTEN if n in present):
             if not library.supports_out or not library.writable(present[name]):
                 kind = "a read-only" if library.supports_out else f"a {library.name}"
                 raise ValueError(f"{name}: got {kind} array, expected a writable one to append to")
@@ -132,6 +135,8 @@ def _on_cpu(made: _Call) -> Any:
     _check_host(host, made.length, problem)
     call.debug(problem, "numpy backend")
     host.setdefault("cache_seqlens", np.full(problem.batch, made.length, np.int32))
+    if problem.latent:
+        host.update({name: _values(host[of], name, problem) for name, of in SHARED.items() if of in host})
     dense3 = not problem.packed and host["q"].ndim == 3
     if dense3:
         host.update({name: host[name][None] for name in ("q", "k", "v", "out") if name in host})
@@ -147,6 +152,10 @@ def _on_cpu(made: _Call) -> Any:
         out, lse = out[0], lse[0]
     result = present["out"] if "out" in present else library.from_host(out, present["q"])
     return (result, library.from_host(lse, present["q"])) if made.scalars.return_lse else result
+
+
+def _values(source: Any, name: str, problem: DecodeProblem) -> Any:
+    return source if name == "v_scale" else source[..., : problem.head_dim_v]
 
 
 def _through_cupy(made: _Call) -> Any:
@@ -178,7 +187,7 @@ def _through_cupy(made: _Call) -> Any:
         library.retain((*present.values(), *own))
         out, *rest = result if made.scalars.return_lse else (result,)
         if "k" in present:
-            for name in WRITTEN:
+            for name in (n for n in WRITTEN if n in present):
                 library.give_back(present[name], given[name])
         result = library.give_back(out, made.present.get("out"))
         return (result, *(library.give_back(x) for x in rest)) if rest else result
@@ -199,11 +208,20 @@ _CALL_BITS = (1 << 48) - 1
 """Of a call's number that a ticket has room for."""
 
 
+def _holds_values(views: dict[str, View]) -> bool:
+    """Whether a v_cache that begins where k_cache does is columns of it, in a call that means the same with head_dim_v."""
+    k, v = views["k_cache"], views["v_cache"]
+    alike = (v.strides, v.shape[:-1], v.dtype) == (k.strides, k.shape[:-1], k.dtype) and v.shape[-1] < k.shape[-1]
+    return alike and not views.keys() & {"k", "v", "k_scale", "v_scale", "rotary_cos"}
+
+
 def _launch(made: _Call, gathered: Gathered) -> Any:
     library, device, present, mask, mods, _, scalars, length = made
-    key = ("decode", library.name, gathered.kinds, mask.key(), tuple([m.key() for m in mods]) if mods else (), scalars)
+    shared = "v_cache" in present and gathered.addresses[1] == gathered.addresses[2]  # q, k_cache and v_cache come first
+    mod_keys = tuple([m.key() for m in mods]) if mods else ()
+    key = ("decode", library.name, gathered.kinds, shared, mask.key(), mod_keys, scalars)
     with library.guard(device):
-        prepared, makers = call.known(key) or call.remember(key, _prepare(made), library, device)
+        prepared, makers = call.known(key) or call.remember(key, _prepare(made, shared), library, device)
         problem: Any = prepared.plan.problem
         if os.environ.get("CUATTN_DEBUG"):
             host = {name: library.host(present[name]) for name in _INDICES if name in present}
@@ -213,20 +231,26 @@ def _launch(made: _Call, gathered: Gathered) -> Any:
     return call.in_order(present.get("out"), results, scalars.return_lse)
 
 
-def _prepare(made: _Call) -> call.Prepared:
-    """Problem, plan and kernels of a call seen for the first time; the device is current."""
+def _prepare(made: _Call, shared: bool) -> call.Prepared:
+    """Problem, plan and kernels of a call seen for the first time; the device is current.
+
+    shared: whether k_cache and v_cache begin at the same address.
+    """
     view, count = made.library.view, len(made.mask.arrays)
     views = {name: view(x, name) for name, x in made.present.items()}
     own_views = [view(x) for x in made.own]
     # What is kept must not keep the caller's arrays alive: masks and mods are bound to descriptions of them.
     mask, mods = made.mask.bind(own_views[:count]), call.bind_mods(made.mods, own_views[count:])
-    problem = make_decode_problem(views, mask, mods, own_views, made.scalars)
+    scalars = made.scalars
+    if shared and _holds_values(views):
+        scalars = scalars._replace(head_dim_v=views.pop("v_cache").shape[-1])
+    problem = make_decode_problem(views, mask, mods, own_views, scalars)
     plan = make_decode_plan(problem, call.device_of(made.device[1]))
     call.debug(problem, plan)
     q = views["q"].shape
     results = [] if "out" in views else [call.Result(_OUT, (*q[:-1], problem.head_dim_v), problem.dtype)]
     results += [call.Result(_LSE, lse_shape(problem, q), problem.real)] if made.scalars.return_lse else []
-    slots = (*[SLOT[name] for name in views], *range(len(POINTERS), len(POINTERS) + len(own_views)), _CALL, _LENGTH)
+    slots = (*[SLOT[name] for name in made.present], *range(len(POINTERS), len(POINTERS) + len(own_views)), _CALL, _LENGTH)
     workspace = tuple((SLOT[name], size) for name, size in zip(WORKSPACE, plan.workspace, strict=True) if size)
     layout = call.Layout(slots, tuple(results), workspace)
     return call.Prepared(plan, layout, [] if plan.empty else prepare_launches(plan, layout.position))
@@ -240,7 +264,7 @@ def prepare_launches(plan: DecodePlan, position: Mapping[int, int]) -> list[Laun
         if role == "append":
             tokens = p.total_q if p.packed else p.batch * p.seqlen_new
             grid = -(-tokens * p.num_heads_kv // (APPEND_THREADS // 32))
-        if grid:
-            struct = decode_struct(plan, role == "decode")
+        for piece in range(plan.pieces if role == "decode" else 1) if grid else ():
+            struct = decode_struct(plan, role == "decode", piece)
             launches.append(Launch(call.load(unit, plan), grid, unit.threads, unit.smem_bytes, struct, position))
     return launches

@@ -11,7 +11,9 @@ from cuattn.arrays import contiguous_strides
 from cuattn.backward import POINTERS as BACKWARD_POINTERS
 from cuattn.backward import BackwardPlan
 from cuattn.decode import POINTERS as DECODE_POINTERS
-from cuattn.decode import DecodePlan, decode_fields, decode_variant
+from cuattn.decode import SHARED as DECODE_SHARED
+from cuattn.decode import SLOT as DECODE_SLOT
+from cuattn.decode import DecodePlan, LatentPlan, decode_fields, decode_variant
 from cuattn.fields import ITEMSIZE, Field, Operand
 from cuattn.problem import POINTERS, SLOT, Problem
 from cuattn.registry import staged_bias
@@ -134,6 +136,8 @@ class Struct(NamedTuple):
     """(place in 8-byte words, slot)"""
     maps: tuple[TensorMap, ...]
     """at the start, one after the other"""
+    shifted: tuple[tuple[int, int, int], ...] = ()
+    """(place, slot, bytes) of words that are addresses some bytes further on"""
 
 
 def _assemble(maps: Sequence[TensorMap], *parts: Sequence[int] | tuple[bytes, list[tuple[int, int]]]) -> Struct:
@@ -259,10 +263,26 @@ def backward_struct(plan: BackwardPlan, launch: tuple[int, int, int, int], atten
 # KV cache -------------------------------------------------------------------------------------------------------------
 
 
-def decode_struct(plan: DecodePlan, attends: bool) -> Struct:
-    """DecodeParams of a kernel over a KV cache."""
-    layout = _layout(plan.problem.real, decode_fields(plan), decode_variant(plan, attends))
-    return _assemble([], list(range(len(DECODE_POINTERS))), layout)
+def decode_struct(plan: DecodePlan, attends: bool, piece: int = 0) -> Struct:
+    """DecodeParams of a kernel over a KV cache; `piece` of the columns of out, if it attends."""
+    p = plan.problem
+    slots = list(range(len(DECODE_POINTERS)))
+    if p.latent:
+        for name, source in DECODE_SHARED.items():
+            slots[DECODE_SLOT[name]] = DECODE_SLOT[source]
+    cache = p.operand("k_cache")
+    maps = []
+    if attends and isinstance(plan, LatentPlan) and cache is not None:
+        maps.append(TensorMap(cache, (64, plan.box_rows, 1, 1)))
+    layout = _layout(p.real, decode_fields(plan, attends, piece), decode_variant(plan, attends))
+    whole = _assemble(maps, slots, layout)
+    first = len(maps) * MAP_BYTES // WORD
+    columns = [
+        (first + DECODE_SLOT[name], slots[DECODE_SLOT[name]], piece * plan.head_dim_v * ITEMSIZE[dtype])
+        for name, dtype in (("v_cache", p.cache_dtype), ("out", p.dtype))
+        if piece
+    ]
+    return whole._replace(shifted=tuple(columns))
 
 
 # Launches -------------------------------------------------------------------------------------------------------------
@@ -278,6 +298,7 @@ class Launch:
         self._function, self._grid, self._block, self._smem_bytes = function, (grid, 1, 1), (threads, 1, 1), smem_bytes
         self._struct = struct
         self._words = tuple((place, position[slot]) for place, slot in struct.words if slot in position)
+        self._shifted = tuple((place, position[slot], shift) for place, slot, shift in struct.shifted)
         self._bases = tuple((n * MAP_BYTES // WORD, position[m.operand.slot]) for n, m in enumerate(struct.maps))
         self._free: list[_Memory] = []
 
@@ -289,6 +310,8 @@ class Launch:
         target = memory.words
         for place, n in memory.places:
             target[place] = words[n]
+        for place, n, shift in self._shifted:
+            target[place] = words[n] + shift
         self._function(self._grid, self._block, memory.arguments, self._smem_bytes, stream)
         if memory.lasting:
             self._free.append(memory)
