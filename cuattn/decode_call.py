@@ -17,6 +17,7 @@ from cuattn.decode import (
     APPEND_THREADS,
     CACHE_DTYPES,
     POINTERS,
+    SHARED,
     SLOT,
     WORKSPACE,
     DecodePlan,
@@ -59,6 +60,8 @@ def attend(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], scalar
         length = int(present.pop("cache_seqlens"))
     elif "cache_seqlens" not in present:
         raise TypeError("cache_seqlens: got None, expected an integer or an int32 array of shape (batch,)")
+    if "v_cache" not in present and scalars.head_dim_v is None:
+        raise TypeError("v_cache: got None, expected an array, or head_dim_v where values are columns of the keys")
     if mask.arrays:
         mask = call._place_blocks(mask, library, q, device)
     own = (*mask.arrays, *(a for mod in mods for a in mod.arrays))
@@ -67,7 +70,7 @@ def attend(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], scalar
             "attention_with_kvcache: has no gradient; call it under torch.no_grad() or on detached tensors"
         )
     if "k" in present:
-        for name in WRITTEN:
+        for name in (n for n in WRITTEN if n in present):
             if not library.supports_out or not library.writable(present[name]):
                 kind = "a read-only" if library.supports_out else f"a {library.name}"
                 raise ValueError(f"{name}: got {kind} array, expected a writable one to append to")
@@ -132,6 +135,8 @@ def _on_cpu(made: _Call) -> Any:
     _check_host(host, made.length, problem)
     call._debug(problem, "numpy backend")
     host.setdefault("cache_seqlens", np.full(problem.batch, made.length, np.int32))
+    if problem.latent:
+        host.update({name: _values(host[of], name, problem) for name, of in SHARED.items() if of in host})
     dense3 = not problem.packed and host["q"].ndim == 3
     if dense3:
         host.update({name: host[name][None] for name in ("q", "k", "v", "out") if name in host})
@@ -147,6 +152,10 @@ def _on_cpu(made: _Call) -> Any:
         out, lse = out[0], lse[0]
     result = present["out"] if "out" in present else library.from_host(out, present["q"])
     return (result, library.from_host(lse, present["q"])) if made.scalars.return_lse else result
+
+
+def _values(source: Any, name: str, problem: DecodeProblem) -> Any:
+    return source if name == "v_scale" else source[..., : problem.head_dim_v]
 
 
 def _through_cupy(made: _Call) -> Any:
@@ -176,7 +185,7 @@ def _through_cupy(made: _Call) -> Any:
         library.retain((*present.values(), *own))
         out, *rest = result if made.scalars.return_lse else (result,)
         if "k" in present:
-            for name in WRITTEN:
+            for name in (n for n in WRITTEN if n in present):
                 library.give_back(present[name], given[name])
         result = library.give_back(out, made.present.get("out"))
         return (result, *(library.give_back(x) for x in rest)) if rest else result
@@ -206,14 +215,24 @@ _INDICES = ("cache_seqlens", "page_table", "cache_batch_idx", "cache_leftpad", "
 """What a kernel addresses memory by: copied to the host and checked with CUATTN_DEBUG=1."""
 _NO_POINTERS = [0] * len(POINTERS)
 _OUT, _LSE, _CALL, _LENGTH = (SLOT[name] for name in ("out", "lse", "call", "cache_seqlen"))
+_SHARED_SLOTS = [(SLOT[name], SLOT[source]) for name, source in SHARED.items()]
 _CALL_BITS = (1 << 48) - 1
 """Of a call's number that a ticket has room for."""
+
+
+def _holds_values(views: dict[str, View]) -> bool:
+    """Whether a v_cache that begins where k_cache does is columns of it, in a call that means the same with head_dim_v."""
+    k, v = views["k_cache"], views["v_cache"]
+    alike = (v.strides, v.shape[:-1], v.dtype) == (k.strides, k.shape[:-1], k.dtype) and v.shape[-1] < k.shape[-1]
+    return alike and not views.keys() & {"k", "v", "k_scale", "v_scale", "rotary_cos"}
 
 
 def _launch(made: _Call) -> Any:
     library, device, present, mask, mods, own, scalars, length = made
     view = library.view
     views = {name: view(x, name) for name, x in present.items()}
+    if "v_cache" in views and views["v_cache"].ptr == views["k_cache"].ptr and _holds_values(views):
+        scalars = scalars._replace(head_dim_v=views.pop("v_cache").shape[-1])
     own_views = [view(x) for x in own] if own else ()
     signature: tuple[Any, ...] = tuple([(name, *v[1:], v[0] & 15) for name, v in views.items()])
     if own:
@@ -239,6 +258,9 @@ def _launch(made: _Call) -> Any:
         pointers = _NO_POINTERS.copy()
         for name, v in views.items():
             pointers[SLOT[name]] = v[0]
+        if plan.problem.latent:
+            for slot, source in _SHARED_SLOTS:
+                pointers[slot] = pointers[source]
         if "out" not in views:
             pointers[_OUT] = view(out)[0]
         pointers[_LSE] = 0 if lse is None else view(lse)[0]
@@ -287,7 +309,7 @@ def prepare_steps(plan: DecodePlan) -> tuple[call._Step, ...]:
         if role == "append":
             tokens = p.total_q if p.packed else p.batch * p.seqlen_new
             grid = -(-tokens * p.num_heads_kv // (APPEND_THREADS // 32))
-        if grid:
-            parameters = DecodeParameters(plan, role == "decode")
+        for piece in range(plan.pieces if role == "decode" else 1) if grid else ():
+            parameters = DecodeParameters(plan, role == "decode", piece)
             steps.append(call._Step(call._load(unit, plan), (grid, 1, 1), (unit.threads, 1, 1), unit.smem_bytes, parameters))
     return tuple(steps)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from cuattn.backward import POINTERS as BACKWARD_POINTERS
 from cuattn.backward import BackwardPlan
 from cuattn.decode import POINTERS as DECODE_POINTERS
-from cuattn.decode import DecodePlan, decode_fields, decode_variant
+from cuattn.decode import SLOT as DECODE_SLOT
+from cuattn.decode import DecodePlan, LatentPlan, decode_fields, decode_variant, decode_words
 from cuattn.fields import ITEMSIZE, Field, Operand
 from cuattn.problem import POINTERS, SLOT, Problem, contiguous_strides
 from cuattn.registry import staged_bias
@@ -263,15 +264,38 @@ class BackwardParameters:
 DECODE_HEAD = struct.Struct(f"<{len(DECODE_POINTERS)}Q")
 
 
-class DecodeParameters:
-    """The bytes of the parameter struct of a kernel over a KV cache."""
+def decode_parameter_bytes(plan: DecodePlan, attends: bool) -> int:
+    """Size of the parameter struct of a kernel over a KV cache."""
+    size = 8 * decode_words(plan, attends)
+    return MAP_BYTES + -(-size // MAP_ALIGNMENT) * MAP_ALIGNMENT if attends and isinstance(plan, LatentPlan) else size
 
-    def __init__(self, plan: DecodePlan, attends: bool) -> None:
-        self.tail, self.patches = _layout(plan.problem.real, decode_fields(plan), decode_variant(plan, attends))
+
+class DecodeParameters:
+    """The bytes of the parameter struct of a kernel over a KV cache; `piece` of the columns of out, if it attends."""
+
+    def __init__(self, plan: DecodePlan, attends: bool, piece: int = 0) -> None:
+        p = plan.problem
+        fields, variant = decode_fields(plan, attends, piece), decode_variant(plan, attends)
+        self.tail, self.patches = _layout(p.real, fields, variant)
+        self.shifts = [
+            (DECODE_SLOT[name], piece * plan.head_dim_v * ITEMSIZE[dtype])
+            for name, dtype in (("v_cache", p.cache_dtype), ("out", p.dtype))
+            if piece
+        ]
+        self.map: TensorMap | None = None
+        cache = p.operand("k_cache")
+        if attends and isinstance(plan, LatentPlan) and cache is not None:
+            self.map = TensorMap(cache, (64, plan.box_rows, 1, 1))
+            self.tail += bytes(-8 * decode_words(plan, attends) % MAP_ALIGNMENT)
 
     def pack(self, pointers: list[int]) -> bytes:
         """`pointers` by slot."""
-        head = DECODE_HEAD.pack(*pointers[: len(DECODE_POINTERS)])
+        own = pointers[: len(DECODE_POINTERS)]
+        for slot, shift in self.shifts:
+            own[slot] += shift
+        head = DECODE_HEAD.pack(*own)
+        if self.map is not None:
+            head = self.map.at(own[self.map.operand.slot]) + head
         if not self.patches:
             return head + self.tail
         tail = bytearray(self.tail)
