@@ -42,16 +42,17 @@ def backward_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[C
     return [backward.ours(inputs, douts), *peers]
 
 
-def decode_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Contender]:
-    """One new token of each sequence over a cache that holds the others."""
+def decode_contenders(inputs: Inputs, baselines: Sequence[Baseline], append: bool) -> list[Contender]:
+    """One token of each sequence over a cache that holds all keys and values, or all but its own, which are appended."""
     import numpy as np
 
     import cuattn
 
     q, k, v = inputs.sets[0]
-    lengths = inputs.arrays.put(np.full(HOST.batch, HOST.seqlen_k - 1, np.int32))
+    new = (k[:, -1:], v[:, -1:]) if append else ()
+    lengths = inputs.arrays.put(np.full(HOST.batch, HOST.seqlen_k - append, np.int32))
     step = functools.partial(cuattn.attention_with_kvcache, cache_seqlens=lengths, causal=True)
-    return [Contender(OURS, [functools.partial(step, q[:, -1:], k, v, k[:, -1:], v[:, -1:])])]
+    return [Contender(OURS, [functools.partial(step, q[:, -1:], k, v, *new)])]
 
 
 def recorded_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Contender]:
@@ -178,7 +179,12 @@ def jax_contenders(inputs: Inputs, baselines: Sequence[Baseline], wait: bool) ->
 
 
 Build = Callable[[Inputs, Sequence[Baseline]], list[Contender]]
-PARTS: dict[str, Build] = {"": forward_contenders, "/backward": backward_contenders, "/decode": decode_contenders}
+PARTS: dict[str, Build] = {
+    "": forward_contenders,
+    "/backward": backward_contenders,
+    "/decode": functools.partial(decode_contenders, append=False),
+    "/append": functools.partial(decode_contenders, append=True),
+}
 TORCH_PARTS: dict[str, Build] = {
     "/recorded": recorded_contenders,
     "/autograd": autograd_contenders,

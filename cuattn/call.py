@@ -733,8 +733,17 @@ def device_of(index: int) -> Device:
     return _devices[index]
 
 
+_environment = getattr(os.environ, "_data", os.environ)  # os.environ itself takes 0.7 us to say no
+_DEBUG = os.environ.encodekey("CUATTN_DEBUG") if _environment is not os.environ else "CUATTN_DEBUG"
+
+
+def debugging() -> bool:
+    """Whether CUATTN_DEBUG is set."""
+    return bool(_environment.get(_DEBUG))
+
+
 def debug(*parts: object) -> None:
     """Print them under CUATTN_DEBUG=1."""
-    if os.environ.get("CUATTN_DEBUG"):
+    if debugging():
         for part in parts:
             print(f"cuattn: {part}", file=sys.stderr)
