@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from cuattn.arrays import View
+from cuattn.arrays import View, contiguous_strides
 from cuattn.backward import BackwardPlan, BackwardProblem, declines, make_backward_plan, make_backward_problem
 from cuattn.decode import DecodePlan, DecodeProblem, Scalars, declines_decode, make_decode_plan, make_decode_problem
 from cuattn.masks import BlockSparse, BooleanMask, Full, Mask, SlidingWindow, TreeMask
 from cuattn.plan import Plan, make_plan
-from cuattn.problem import Problem, contiguous_strides, make_problem
+from cuattn.problem import Problem, make_problem
 from cuattn.registry import DEVICES, FORWARD, Device
 from cuattn.score_mods import Alibi, Bias, ScoreMod, SoftCap, UserMod
 
