@@ -110,7 +110,11 @@ def decode_table(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
         "cache": lambda row: ", ".join(row["mods"]),
         "query tokens": lambda row: str(row["seqlen_q"]),
     }
-    numbers: dict[str, Cell] = {"us": lambda row: f"{row['us']:.1f}", "GB/s": lambda row: f"{row['gbps']:.0f}"}
+    numbers: dict[str, Cell] = {
+        "us": lambda row: f"{row['us']:.1f}",
+        "GB/s": lambda row: f"{row['gbps']:.0f}",
+        "TFLOP/s": lambda row: f"{row['tflops']:.0f}" if row["tflops"] else "",
+    }
     return columns(rows, words, numbers | peer_columns(titles, "peers", lambda us: f"{us:.1f}"))
 
 
