@@ -197,7 +197,8 @@ def gather(
     try:
         return library.gather({**present, **{f"array {n}": x for n, x in enumerate(own)}} if own else present)
     except Exception:  # let the checks name the array
-        check_kinds(library, device, present, mask, mods)
+        if check_kinds(library, device, present, mask, mods):
+            _torch().check_transforms()
         for name, x in present.items():
             library.view(x, name)
         raise

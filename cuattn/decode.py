@@ -21,6 +21,7 @@ from cuattn.problem import (
     check_mod_arrays,
     check_scalars,
     check_vector,
+    given,
     max_seqlen_of,
     out_view,
     vector_bytes,
@@ -184,7 +185,7 @@ def make_decode_problem(
     q = canonical("q", views["q"], packed)
     if q.dtype not in FLOATS:
         raise TypeError(f"q: got dtype {q.dtype}, expected one of {', '.join(FLOATS)}")
-    caches = {name: _cache(name, views[name], q) for name in ("k_cache", "v_cache")}
+    caches = {name: _cache(name, given(views, name), q) for name in ("k_cache", "v_cache")}
     k_cache, v_cache = caches["k_cache"], caches["v_cache"]
     _check_caches(q, k_cache, v_cache)
     check_scalars(scalars.scale, 0.0, scalars.precision)
