@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cuattn import arrays, call, decode_call, jit
-from cuattn.arrays import View, library_of
+from cuattn.arrays import View, contiguous_strides, library_of
 from cuattn.backward import BackwardPlan, make_backward_plan, make_backward_problem
 from cuattn.decode import Scalars
 from cuattn.masks import Mask
 from cuattn.plan import Plan, make_plan
-from cuattn.problem import contiguous_strides, parse_mask, parse_mods
+from cuattn.problem import parse_mask, parse_mods
 from cuattn.registry import DEVICES
 from cuattn.score_mods import Bias, ScoreMod, UserMod
 

@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from cuattn.arrays import View
+from cuattn.arrays import View, contiguous_strides
 from cuattn.backward import BackwardPlan, BackwardProblem, declines, make_backward_plan, make_backward_problem
 from cuattn.decode import DecodePlan, DecodeProblem, Scalars, declines_decode, make_decode_plan, make_decode_problem
 from cuattn.masks import BlockSparse, BooleanMask, Full, Mask, SlidingWindow, TreeMask
 from cuattn.plan import Plan, make_plan
-from cuattn.problem import Problem, contiguous_strides, make_problem
+from cuattn.problem import Problem, make_problem
 from cuattn.registry import DEVICES, FORWARD, Device
 from cuattn.score_mods import Alibi, Bias, ScoreMod, SoftCap, UserMod
 
@@ -154,9 +154,13 @@ def backward_plans(arch: str, everything: bool = False) -> list[BackwardPlan]:
 def _hopper_plans(device: Device) -> Iterator[BackwardPlan]:
     """Every option at every width of backward_sm90, and deterministic calls."""
     for dtype, dims in itertools.product(("float16", "bfloat16"), ((64, 64), (128, 128), (256, 256), (192, 128))):
-        # Biases that are not aligned, which keeps them on this kernel.
-        biases = [Bias(view(shape, dtype, 2)) for shape in ((1, 16, 4096, 4096), (16, 1, 4096))]
-        more = [{"mods": (bias,)} for bias in biases] + [{"mask": SlidingWindow(1024, 0)}]
+        causal, shapes = SlidingWindow(None, 0), ((1, 16, 4096, 4096), (4, 16, 4096, 4096), (16, 1, 4096))
+        biases = [Bias(view(shape, dtype)) for shape in shapes]
+        more: list[dict[str, Any]] = []
+        more += [{"mods": (bias,), "mask": mask, "extras": ("kv_lens",)} for bias in biases for mask in (Full(), causal)]
+        more += [{"mods": (SoftCap(30.0), bias)} for bias in biases] + [{"mods": (biases[2],)}]
+        # One that is not aligned is read element by element.
+        more += [{"mods": (Bias(view(shapes[0], dtype, 2)),)}, {"mask": SlidingWindow(1024, 0)}]
         problems = [(problem_of(dtype, dims=dims, mask=mask), True) for mask in (Full(), SlidingWindow(None, 0))]
         problems += [(problem_of(dtype, dims=dims, **options), False) for options in ({}, *_features(dtype), *more)]
         for problem, deterministic in problems:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from cuattn.backward import CELLS, COLUMNS, STORE, BackwardPlan, one_row
 from cuattn.decode import APPEND_THREADS, CACHE_DTYPES, DecodePlan, LatentPlan
 from cuattn.fields import CTYPES, ITEMSIZE, Operand
-from cuattn.launch import backward_parameter_bytes, decode_parameter_bytes, parameter_bytes
+from cuattn.launch import backward_parameter_bytes, decode_struct, parameter_bytes
 from cuattn.plan import SPLIT_THREADS, WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan
 from cuattn.score_mods import ScoreMod
 
@@ -342,5 +342,5 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
         constants["kBoxRows"] = plan.box_rows
         flags["kFoldScale"] = not p.mods and p.scale > 0
     definitions = _definitions(plan, kernel) if attends else []
-    size = decode_parameter_bytes(plan, attends)
+    size = len(decode_struct(plan, attends).image)
     return _source(kernel, arguments, size, CTYPES[p.real], definitions, types, constants, flags)
