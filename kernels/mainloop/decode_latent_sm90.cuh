@@ -22,7 +22,6 @@
 #include "attention/packed_rows.cuh"
 #include "attention/softmax.cuh"
 #include "mainloop/decode_schedule.cuh"
-#include "ptx/global_memory.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/copy.cuh"
@@ -183,9 +182,8 @@ struct DecodeLatentSm90 {
     template <int kWg>
     struct Consumer {
         const DecodeLatentSm90& kernel;
-        static constexpr int kQuads = kHalf / 8;  // of a thread's elements of O
-        unsigned long long desc_q;                // K-major, of q; those of other operands lie at fixed distances
-        float factor;                             // turns a score into the exponent of 2
+        unsigned long long desc_q;  // K-major, of q; those of other operands lie at fixed distances
+        float factor;               // turns a score into the exponent of 2
         unsigned parity[2] = {0, 0};
         WgmmaTile<kHalf> o;
         WgmmaTile<kBlockN> s;
@@ -438,10 +436,8 @@ struct DecodeLatentSm90 {
             return static_cast<Element*>(p.out) + item.batch * p.out_batch + i * p.out_row +
                    packed_rows.head(r, i) * p.out_head;
         }
-        // A part lies as the registers do: four neighbouring ones of all threads side by side.
-        __device__ __forceinline__ float4* partial(int slot) const {
-            return static_cast<float4*>(params().partial_out) +
-                   (slot * static_cast<long long>(kConsumers) + kWg) * kQuads * 128 + threadIdx.x % 128;
+        __device__ __forceinline__ float* partial(int slot, int r) const {
+            return static_cast<float*>(params().partial_out) + (static_cast<long long>(slot) * kRows + r) * kHeadDimV;
         }
         __device__ __forceinline__ float* partial_lse(int slot) const {
             return static_cast<float*>(params().partial_lse) + static_cast<long long>(slot) * kRows;
@@ -468,126 +464,111 @@ struct DecodeLatentSm90 {
         __device__ __forceinline__ void process(DecodeItem& item, const Range& blocks, unsigned unit) {
             visit_keys(item, blocks);
             kernel.refresh(item);
+            const Schedule schedule = kernel.schedule();
+            const int parts = schedule.parts(item), count = kernel.rows_of(item);
+            const PackedRows packed_rows = kernel.packed(item);
             RowResult<float> results[2];
             finish(results);
-#pragma unroll
-            for (int x = 0; x < o.kSize; x++) o[x] *= results[x % 4 / 2].factor;
-            const int parts = kernel.schedule().parts(item), part = kernel.schedule().part(item, unit);
+            const bool leads = kWg == 0 && lane() % 4 == 0;
             if (parts == 1) {
-                store(item, results, true);
-            } else {
-                const int slot = kernel.schedule().slot(item, part);
-                if (kWg == 0 && lane() % 4 == 0) {
-                    __stcg(partial_lse(slot) + row(0), results[0].lse_log2);
-                    __stcg(partial_lse(slot) + row(1), results[1].lse_log2);
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int r = row(half);
+                    Element* out = out_row(item, packed_rows, r) + kWg * kHalf;
+                    store_row<Element, Config::kVecOut>(o, half, results[half].factor, out, kHalf, r < count);
+                    if (leads && r < count) store_lse(item, packed_rows, r, results[half].lse_log2);
                 }
-                if (is_last(item, parts, slot)) {
-                    merge(item, parts, part);
-                    store(item, results, false);
-                }
+                bar_sync(kBoth, 128 * kConsumers);  // before the next sums
+                return;
             }
-            bar_sync(kBoth, 128 * kConsumers);  // before the next sums, and the next q
-        }
-        __device__ __forceinline__ void store(const DecodeItem& item, const RowResult<float> (&results)[2], bool with_lse) {
-            const PackedRows packed_rows = kernel.packed(item);
-            const int count = kernel.rows_of(item);
+            const int slot = schedule.slot(item, schedule.part(item, unit));
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int r = row(half);
-                Element* out = out_row(item, packed_rows, r) + kWg * kHalf;
-                store_row<Element, Config::kVecOut>(o, half, 1.0f, out, kHalf, r < count);
-                if (with_lse && kWg == 0 && lane() % 4 == 0 && r < count) {
-                    store_lse(item, packed_rows, r, results[half].lse_log2);
-                }
-            }
-        }
-
-        // Whether all other parts of an item are there; otherwise this one has been left for whoever comes last.
-        __device__ __forceinline__ bool is_last(const DecodeItem& item, int parts, int slot) const {
-            const DecodeParams& p = params();
-            Shared& shared = kernel.shared();
-            unsigned long long* ticket = p.tickets + kernel.schedule().ticket(item);
-            if (threadIdx.x == 0) {
-                const bool complete = ld_acquire(ticket) == (p.call << 16 | static_cast<unsigned long long>(parts - 1));
-                shared.last = complete && Schedule::arrive(ticket, p.call, parts);
-                __threadfence();
-            }
-            bar_sync(kBoth, 128 * kConsumers);
-            if (shared.last) return true;
-            float4* to = partial(slot);
+                if (r >= count) continue;
+                float* to = partial(slot, r) + kWg * kHalf + 2 * (lane() % 4);
 #pragma unroll
-            for (int x = 0; x < kQuads; x++) {
-                __stcg(to + x * 128, make_float4(o.data[4 * x], o.data[4 * x + 1], o.data[4 * x + 2], o.data[4 * x + 3]));
+                for (int u = 0; u < kHalf / 8; u++) {
+                    const float factor = results[half].factor;
+                    __stcg(reinterpret_cast<float2*>(to + 8 * u),
+                           make_float2(o[4 * u + 2 * half] * factor, o[4 * u + 2 * half + 1] * factor));
+                }
+                if (leads) __stcg(partial_lse(slot) + r, results[half].lse_log2);
             }
             __threadfence();
             bar_sync(kBoth, 128 * kConsumers);
             if (threadIdx.x == 0) {
-                shared.last = Schedule::arrive(ticket, p.call, parts);
+                kernel.shared().last = Schedule::arrive(params().tickets + schedule.ticket(item), params().call, parts);
                 __threadfence();
             }
             bar_sync(kBoth, 128 * kConsumers);
-            return shared.last;
+            if (kernel.shared().last) combine(schedule, item, parts);
         }
 
-        // O = sum over parts, in their order, of 2^(lse_n - lse) O_n, of which number `mine` is in the registers.
-        __device__ __forceinline__ void merge(const DecodeItem& item, int parts, int mine) {
+        // out = sum over parts of 2^(lse_n - lse) out_n, by the last CTA of an item.
+        __device__ __forceinline__ void combine(const Schedule& schedule, const DecodeItem& item, int parts) const {
+            const PackedRows packed_rows = kernel.packed(item);
+            const int count = kernel.rows_of(item);
             float* weights = reinterpret_cast<float*>(kernel.smem);  // (parts, kRows)
-            const Schedule schedule = kernel.schedule();
             const int first = schedule.slot(item, 0), second = schedule.slot(item, 1), step = schedule.slot_step();
             auto slot = [&](int n) { return n == 0 ? first : second + (n - 1) * step; };
-            for (int x = threadIdx.x; x < parts * kRows; x += 128 * kConsumers) {
-                weights[x] = __ldcg(partial_lse(slot(x / kRows)) + x % kRows);
-            }
-            bar_sync(kBoth, 128 * kConsumers);
-            if (threadIdx.x < kRows) {
+            if (static_cast<int>(threadIdx.x) < count) {
                 const int r = threadIdx.x;
                 float top = negative_infinity<float>(), sum = 0;
-#pragma unroll 1
-                for (int n = 0; n < parts; n++) top = maximum(top, weights[n * kRows + r]);
-#pragma unroll 1
-                for (int n = 0; n < parts; n++) sum += share(weights[n * kRows + r], top);
+                for (int n = 0; n < parts; n++) {
+                    const float lse = __ldcg(partial_lse(slot(n)) + r);
+                    weights[n * kRows + r] = lse;
+                    top = maximum(top, lse);
+                }
+                for (int n = 0; n < parts; n++) {
+                    const float lse = weights[n * kRows + r];
+                    if (lse != negative_infinity<float>()) sum += exp2_fast(lse - top);
+                }
                 const RowResult<float> result = finish_row(top, sum, negative_infinity<float>());
-#pragma unroll 1
-                for (int n = 0; n < parts; n++) weights[n * kRows + r] = share(weights[n * kRows + r], top) * result.factor;
-                if (r < kernel.rows_of(item)) store_lse(item, kernel.packed(item), r, result.lse_log2);
+                for (int n = 0; n < parts; n++) {
+                    const float lse = weights[n * kRows + r];
+                    weights[n * kRows + r] = lse == negative_infinity<float>() ? 0.0f : exp2_fast(lse - top) * result.factor;
+                }
+                store_lse(item, packed_rows, r, result.lse_log2);
             }
             bar_sync(kBoth, 128 * kConsumers);
-            constexpr int kBatch = 8;  // loads of a thread in flight
-#pragma unroll
-            for (int x0 = 0; x0 < kQuads; x0 += kBatch) {
-                float4 sums[kBatch] = {};
-#pragma unroll 1
+            constexpr int kQuads = kHeadDimV / 4, kStep = 128 * kConsumers / kQuads, kBatch = 8;
+            static_assert(128 * kConsumers % kQuads == 0);
+            const int col = static_cast<int>(threadIdx.x) % kQuads * 4;
+            for (int r0 = static_cast<int>(threadIdx.x) / kQuads; r0 < count; r0 += kStep * kBatch) {
+                float4 x[kBatch] = {};
+#pragma unroll 2
                 for (int n = 0; n < parts; n++) {
-                    const float weight[2] = {weights[n * kRows + row(0)], weights[n * kRows + row(1)]};
-                    auto add = [&](int x, const float4& y) {
-                        sums[x].x += weight[0] * y.x, sums[x].y += weight[0] * y.y;
-                        sums[x].z += weight[1] * y.z, sums[x].w += weight[1] * y.w;
-                    };
-                    if (n == mine) {
+                    const float* from = partial(slot(n), 0) + col;
+                    float4 y[kBatch];
 #pragma unroll
-                        for (int x = 0; x < kBatch; x++) {
-                            const int at = 4 * (x0 + x);
-                            add(x, make_float4(o[at], o[at + 1], o[at + 2], o[at + 3]));
-                        }
-                    } else {
-                        const float4* from = partial(slot(n)) + x0 * 128;
-                        float4 y[kBatch];
+                    for (int b = 0; b < kBatch; b++) {
+                        const int r = min(r0 + b * kStep, count - 1);
+                        y[b] = __ldcg(reinterpret_cast<const float4*>(from + r * kHeadDimV));
+                    }
 #pragma unroll
-                        for (int x = 0; x < kBatch; x++) y[x] = __ldcg(from + x * 128);
-#pragma unroll
-                        for (int x = 0; x < kBatch; x++) add(x, y[x]);
+                    for (int b = 0; b < kBatch; b++) {
+                        const float weight = weights[n * kRows + min(r0 + b * kStep, count - 1)];
+                        x[b].x += weight * y[b].x, x[b].y += weight * y[b].y;
+                        x[b].z += weight * y[b].z, x[b].w += weight * y[b].w;
                     }
                 }
 #pragma unroll
-                for (int x = 0; x < kBatch; x++) {
-                    const int at = 4 * (x0 + x);
-                    o[at] = sums[x].x, o[at + 1] = sums[x].y, o[at + 2] = sums[x].z, o[at + 3] = sums[x].w;
+                for (int b = 0; b < kBatch; b++) {
+                    const int r = r0 + b * kStep;
+                    if (r >= count) continue;
+                    Element* to = out_row(item, packed_rows, r) + col;
+                    const uint2 pairs = {pack_pair<Element>(x[b].x, x[b].y), pack_pair<Element>(x[b].z, x[b].w)};
+                    if constexpr (Config::kVecOut >= 8) {
+                        *reinterpret_cast<uint2*>(to) = pairs;
+                    } else {
+                        const Element* elements = reinterpret_cast<const Element*>(&pairs);
+#pragma unroll
+                        for (int e = 0; e < 4; e++) to[e] = elements[e];
+                    }
                 }
             }
-        }
-        // What a part counts beside others of which the largest lse is `top`; 0 for one that has seen no key.
-        __device__ __forceinline__ static float share(float lse, float top) {
-            return lse == negative_infinity<float>() ? 0.0f : exp2_fast(lse - top);
+            bar_sync(kBoth, 128 * kConsumers);  // before the next q lies over the weights
         }
     };
 
