@@ -239,6 +239,8 @@ class BackwardPlan:
     map_batches: int
     map_heads: int
     smem_bytes: int
+    run: int
+    """backward_sm90: key tiles that a CTA takes one after the other"""
     num_splits: int = field(default=1, init=False)
     dv_chunks: int = field(default=1, init=False)
     bias_stages: int = field(default=0, init=False)
@@ -297,7 +299,7 @@ class BackwardPlan:
         row = 2 * self.head_dim + 2 * self.head_dim_v + 4 * self.head_dim
         in_cache = L2_BYTES // max(1, row * min(p.seqlen_q, p.total_q) * p.group)
         pairs = self.q_splits * p.num_heads_kv * self.batches
-        return min(max(1, in_cache, -(-2 * self.device.num_sms // self.n_blocks)), max(1, pairs))
+        return min(max(1, in_cache, -(-2 * self.device.num_sms // self.shares)), max(1, pairs))
 
     @property
     def split_inputs(self) -> bool:
@@ -327,7 +329,8 @@ class BackwardPlan:
 
     @property
     def shares(self) -> int:
-        return self.dq_splits if self.backward.deterministic and not self.takes_turns else self.n_blocks
+        """CTAs that the key tiles of a head are divided among."""
+        return self.dq_splits if self.backward.deterministic and not self.takes_turns else -(-self.n_blocks // self.run)
 
     @property
     def launches(self) -> tuple[tuple[int, int, int, int], ...]:
@@ -580,7 +583,9 @@ L2_BYTES = 32 << 20
 
 
 LEAST_WINDOW = 256
-"""Keys of a window from which its few query tiles a key tile outweigh what a CTA costs before and after them."""
+"""Keys of a window from which its few query tiles a key tile outweigh what a CTA costs before and after them. Narrower ones have
+CTAs of one consumer warpgroup, two on an SM, that take several key tiles one after the other.
+"""
 
 
 def _window(problem: Problem) -> int | None:
@@ -611,7 +616,7 @@ def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
         reasons.append("sums a bias over queries for head dimensions to 128")
     reasons += _bias_obstacles(backward)
     window = _window(p)
-    if window is not None and window < LEAST_WINDOW:
+    if window is not None and window < LEAST_WINDOW and widest > 128:
         reasons.append(f"does not repay its start in windows of less than {LEAST_WINDOW} keys, got {window}")
     if not reasons and not sm90_candidates(backward, device):
         reasons.append("has no registers or shared memory left for these modifications")
@@ -665,8 +670,8 @@ def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     bias += 4 * 8 * 16 * (staged is not None and one_row(staged)) + 4 * 256 * 2 * (_bias_kind(backward) is COLUMNS)
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
     bulk = 4 * m * dim if tiles.bulk else 0
-    through = 2 if n == 64 else 1  # dS, and P where the warpgroups share their keys
-    return 2 * n * (dim + dim_v) + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (2 + 6 * stages) + 1024
+    through = 2 if n == 64 and tiles.warps == 12 else 1  # dS, and P where the warpgroups share their keys
+    return (1 + tiles.runs) * 2 * n * (dim + dim_v) + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (6 + 6 * stages) + 1024
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four
@@ -679,6 +684,8 @@ _SM90 = {  # by the wider head dimension; warps include the producer's four
     128: (Tiles(64, 128, 2, 12, max_weight=5), Tiles(32, 128, 2, 12, max_weight=13)),
     256: (Tiles(64, 64, 2, 12, max_weight=17),),
 }
+_SM90_NARROW = {64: (Tiles(64, 64, 2, 8, 2, max_weight=5),), 128: (Tiles(32, 64, 2, 8, 2, max_weight=5),)}
+"""Where a window shows less than `LEAST_WINDOW` keys."""
 
 
 def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles]:
@@ -689,13 +696,17 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
         weight += 4 + 4 * any(isinstance(mod, Bias) for mod in problem.mods)
     weight += backward.deterministic + 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
     widest = max(sm90_dims(problem))
-    tiles = next((tiles for limit, tiles in _SM90.items() if widest <= limit), ())
+    window = _window(problem)
+    narrow = window is not None and window < LEAST_WINDOW
+    table = {**_SM90, **_SM90_NARROW} if narrow else _SM90
+    tiles = next((tiles for limit, tiles in table.items() if widest <= limit), ())
     # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
     # spread by themselves, and at 256 there is no shared memory left to stage them.
-    bulk = widest == 128 or (widest == 64 and isinstance(problem.mask, Full))
+    bulk = (widest == 128 and not narrow) or (widest == 64 and isinstance(problem.mask, Full))
     # The rows that a window shows to 128 keys begin and end at multiples of 64 more often than of 96.
-    rows = 128 if _window(problem) is None else 64
-    tiles = tuple(replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight and t.block_m <= rows)
+    rows = 128 if window is None else 64
+    runs = narrow and not backward.deterministic
+    tiles = tuple(replace(t, bulk=bulk, runs=runs) for t in tiles if weight <= t.max_weight and t.block_m <= rows)
     return [t for t in tiles if sm90_smem_bytes(backward, t) <= device.smem_per_block]
 
 
@@ -771,7 +782,17 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
         map_batches=p.batch if own_lengths or per_batch else 1,
         map_heads=p.num_heads if per_head else 1,
         smem_bytes=smem,
+        run=_run(n_blocks, heads, slots) if tiles.runs else 1,
     )
+
+
+MAX_RUN = 16
+
+
+def _run(n_blocks: int, heads: int, slots: int) -> int:
+    """Key tiles of a CTA of several: of the fewest in turn, where what a CTA costs besides counts as one."""
+    runs = [1 << n for n in range(MAX_RUN.bit_length())]
+    return min(runs, key=lambda run: -(-heads * -(-n_blocks // run) // slots) * (run + 1))
 
 
 MIN_TILES_PER_SPLIT = 4

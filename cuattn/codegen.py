@@ -268,7 +268,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
     size = backward_parameter_bytes(plan, attends)
     if attends:
         if plan.uses_tma:
-            flags |= {"kEarly": plan.early, "kBulkDq": plan.tiles.bulk}
+            flags |= {"kEarly": plan.early, "kBulkDq": plan.tiles.bulk, "kRuns": plan.tiles.runs}
         arguments = "BackwardTmaArguments" if plan.uses_tma else "BackwardArguments"
         return _translation_unit(plan, kernel, arguments, size, types, constants, flags, True)
     sinks = p.operand("sinks")
