@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -47,9 +48,11 @@ class BiasKind(NamedTuple):
     number: int
 
 
-NO_BIAS, COLUMNS, ROWS, CELLS, STORE = (
-    BiasKind(name, number) for number, name in enumerate(("none", "columns", "rows", "cells", "store"))
+NO_BIAS, COLUMNS, ROWS, CELLS, STORE, COPIES = (
+    BiasKind(name, number) for number, name in enumerate(("none", "columns", "rows", "cells", "store", "copies"))
 )
+MAX_COPIES = 4
+"""Batches or heads that share elements of a bias, up to which each has its own, of 16 bits: twice the bytes of fp32 sums."""
 
 
 @dataclass(frozen=True)
@@ -282,8 +285,25 @@ class BackwardPlan:
         stores = self.bias_kind is STORE
         batches, heads, rows, cols = (1, 1, 1, 1, *bias.shape)[-4:] if stores else self.sum_shape[1:]
         strides = (heads * rows * cols, cols, rows * cols, 1)
-        dtype, slot = (bias.dtype, backward.slot("dbias")) if stores else ("float32", backward.slot("bias_sum"))
-        return Operand(slot, (batches, rows, heads, cols), strides, dtype)
+        slot = backward.slot("dbias" if stores else "bias_sum")
+        return Operand(slot, (batches, rows, heads, cols), strides, bias.dtype if stores else self.sum_dtype)
+
+    @property
+    def sends_ds(self) -> bool:
+        """backward_sm90: the tiles that the bias receives are those of dS."""
+        return self.uses_tma and _sends_ds(self.backward)
+
+    @property
+    def sum_dtype(self) -> str:
+        """Of bias_sum."""
+        return self.problem.dtype if self.bias_kind is COPIES else self.problem.real
+
+    @property
+    def writes_bias(self) -> bool:
+        """backward_sm90: every element of dbias or bias_sum is written once, so nobody need clear it."""
+        p = self.problem
+        own_lengths = p.packed or p.operand("q_lens") is not None or p.operand("kv_lens") is not None
+        return self.tma_bias_sums is not None and self.bias_kind is not CELLS and not own_lengths
 
     @property
     def takes_turns(self) -> bool:
@@ -383,7 +403,9 @@ class BackwardPlan:
         if self.bias_kind is ROWS:
             return (self.dq_splits, p.batch, p.num_heads, p.seqlen_q, 1)
         batches, heads, rows, cols = (1, 1, 1, 1, *bias.shape)[-4:]
-        return (1, batches, heads, rows, round_up(cols, 4))
+        if self.bias_kind is COPIES:
+            batches, heads = p.batch, p.num_heads
+        return (1, batches, heads, rows, round_up(cols, 8))
 
     @property
     def workspace(self) -> tuple[int, ...]:
@@ -395,7 +417,7 @@ class BackwardPlan:
         sizes = (
             size * self.dq_splits * self.dq_elements,
             4 * self.dq_elements // (self.tiles.block_m * self.head_dim) if self.takes_turns else 0,
-            size * sums,
+            ITEMSIZE[self.sum_dtype] * sums,
             stats_bytes(p) * self.partial_rows,
             size * partial * p.head_dim,
             size * partial * p.head_dim_v,
@@ -403,6 +425,19 @@ class BackwardPlan:
             *self._split_workspace(),
         )
         return tuple(round_up(n, 256) for n in sizes)
+
+    @property
+    def bias_units(self) -> int:
+        """Of dbias, as backward_bias.cu divides it: elements, or eight in a row."""
+        bias = self.backward.bias
+        *lead, cols = bias.shape if bias is not None and bias.shape else (1,)
+        return math.prod(lead) * (-(-cols // 8) if self.bias_kind in (CELLS, COPIES) else cols)
+
+    @property
+    def zeroed(self) -> int:
+        """Bytes at the start of the workspace that kernels add to."""
+        sizes = self.workspace[: len(ZEROED)]
+        return sum(sizes[:-1] if self.writes_bias else sizes)
 
     def _split_workspace(self) -> tuple[int, ...]:
         if not self.split_inputs:
@@ -583,8 +618,8 @@ L2_BYTES = 32 << 20
 
 
 LEAST_WINDOW = 256
-"""Keys of a window from which its few query tiles a key tile outweigh what a CTA costs before and after them. Narrower ones have
-CTAs of one consumer warpgroup, two on an SM, that take several key tiles one after the other.
+"""Keys of a window from which its few query tiles a key tile outweigh what a CTA costs before and after them. Below it are CTAs
+of one consumer warpgroup, two on an SM, that take several key tiles one after the other.
 """
 
 
@@ -629,6 +664,21 @@ def sm90_bias(problem: Problem) -> Operand | None:
     return found[0] if len(found) == 1 and (one_row(found[0]) or tma_bias(found[0]) is not None) else None
 
 
+def _sm90_bias_kind(backward: BackwardProblem) -> BiasKind:
+    kind, bias, p = _bias_kind(backward), backward.bias, backward.forward
+    if kind not in (CELLS, STORE) or bias is None or sm90_bias(p) is None:
+        return kind
+    batches, heads, _, cols = (1, 1, 1, 1, *bias.shape)[-4:]
+    if kind is STORE and cols % 8 == 0 and bias.dtype == p.dtype:  # else the copy engine could not, or not dS
+        return STORE
+    return COPIES if p.batch * p.num_heads <= MAX_COPIES * batches * heads else CELLS
+
+
+def _sends_ds(backward: BackwardProblem) -> bool:
+    """Whether what elements of a bias receive is, as 16-bit tiles, dS itself."""
+    return len(backward.forward.mods) == 1 and _sm90_bias_kind(backward) in (STORE, COPIES)
+
+
 def _early(problem: Problem) -> bool:
     """Whether probabilities and gradients of scores can be found one after the other: a bias moves scores, no gradient."""
     p = problem
@@ -647,10 +697,8 @@ def _bias_obstacles(backward: BackwardProblem) -> list[str]:
     reasons = []
     if max(p.head_dim, p.head_dim_v) > 128:
         reasons.append("has no shared memory left for tiles of a bias beyond head dimensions of 128")
-    if backward.deterministic and _bias_kind(backward) is CELLS:
+    if backward.deterministic and _sm90_bias_kind(backward) is CELLS:
         reasons.append("adds up tiles of a bias in no fixed order")
-    if _bias_kind(backward) is STORE and staged.shape[-1] % 8:
-        reasons.append(f"stores the gradient of a bias in units of 8 keys, got {staged.shape[-1]} keys")
     return reasons
 
 
@@ -664,14 +712,16 @@ def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     """kernels/mainloop/backward_sm90.cuh, which asserts that it suffices."""
     dim, dim_v = sm90_dims(backward.forward)
     m, n, stages = tiles.block_m, tiles.block_n, tiles.stages
-    staged, sums = sm90_bias(backward.forward), {CELLS: 2 * 4, STORE: 2 * 2}.get(_bias_kind(backward), 0)
+    staged, sums = sm90_bias(backward.forward), {CELLS: 2 * 4, STORE: 2 * 2, COPIES: 2 * 2}.get(_sm90_bias_kind(backward), 0)
+    sums = 0 if _sends_ds(backward) else sums
     bias = (2 * stages + sums) * m * n if staged is not None and not one_row(staged) else 0
     # Of each consumer warp's 16 keys, and each consumer's two.
     bias += 4 * 8 * 16 * (staged is not None and one_row(staged)) + 4 * 256 * 2 * (_bias_kind(backward) is COLUMNS)
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
     bulk = 4 * m * dim if tiles.bulk else 0
     through = 2 if n == 64 and tiles.warps == 12 else 1  # dS, and P where the warpgroups share their keys
-    return (1 + tiles.runs) * 2 * n * (dim + dim_v) + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (6 + 6 * stages) + 1024
+    keys = (1 + tiles.runs) * 2 * n * (dim + dim_v)
+    return keys + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (6 + 6 * stages) + 1024
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four
@@ -753,6 +803,7 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
     staged = sm90_bias(p) if hopper else bias_to_stage(p)
     if not hopper and staged is not None and smem_bytes(p, tiles, gemm, staged) > device.smem_per_block:
         staged = None
+    kind = _sm90_bias_kind(backward) if hopper else _bias_kind(backward)
     smem = sm90_smem_bytes(backward, tiles) if hopper else smem_bytes(p, tiles, gemm, staged)
     resident = max(1, min(tiles.min_blocks, device.smem_per_sm // (smem + 1024)))
     slots, heads = resident * device.num_sms, max(1, p.num_heads_kv * p.batch)
@@ -774,9 +825,9 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
         head_dim_v=dims[1],
         m_blocks=m_blocks,
         n_blocks=n_blocks,
-        q_splits=1 if _sums_in_order(backward) else _q_splits(ctas, m_blocks * p.group, slots),
+        q_splits=1 if kind is CELLS and _sums_in_order(backward) else _q_splits(ctas, m_blocks * p.group, slots),
         dq_splits=dq_splits,
-        bias_kind=_bias_kind(backward),
+        bias_kind=kind,
         staged_bias=staged,
         map_words=-(-n_blocks // 32) if p.mask.tiled else 0,
         map_batches=p.batch if own_lengths or per_batch else 1,
@@ -806,7 +857,7 @@ def _q_splits(ctas: int, tiles: int, slots: int) -> int:
 
 def _sums_in_order(backward: BackwardProblem) -> bool:
     """Whether one CTA must visit all heads of a group, because they add to the same elements of a bias in a fixed order."""
-    if not backward.deterministic or backward.bias is None or _bias_kind(backward) is not CELLS:
+    if not backward.deterministic or backward.bias is None:
         return False
     return backward.forward.group > 1 and (1, 1, 1, 1, *backward.bias.shape)[-3] == 1
 

@@ -22,7 +22,6 @@ from cuattn.backward import POINTERS as BACKWARD_POINTERS
 from cuattn.backward import (
     STORE,
     WORKSPACE,
-    ZEROED,
     BackwardPlan,
     make_backward_plan,
     make_backward_problem,
@@ -646,7 +645,7 @@ def _prepare_backward(
         gradients.append(("dsinks", views["sinks"].shape, views["sinks"].dtype, plan.empty))
     bias = backward.bias
     if bias is not None:
-        gradients.append(("dbias", bias.shape, bias.dtype, plan.empty or plan.bias_kind is STORE))
+        gradients.append(("dbias", bias.shape, bias.dtype, plan.empty or (plan.bias_kind is STORE and not plan.writes_bias)))
     slots = {**SLOT, **{name: backward.slot(name) for name in BACKWARD_POINTERS}}
     start = backward.first_slot + len(BACKWARD_POINTERS)
     for n, operand in enumerate(backward.parameters):
@@ -656,7 +655,7 @@ def _prepare_backward(
         plan,
         () if plan.empty else _backward_steps(plan),
         tuple((slots[name], size) for name, size in zip(WORKSPACE, plan.workspace, strict=True)),
-        sum(plan.workspace[: len(ZEROED)]),
+        plan.zeroed,
         slots,
         (0,) * (start + len(backward.parameters)),
         tuple((n, slots[n], shape, dtype, added * ITEMSIZE[dtype] * math.prod(shape)) for n, shape, dtype, added in gradients),
@@ -666,7 +665,7 @@ def _prepare_backward(
 
 
 def _backward_steps(plan: BackwardPlan) -> tuple[_Step, ...]:
-    p, bias = plan.problem, plan.backward.bias
+    p = plan.problem
     grids = {
         "magnitude": plan.split_grid,
         "split": plan.split_grid,
@@ -675,7 +674,7 @@ def _backward_steps(plan: BackwardPlan) -> tuple[_Step, ...]:
         "sinks": p.num_heads,
         "convert": plan.m_blocks * p.num_heads * plan.batches,
         "combine": -(-plan.rows_kv * 32 // COMBINE_THREADS),
-        "bias": 0 if bias is None else -(-math.prod(bias.shape) // (1 if bias_is_wide(plan) else BIAS_THREADS)),
+        "bias": plan.bias_units if bias_is_wide(plan) else -(-plan.bias_units // BIAS_THREADS),
     }
     whole = (0, 0, plan.batches, p.num_heads_kv)
     steps = []

@@ -103,7 +103,11 @@ struct BackwardSm90 {
     using Tiles = QueryTiles<Mask, kBlockM, kBlockN, Config::kDeterministic>;
     static_assert(Sums::kKind != kBiasRows && !(kWide && Sums::kKind == kBiasColumns));
     static constexpr bool kBiasTiles = BackwardTmaArguments<Config>::kBiasTiles, kBiasRow = Config::kBiasRow;
-    static constexpr bool kStageSums = kBiasTiles && Sums::kEach, kAddSums = kStageSums && Sums::kKind == kBiasCells;
+    // What a bias tile receives may be dS itself; else it is staged beside it.
+    static constexpr bool kSendSums = kBiasTiles && Sums::kEach, kStageSums = kSendSums && !Config::kSendDs;
+    static constexpr bool kAddSums = kStageSums && Sums::kKind == kBiasCells;
+    // Every element of its gradient has one writer: who visits its tile, or the one who clears those that nobody does.
+    static constexpr bool kClears = kSendSums && !kAddSums && !(Config::kPacked || Config::kLens);
     static_assert(!(kWide && kBiasTiles));
     using BiasTile = PanelTile<kBlockM, kBlockN>;
     static constexpr int kSumsBytes = kStageSums ? (kAddSums ? 2 : 1) * BiasTile::kBytes : 0;
@@ -207,7 +211,8 @@ struct BackwardSm90 {
             w.n = rest / size * run, w.stop = w.n + run;
             w.q_split = pair % g.q_splits;
             pair /= g.q_splits;
-            if constexpr (Config::kBiasKind == kBiasCells) {  // those who add to the same elements run side by side
+            // Those who share elements of a bias run side by side.
+            if constexpr (Config::kBiasKind == kBiasCells || Config::kBiasKind == kBiasCopies) {
                 w.at.batch = g.first_batch + pair % g.batches;
                 w.head_kv = g.first_head_kv + pair / g.batches;
             } else {
@@ -340,6 +345,33 @@ struct BackwardSm90 {
         });
     }
 
+    // What the bias receives where no query tile is visited.
+    __device__ __forceinline__ void clear_unvisited(const Work& w) const {
+        if constexpr (kClears) {
+            if (w.q_split > 0) return;
+            const BackwardParams& g = grads();
+            constexpr bool kStore = Sums::kKind == kBiasStore;
+            const long long stride_q = kStore ? g.bias_q : g.sum_q, stride_head = kStore ? g.bias_head : g.sum_head;
+            Element* const to = static_cast<Element*>(kStore ? g.dbias : g.bias_sum) +
+                                w.at.batch * (kStore ? g.bias_batch : g.sum_batch) + w.at.head * stride_head;
+            int n = w.n;
+            do {
+                const Tiles tiles = tiles_of(w, n);
+                const int col = n * kBlockN + lane_index() % (kBlockN / 8) * 8;
+                for (int head = 0; head < params().group; head++) {
+                    for (int m = 0; m * kBlockM < w.at.seqlen_q; m++) {
+                        if (tiles.visits({head, m})) continue;
+                        const int stop = min((m + 1) * kBlockM, w.at.seqlen_q);
+                        for (int i = m * kBlockM + lane_index() / (kBlockN / 8); i < stop && col < w.at.seqlen_k;
+                             i += 256 / kBlockN) {
+                            *reinterpret_cast<uint4*>(to + head * stride_head + i * stride_q + col) = make_uint4(0, 0, 0, 0);
+                        }
+                    }
+                }
+            } while (kRuns && ++n < w.last());
+        }
+    }
+
     // --------------------------------------------------------------------------------------------------------- consumers
 
     struct Consumer {
@@ -349,8 +381,8 @@ struct BackwardSm90 {
         Coord at;
         KeySlot keys;
         int first_head, n, m, full, next_n;  // of the visit at hand, and its key tile
-        long long last_slab = -1;    // deterministic: to which this one has added without having told
-        float factor;                // turns a score into the exponent of 2
+        long long last_slab = -1;            // deterministic: to which this one has added without having told
+        float factor;                        // turns a score into the exponent of 2
         float lse[kStatsAhead ? Scores::kThreadRows : 1];
         WgmmaTile<kKeyCols> dk;
         WgmmaTile<kValueCols> dv;
@@ -423,7 +455,8 @@ struct BackwardSm90 {
         __device__ __forceinline__ void clear_keys() const {
             if constexpr (kForeignRows) {
                 if ((n + 1) * kBlockN <= at.seqlen_k) return;
-                KTile::template clear_rows<128>(kernel.smem + keys.stage * KTile::kBytes, at.seqlen_k - n * kBlockN, static_cast<int>(threadIdx.x % 128));
+                KTile::template clear_rows<128>(kernel.smem + keys.stage * KTile::kBytes, at.seqlen_k - n * kBlockN,
+                                                static_cast<int>(threadIdx.x % 128));
                 fence_proxy_async();
                 bar_sync(kClearBarrier + wg, 128);
             }
@@ -504,7 +537,7 @@ struct BackwardSm90 {
                     unsigned packed[Scores::kSize / 2];
 #pragma unroll
                     for (int x = 0; x < Scores::kSize; x += 2) {
-                        packed[x / 2] = pack_pair<typename Config::BiasElement>(sums.cells[x], sums.cells[x + 1]);
+                        packed[x / 2] = pack_pair<typename Config::BiasTarget>(sums.cells[x], sums.cells[x + 1]);
                     }
                     store_panel(kernel.base + to, packed);
                 }
@@ -512,13 +545,17 @@ struct BackwardSm90 {
         }
         // And from there to where it belongs, by one thread of a warpgroup. Two buffers let the barrier of dS do for both:
         // before it the thread waits until the copy engine has read the tile before this one.
-        __device__ __forceinline__ static bool sends_sums() { return kStageSums && threadIdx.x % 128 == 0; }
-        __device__ __forceinline__ void send_sums(unsigned start) const {
-            if constexpr (kStageSums) {
+        __device__ __forceinline__ static bool sends_sums() { return kSendSums && threadIdx.x % 128 == 0; }
+        __device__ __forceinline__ void send_sums(unsigned start, unsigned ds) const {
+            if constexpr (kSendSums) {
                 if (!sends_sums()) return;
                 const TensorMap& map = kernel.arguments.maps[kBackwardMapDbias];
-                const unsigned from = start + kOffsetSums + slot.stage * kSumsBytes + wg * (kSumsBytes / kConsumers);
-                const int head = grads().bias_heads > 1 ? at.head : 0, batch = grads().bias_batches > 1 ? at.batch : 0;
+                const unsigned from = kStageSums
+                                          ? start + kOffsetSums + slot.stage * kSumsBytes + wg * (kSumsBytes / kConsumers)
+                                          : ds + wg * DsTile::kPanelBytes;
+                const bool shared = Sums::kKind == kBiasCells;
+                const int head = shared && grads().bias_heads == 1 ? 0 : at.head;
+                const int batch = shared && grads().bias_batches == 1 ? 0 : at.batch;
                 if constexpr (kAddSums) {
 #pragma unroll
                     for (int panel = 0; panel < 2; panel++) {
@@ -552,7 +589,7 @@ struct BackwardSm90 {
         __device__ __forceinline__ void gather_sums() {
             if constexpr (kStageSums) {
                 stage_sums();
-            } else {
+            } else if constexpr (!kSendSums) {
                 sums.write_cells(grads(), at, first_query(), first_key());
             }
             if constexpr (Sums::kKind == kBiasColumns) {
@@ -603,7 +640,11 @@ struct BackwardSm90 {
             if constexpr (Config::kBulkDq) {
                 static_assert(sizeof(dq) == sizeof(typename Slab::Sums));
                 const int warp = uniform(static_cast<int>(threadIdx.x / 32));
-                if (leads()) cp_async_bulk_wait_read();
+                if (sends_sums()) {
+                    cp_async_bulk_wait_read<1>();  // but what the bias has just received
+                } else if (leads()) {
+                    cp_async_bulk_wait_read();
+                }
                 __syncwarp();
                 float4* staged = reinterpret_cast<float4*>(kernel.smem + kOffsetDq + warp * kDqWarpBytes) + lane_index();
 #pragma unroll
@@ -644,8 +685,7 @@ struct BackwardSm90 {
             if constexpr (!kForeignRows) mbarrier_wait(kernel.do_full(stage), slot.parity);
             wgmma_pin(dp.data);
             wgmma_fence();
-            wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(v + own_keys),
-                                                        DoTile::k_major(dout + queries));
+            wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(v + own_keys), DoTile::k_major(dout + queries));
             read_bias(start);
             if constexpr (kEarly) {
                 wgmma_wait_group<1>();
@@ -684,9 +724,9 @@ struct BackwardSm90 {
             if constexpr (!kWide || kEarly) {
                 store_panel(ds + (kWide ? queries : group * DsTile::kPanelBytes), ds_operand);
                 fence_proxy_async();
-                if (sends_sums()) cp_async_bulk_wait_read();
+                if (sends_sums()) cp_async_bulk_wait_read<Config::kBulkDq ? 1 : 0>();
                 bar_sync(kDsBarrier, kConsumerThreads);
-                send_sums(start);
+                send_sums(start, ds);
             }
             const unsigned dq_keys = k + (DqGrid::kAcross == 2 ? group * kDqPanels : 0) * KTile::kPanelBytes;
             const unsigned dq_rows = ds + (DqGrid::kDown == 2 ? group : 0) * DqGrid::kRows * 128;
@@ -832,7 +872,7 @@ struct BackwardSm90 {
             consumer.at = w.at, consumer.first_head = w.at.head, consumer.n = w.n;
             consumer.visit_queries(w.last());
         }
-        if constexpr (Config::kBulkDq || kStageSums) {
+        if constexpr (Config::kBulkDq || kSendSums) {
             if (Consumer::leads()) cp_async_bulk_wait();
         }
         if constexpr (kForeignRows && !Config::kQuerySplit) {
@@ -868,6 +908,7 @@ struct BackwardSm90 {
             if (warp == 4 * kConsumers && elect_sync()) load_tiles();
             if (warp == 4 * kConsumers + 1) guide();
             if (Config::kDeterministic && warp == 4 * kConsumers + 2) keep_order();
+            if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
             consume(wg);
