@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,11 +29,15 @@ def user_mod(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
     return s - 0.25 * (1 + abs(i - j)).log()
 
 
+BACKWARD_PARTS = ("backward", "matrix/backward")
+"""Parts whose time is that of the gradients alone."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One row of a benchmark. `mask` names an entry of MASKS; `mods` name score modifications and other options.
 
-    `bench` is the part it belongs to: FLOPs and bytes of "backward" are those of the gradients alone.
+    `bench` is the part it belongs to: FLOPs and bytes of those in BACKWARD_PARTS are those of the gradients alone.
     """
 
     bench: str
@@ -101,7 +106,7 @@ class Case:
 
     @property
     def backward(self) -> bool:
-        return self.bench == "backward"
+        return self.bench in BACKWARD_PARTS
 
     @property
     def biased(self) -> bool:
@@ -153,8 +158,8 @@ def visible_pairs(name: str, seqlen_q: int, seqlen_k: int) -> int:
 
 def dense(dtype: str, head_dim: int, batch: int, num_heads: int, seqlen: int, **options: Any) -> Case:
     """A forward case with as many queries as keys and as many KV heads as query heads, unless `options` says otherwise."""
-    sizes = {"head_dim_v": head_dim, "num_heads_kv": num_heads, "seqlen_q": seqlen, "seqlen_k": seqlen}
-    return Case(bench="forward", dtype=dtype, head_dim=head_dim, batch=batch, num_heads=num_heads, **{**sizes, **options})
+    sizes = {"head_dim_v": head_dim, "num_heads_kv": num_heads, "seqlen_q": seqlen, "seqlen_k": seqlen, "bench": "forward"}
+    return Case(dtype=dtype, head_dim=head_dim, batch=batch, num_heads=num_heads, **{**sizes, **options})
 
 
 def paper(*seqlens: int) -> list[Case]:
@@ -240,6 +245,29 @@ BACKWARD_QUICK = [
 
 ABLATION = paper(1024, 8192)
 
+
+def matrix(head_counts: Sequence[int], seqlens: Sequence[int]) -> list[Case]:
+    """One causal sequence for each length, head size and number of heads."""
+    grid = itertools.product(head_counts, (128, 64), seqlens)
+    return [dense("bfloat16", d, 1, h, s, mask="causal", bench="matrix") for h, d, s in grid]
+
+
+MATRIX_LENGTHS = (1024, 2048, 8192, 16384)
+MATRIX_FORWARD = [*matrix((16, 32, 8), MATRIX_LENGTHS), *matrix((32, 8, 16), (4096,))]
+MATRIX = [*MATRIX_FORWARD, *(replace(case, bench="matrix/backward") for case in MATRIX_FORWARD)]
+COMPILED = [case for case in MATRIX if case.num_heads == 16 and case.seqlen_q == 4096]
+"""Plain cells that a peer joins which compiles for seconds at every shape; the last of each direction."""
+MATRIX_QUICK = [case for case in MATRIX if case.num_heads == 16 and case.seqlen_q != 4096]
+
+ERROR = [
+    *(dense("bfloat16", d, 1, 4, 2048, mask=m, bench="error") for m in ("causal", "full") for d in (128, 64, 256)),
+    dense("float16", 128, 1, 4, 2048, mask="causal", bench="error"),
+    *(dense("float32", 128, 1, 4, 2048, mask="causal", bench="error", precision=p) for p in ("ieee", "tf32x3", "tf32")),
+]
+ERROR_QUICK = ERROR[:3]
+LATENCY = [dense("bfloat16", 128, 1, 16, s, mask="causal", bench="latency") for s in (128, 512, 1024, 4096, 16384)]
+LATENCY_QUICK = LATENCY[:4]
+
 HOST = dense("float16", 64, 1, 4, 64, mask="causal")
 """So small that the GPU waits for the host."""
 JIT = [dense(dtype, 128, 1, 4, 256) for dtype in ("float16", "bfloat16", "float32", "float64")]
@@ -256,3 +284,9 @@ MEMORY_BACKWARD = [
     )
 ]
 """Forward and backward together."""
+MEMORY_LENGTHS = [
+    dense("bfloat16", 128, 1, 16, 1024 << n, mask="causal", bench=bench)
+    for bench in ("memory", "memory/backward")
+    for n in range(7)
+]
+"""One sequence that grows, beside peers."""

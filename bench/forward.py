@@ -14,6 +14,7 @@ from bench.baselines import Baseline
 from bench.cases import Case
 from bench.ceilings import Ceilings
 from bench.inputs import Arrays, HostArrays, Inputs, best_arrays
+from bench.progress import within
 from bench.results import Row, Store, make_row
 from bench.timing import Contender, Deadline, Timing, first_line, measure
 from cuattn.plan import Plan
@@ -131,10 +132,7 @@ def run(
 ) -> None:
     """Measure the cases in order until the deadline, each by `run_case`, storing every row as it comes."""
     arrays = best_arrays()
-    for done, case in enumerate(cases):
-        if deadline.passed:
-            print(f"time limit: {len(cases) - done} of {len(cases)} cases not run, from {case}")
-            return
+    for case in within(deadline, cases):
         try:
             row = run_case(case, baselines, arrays, rounds, env, ceilings)
         except Exception as error:

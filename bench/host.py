@@ -12,6 +12,7 @@ from bench.baselines import Baseline
 from bench.cases import HOST
 from bench.forward import OURS, ours
 from bench.inputs import Arrays, CupyArrays, Inputs, TorchArrays, torch_on_gpu
+from bench.progress import within
 from bench.results import Row, Store, make_row
 from bench.timing import Contender, Deadline, first_line, measure_host
 
@@ -133,11 +134,12 @@ def run(baselines: Sequence[Baseline], calls: int, store: Store, env: Row, deadl
     jax = [b for b in baselines if b.name == "jax"]
     if jax:
         jobs.append((CupyArrays(), "/jax", jax_contenders, jax))
-    for arrays, part, build, peers in jobs:
-        name = f"host, {arrays.name} arrays{part.replace('/', ', ')}"
-        if deadline.passed:
-            print(f"time limit: {name} not measured")
-            return
+
+    def title(job: tuple[Arrays, str, Build, list[Baseline]]) -> str:
+        return f"host, {job[0].name} arrays{job[1].replace('/', ', ')}"
+
+    for job in within(deadline, jobs, title):
+        (arrays, part, build, peers), name = job, title(job)
         case = dataclasses.replace(HOST, bench=f"host/{arrays.name}{part}")
         try:
             times = measure_host(build(Inputs.of(case, arrays), peers), calls)
