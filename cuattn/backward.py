@@ -752,10 +752,10 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     tiles = next((tiles for limit, tiles in table.items() if widest <= limit), ())
     # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
     # spread by themselves, and at 256 there is no shared memory left to stage them.
-    bulk = (widest == 128 and not narrow) or (widest == 64 and isinstance(problem.mask, Full))
+    bulk = widest == 128 or (widest == 64 and (narrow or isinstance(problem.mask, Full)))
     # The rows that a window shows to 128 keys begin and end at multiples of 64 more often than of 96.
     rows = 128 if window is None else 64
-    runs = narrow and not backward.deterministic
+    runs = narrow and widest == 64 and not backward.deterministic
     tiles = tuple(replace(t, bulk=bulk, runs=runs) for t in tiles if weight <= t.max_weight and t.block_m <= rows)
     return [t for t in tiles if sm90_smem_bytes(backward, t) <= device.smem_per_block]
 

@@ -82,7 +82,10 @@ struct BackwardSm90 {
     // Per thread, of a CTA's share of 65536. Small sums leave more to the guide, who asks the mask.
     static constexpr bool kSmallSums = kScoreRows + (kKeyCols + kValueCols) / 2 <= 160 && !kWide;
     static constexpr int kLaunchRegisters = 65536 / Config::kMinBlocks / Config::kThreads / 8 * 8;
-    static constexpr int kProducerRegisters = kSmallSums && kConsumers == 2 ? 72 : Mask::kTiled && kWide ? 56 : 40;
+    static constexpr int kProducerRegisters = kConsumers == 1         ? (kSmallSums ? 56 : 48)
+                                              : kSmallSums            ? 72
+                                              : Mask::kTiled && kWide ? 56
+                                                                      : 40;
     static constexpr int kConsumerRegisters = ((kConsumers + 1) * kLaunchRegisters - kProducerRegisters) / kConsumers;
 
     using QTile = PanelTile<kBlockM, kHeadDim>;
@@ -128,7 +131,7 @@ struct BackwardSm90 {
     static constexpr int kOffsetV = kKeyStages * KTile::kBytes, kOffsetQ = kOffsetV + kKeyStages * VTile::kBytes;
     static constexpr int kOffsetDo = kOffsetQ + kStages * QTile::kBytes, kOffsetDs = kOffsetDo + kStages * DoTile::kBytes;
     static constexpr int kOffsetP = kOffsetDs + 2 * DsTile::kBytes, kOffsetDq = kOffsetP + (kWide ? 2 * DsTile::kBytes : 0);
-    static constexpr int kOffsetBias = kOffsetDq + 8 * kDqWarpBytes;
+    static constexpr int kOffsetBias = kOffsetDq + kConsumerThreads / 32 * kDqWarpBytes;
     static constexpr int kOffsetSums = kOffsetBias + (kBiasTiles ? kStages * BiasTile::kBytes : 0);
     // Of each warp's 16 keys the bias; of each thread's two keys the sums.
     static constexpr int kOffsetRow = kOffsetSums + 2 * kSumsBytes;
@@ -638,25 +641,23 @@ struct BackwardSm90 {
         template <int kPanel>
         __device__ __forceinline__ void add_dq(float* to, typename Slab::Sums::Panel& dq, unsigned start) const {
             if constexpr (Config::kBulkDq) {
-                static_assert(sizeof(dq) == sizeof(typename Slab::Sums));
+                constexpr int kSize = Slab::Sums::Panel::kSize, kFirst = kPanel * 32 * kSize;
                 const int warp = uniform(static_cast<int>(threadIdx.x / 32));
-                if (sends_sums()) {
+                if (kPanel == 0 && sends_sums()) {
                     cp_async_bulk_wait_read<1>();  // but what the bias has just received
-                } else if (leads()) {
+                } else if (kPanel == 0 && leads()) {
                     cp_async_bulk_wait_read();
                 }
                 __syncwarp();
-                float4* staged = reinterpret_cast<float4*>(kernel.smem + kOffsetDq + warp * kDqWarpBytes) + lane_index();
+                const int own = kOffsetDq + warp * kDqWarpBytes + 4 * kFirst;
+                float4* staged = reinterpret_cast<float4*>(kernel.smem + own) + lane_index();
 #pragma unroll
-                for (int x = 0; x < dq.kSize; x += 4) {
+                for (int x = 0; x < kSize; x += 4) {
                     staged[x / 4 * 32] = make_float4(dq.data[x], dq.data[x + 1], dq.data[x + 2], dq.data[x + 3]);
                 }
                 fence_proxy_async();
                 __syncwarp();
-                if (leads()) {
-                    cp_reduce_async_bulk_add(to + warp * Slab::kWarpElements, start + kOffsetDq + warp * kDqWarpBytes,
-                                             kDqWarpBytes);
-                }
+                if (leads()) cp_reduce_async_bulk_add(to + warp * Slab::kWarpElements + kFirst, start + own, 128 * kSize);
             } else {
                 Slab::template add<kPanel * Slab::Sums::Panel::kSize>(to, dq);
             }
