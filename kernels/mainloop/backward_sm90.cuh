@@ -82,7 +82,7 @@ struct BackwardSm90 {
     // Per thread, of a CTA's share of 65536. Small sums leave more to the guide, who asks the mask.
     static constexpr bool kSmallSums = kScoreRows + (kKeyCols + kValueCols) / 2 <= 160 && !kWide;
     static constexpr int kLaunchRegisters = 65536 / Config::kMinBlocks / Config::kThreads / 8 * 8;
-    static constexpr int kProducerRegisters = kConsumers == 1         ? (kSmallSums ? 56 : 48)
+    static constexpr int kProducerRegisters = kConsumers == 1         ? (kHeadDim > 64 ? 48 : 56)
                                               : kSmallSums            ? 72
                                               : Mask::kTiled && kWide ? 56
                                                                       : 40;
