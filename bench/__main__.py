@@ -32,6 +32,8 @@ from bench.timing import Deadline
 
 ROUNDS = {"forward": 7, "backward": 5, "matrix": 3, "decode": 7, "latency": 5, "ablation": 7, "jit": 3}
 QUICK_ROUNDS = {"forward": 3, "backward": 3, "matrix": 3, "decode": 5, "latency": 2, "ablation": 3, "jit": 1}
+STORED = ("forward", "backward", "decode", "error", "memory", "latency", "host", "jit", "matrix")
+"""The parts of `all`, which share its time limit; what matters least last."""
 TIME_LIMIT, ALL_LIMIT = 480.0, 3600.0
 
 
@@ -77,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
         part.add_argument("--list", action="store_true", help="print the cases and stop; needs no GPU")
         if name == "all":
             part.add_argument("--report", action="store_true", help="write tables and figures afterwards")
+            part.add_argument("--parts", default=",".join(STORED), metavar="A,B", help="in this order; default: %(default)s")
     return top
 
 
@@ -86,8 +89,6 @@ JSON_HELP = {
 }
 
 
-STORED = ("forward", "backward", "decode", "error", "memory", "latency", "host", "jit", "matrix")
-"""The parts of `all`, which share its time limit; what matters least last."""
 PEERS: dict[str, Sequence[str]] = {
     "forward": (),
     "backward": (),
@@ -100,10 +101,19 @@ PEERS: dict[str, Sequence[str]] = {
 """Baselines that a part runs when none are named; () for all of them."""
 
 
+def parts_of(arguments: argparse.Namespace) -> list[argparse.Namespace]:
+    """The arguments of each part of `all`. Raises ValueError for a name that is none of them."""
+    names = arguments.parts.split(",")
+    unknown = set(names) - set(STORED)
+    if unknown:
+        raise ValueError(f"--parts: got {', '.join(sorted(unknown))}, expected some of {', '.join(STORED)}")
+    return [argparse.Namespace(**{**vars(arguments), "part": name}) for name in names]
+
+
 def selected(arguments: argparse.Namespace) -> list[cases.Case | decode.DecodeCase]:
     """The cases of a part that --quick and --only leave."""
     if arguments.part == "all":
-        return [case for part in STORED for case in selected(argparse.Namespace(**{**vars(arguments), "part": part}))]
+        return [case for one in parts_of(arguments) for case in selected(one)]
     everything: Sequence[cases.Case | decode.DecodeCase] = {
         "forward": cases.QUICK if arguments.quick else cases.FORWARD,
         "backward": cases.BACKWARD_QUICK if arguments.quick else cases.BACKWARD,
@@ -220,8 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.part != "all":
         run_part(arguments, chosen, deadline)
         return 0
-    for part in STORED:
-        one = argparse.Namespace(**{**vars(arguments), "part": part})
+    for one in parts_of(arguments):
         if selected(one):
             run_part(one, selected(one), deadline)
     if arguments.report and arguments.json:

@@ -252,12 +252,14 @@ def matrix(head_counts: Sequence[int], seqlens: Sequence[int]) -> list[Case]:
     return [dense("bfloat16", d, 1, h, s, mask="causal", bench="matrix") for h, d, s in grid]
 
 
-MATRIX_LENGTHS = (1024, 2048, 8192, 16384)
-MATRIX_FORWARD = [*matrix((16, 32, 8), MATRIX_LENGTHS), *matrix((32, 8, 16), (4096,))]
-MATRIX = [*MATRIX_FORWARD, *(replace(case, bench="matrix/backward") for case in MATRIX_FORWARD)]
-COMPILED = [case for case in MATRIX if case.num_heads == 16 and case.seqlen_q == 4096]
-"""Plain cells that a peer joins which compiles for seconds at every shape; the last of each direction."""
-MATRIX_QUICK = [case for case in MATRIX if case.num_heads == 16 and case.seqlen_q != 4096]
+MATRIX_LENGTHS = (1024, 2048, 4096, 8192, 16384)
+COMPILED = [dense("bfloat16", 128, 1, 16, 4096, mask="causal", bench=bench) for bench in ("matrix", "matrix/backward")]
+"""Plain cells that a peer joins which compiles for ten seconds at every shape."""
+MATRIX_FORWARD = matrix((16, 32, 8), MATRIX_LENGTHS)
+MATRIX = sorted(
+    [*MATRIX_FORWARD, *(replace(case, bench="matrix/backward") for case in MATRIX_FORWARD)], key=COMPILED.__contains__
+)
+MATRIX_QUICK = [case for case in MATRIX if case.num_heads == 16 and case not in COMPILED]
 
 ERROR = [
     *(dense("bfloat16", d, 1, 4, 2048, mask=m, bench="error") for m in ("causal", "full") for d in (128, 64, 256)),

@@ -18,8 +18,8 @@ from bench.progress import within
 from bench.results import Row, Store, make_row
 from bench.timing import Contender, Deadline, first_line
 
-PEERS = ("naive", "cudnn", "flash", "efficient", "xformers", "fa3", "fa4")
-"""Those worth a comparison; the rest is built of the same kernels, or computes in float64."""
+PEERS = ("cudnn", "flash", "efficient", "xformers", "fa3", "fa4")
+"""Those worth a comparison; others are built of the same kernels, or do not round results to the input dtype."""
 GRADIENTS = ("dq", "dk", "dv")
 
 Errors = dict[str, tuple[float, float]]

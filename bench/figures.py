@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.results import FOLDER, ROOT, Row, gpu_slug, is_backward, load
-from bench.tables import label, render
+from bench.tables import behind, label, render
 
 DOCS = ROOT / "docs"
 OURS = "cuattn"
@@ -34,6 +34,16 @@ def write(titles: Mapping[str, str], docs: Path = DOCS, folder: Path = FOLDER) -
             if chosen:
                 lines += ["## Gradients" if backward else "## Forward, host and memory", ""]
                 lines += [render(chosen, titles).strip(), ""]
+        slower = behind(rows, titles)
+        if slower:
+            lines += [
+                "## Where a peer is faster",
+                "",
+                "Every row in which a peer took less time, the worst first.",
+                "",
+                *slower,
+                "",
+            ]
     page = docs / "results.md"
     page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return [*written, page]

@@ -140,6 +140,19 @@ TABLES: dict[str, tuple[str, Table]] = {
 """Title and table of the parts whose rows are no rates."""
 
 
+def behind(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
+    """A table of every row in which a peer took less time than we did, the worst first; [] where there is none."""
+    found = []
+    for row in rows:
+        peers = {name: us for name, us in row["peers"].items() if name in titles and us < row["us"]}
+        if peers:
+            best = min(peers, key=lambda name: peers[name])
+            found.append({**row, "best": titles[best], "ratio": peers[best] / row["us"]})
+    words: dict[str, Cell] = {"": lambda row: row["bench"], **SIZES, "faster": lambda row: row["best"]}
+    found.sort(key=lambda row: row["ratio"])
+    return columns(found, words, {"its time over ours": lambda row: f"{row['ratio']:.2f}"}) if found else []
+
+
 def other_lines(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
     """Host path and first call, one line each."""
     lines = []
@@ -161,6 +174,8 @@ def other_lines(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
 HOST_LINES = {
     "": "Host time of a warm call on {kind} arrays",
     "backward": "Host time of a warm backward on {kind} arrays",
+    "decode": "Host time of a warm attention_with_kvcache that appends a token, on {kind} arrays",
+    "recorded": "Host time that autograd adds to a warm forward on {kind} arrays",
     "autograd": "Host time that autograd adds to a warm forward and backward on {kind} arrays",
     "flash_attn": "Host time that cuattn.flash_attn adds to a warm call on {kind} arrays",
     "sdpa": "Host time that cuattn.torch.scaled_dot_product_attention adds to a warm call on {kind} arrays",

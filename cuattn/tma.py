@@ -102,17 +102,14 @@ class TensorMap:
 
     def __init__(self, operand: Operand, box: tuple[int, ...]) -> None:
         self.operand, self.box = operand, box
-        self.tail = b""
-        """what follows the address, once it is known that nothing else depends on it"""
+        self.movable = False
+        """whether the address is known to be the map's first word, and nothing else to depend on it"""
 
     def at(self, address: int) -> bytes:
-        """The map of the array at `address`. The first call encodes; where the address is the map's first word, as it has
-        been so far, later ones replace it.
-        """
-        if self.tail:
-            return _WORD.pack(address) + self.tail
+        """The map of the array at `address`."""
         encoded = encode(self.operand, self.box, address)
-        other = address ^ (1 << 20)
-        if encoded[:8] == _WORD.pack(address) and encode(self.operand, self.box, other) == (_WORD.pack(other) + encoded[8:]):
-            self.tail = encoded[8:]
+        if not self.movable:
+            other = address ^ (1 << 20)
+            moved = _WORD.pack(other) + encoded[8:]
+            self.movable = encoded[:8] == _WORD.pack(address) and encode(self.operand, self.box, other) == moved
         return encoded

@@ -246,6 +246,15 @@ def test_the_readme_and_the_page_are_what_the_rows_say(tmp_path: Path) -> None:
         assert written == (results.ROOT / name).read_text(encoding="utf-8"), "run: python -m bench report"
 
 
+def test_rows_behind_a_peer_are_listed_the_worst_first() -> None:
+    near, far, ahead = (dense("bfloat16", d, 1, 4, 1024) for d in (64, 128, 256))
+    rows = [row(near, 100.0, cudnn=99.0, flash=98.0), row(far, 100.0, fa4=50.0), row(ahead, 100.0, cudnn=101.0)]
+    rows.append(row(replace(HOST, bench="host/torch/autograd"), 100.0, **{"an empty autograd.Function": 10.0}))
+    *_, first, second = tables.behind(rows, TITLES)
+    assert first == "| forward | bf16 | 128 | 1 x 4 | 1024 | full | FA4 | 0.50 |" and "| FA2 | 0.98 |" in second
+    assert tables.behind(rows[2:], TITLES) == []
+
+
 def test_every_row_of_the_results_file_is_in_the_page() -> None:
     """Rows that no table shows would be measured for nothing."""
     shown = {*results.RATED, *tables.TABLES}
@@ -437,6 +446,10 @@ def test_all_is_the_parts_that_store_rows() -> None:
     chosen = selected(parser().parse_args(["all", "--quick"]))
     for part in STORED:
         assert set(selected(parser().parse_args([part, "--quick"]))) <= set(chosen), part
+    some = selected(parser().parse_args(["all", "--parts", "latency,host"]))
+    assert some == [*LATENCY, HOST]
+    with pytest.raises(ValueError, match="--parts: got sleep, expected some of forward"):
+        selected(parser().parse_args(["all", "--parts", "host,sleep"]))
     assert HOST in chosen and len(chosen) > len(QUICK) + len(BACKWARD_QUICK)
 
 
@@ -448,7 +461,7 @@ def test_the_matrix_is_complete_in_both_directions() -> None:
     for backward_too in (False, True):
         cells = [case for case in MATRIX if case.backward == backward_too]
         assert {(c.seqlen_q, c.head_dim, c.num_heads) for c in cells} == grid and len(cells) == len(grid)
-    assert len({results.key(row(case)) for case in MATRIX}) == len(MATRIX)
+    assert len({results.key(row(case)) for case in MATRIX}) == len(MATRIX) and MATRIX[-2:] == COMPILED
     flex = next(b for b in BASELINES if b.name == "flex")
     for case in MATRIX:
         names = {b.name for b in BASELINES if not (b.declines_gradient(case) if case.backward else b.declines(case))}

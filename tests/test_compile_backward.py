@@ -12,7 +12,7 @@ from cuattn import jit
 from cuattn.backward import CELLS, COLUMNS, COPIES, STORE, BiasKind, make_backward_plan
 from cuattn.catalogue import COMMON_DIMS, backward_plans, backward_problem_of, problem_of, view
 from cuattn.codegen import backward_units
-from cuattn.launch import BackwardParameters
+from cuattn.launch import backward_struct
 from cuattn.masks import Full, Mask, SlidingWindow
 from cuattn.registry import DEVICES
 from cuattn.score_mods import Bias
@@ -67,7 +67,7 @@ def test_tiles_of_a_bias(
     problem = problem_of("bfloat16", dims=(dim, dim), mods=(bias,))
     plan = make_backward_plan(backward_problem_of(problem), DEVICES["sm_90a"])
     assert plan.kernel == "backward_sm90" and plan.bias_kind is kind and plan.early
-    maps = BackwardParameters(plan, plan.launches[0], True).maps[4:]
+    maps = backward_struct(plan, plan.launches[0], True).maps[4:]
     text = sass(jit.build(backward_units(plan)["backward"].source, "sm_90a").image, tmp_path)
     rows = plan.tiles.block_m
     assert [(m.box, m.operand.dtype) for m in maps] == [((columns, rows, 1, 1), dtype) for columns, dtype in boxes]
@@ -81,7 +81,7 @@ def test_a_bias_without_gradient(bias: str, dims: tuple[int, ...], mask: Mask) -
         problem = problem_of("bfloat16", dims=(dim, dim), mask=mask, mods=(PAIRS if bias == "pairs" else KEYS,))
         plan = make_backward_plan(replace(backward_problem_of(problem), wanted=(False,)), DEVICES["sm_90a"])
         assert plan.kernel == "backward_sm90"
-        assert len(BackwardParameters(plan, plan.launches[0], True).maps) == (5 if bias == "pairs" else 4)
+        assert len(backward_struct(plan, plan.launches[0], True).maps) == (5 if bias == "pairs" else 4)
         assert not complaints(jit.build(backward_units(plan)["backward"].source, "sm_90a").log), str(plan)
 
 
@@ -148,6 +148,6 @@ def test_sums_over_the_heads_of_a_group_have_one_order() -> None:
 def test_the_copy_engine_brings_whole_tiles(dim: int) -> None:
     """backward_sm90.cu waits for the bytes of a tile: smaller boxes would let it wait for ever."""
     plan = make_backward_plan(backward_problem_of(problem_of("bfloat16", dims=(dim, dim))), DEVICES["sm_90a"])
-    boxes = [m.box for m in BackwardParameters(plan, plan.launches[0], True).maps]
+    boxes = [m.box for m in backward_struct(plan, plan.launches[0], True).maps]
     assert plan.uses_tma
     assert boxes == [(64, rows, 1, 1) for rows in (plan.tiles.block_m, *(plan.tiles.block_n,) * 2, plan.tiles.block_m)]

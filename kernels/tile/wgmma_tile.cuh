@@ -18,6 +18,11 @@ struct WgmmaTile {
         return static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) + x % 4 / 2 * 8;
     }
     __device__ __forceinline__ static int col(int x) { return 2 * static_cast<int>(threadIdx.x % 4) + x / 4 * 8 + x % 2; }
+
+    // As in RegTile.
+    static constexpr int kThreadRows = 2;
+    __device__ __forceinline__ static constexpr int thread_row(int x) { return x % 4 / 2; }
+    __device__ __forceinline__ static int row_at(int r) { return row(2 * r); }
 };
 
 // The accumulators of a transposed product, of 64 columns and kN rows of what they stand for.
@@ -105,6 +110,14 @@ template <class Element, class Sums>
 __device__ __forceinline__ void pack_operand(unsigned (&operand)[Sums::kSize / 2], const Sums& sums) {
 #pragma unroll
     for (int x = 0; x < Sums::kSize; x += 2) operand[x / 2] = pack_pair<Element>(sums.data[x], sums.data[x + 1]);
+}
+
+// Stores the operand of a WgmmaTile's 64 columns to a panel of as many rows.
+__device__ __forceinline__ void store_operand(unsigned panel, const unsigned (&operand)[16]) {
+    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+    const unsigned to = panel + (16 * warp + lane % 16) * 128;
+#pragma unroll
+    for (unsigned x = 0; x < 4; x++) stmatrix_x4(to + ((2 * x + lane / 16) ^ (lane % 8)) * 16, operand + 4 * x);
 }
 
 // Stores the operand of a WgmmaTransposedTile to a panel of 64 columns as rows again, from row 0 of `panel`.
