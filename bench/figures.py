@@ -32,7 +32,7 @@ def write(titles: Mapping[str, str], docs: Path = DOCS, folder: Path = FOLDER) -
         for backward in (False, True):
             chosen = [row for row in rows if is_backward(row) == backward]
             if chosen:
-                lines += ["## Gradients" if backward else "## Forward, host and memory", ""]
+                lines += ["## Gradients" if backward else "## Forward, decode, errors, memory and host", ""]
                 lines += [render(chosen, titles).strip(), ""]
         slower = behind(rows, titles)
         if slower:
