@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from cuattn.arrays import View
@@ -356,8 +356,12 @@ PART_KEYS = 256
 """Least keys in a part where parts depend on their own sequence's length alone."""
 PARTS = 16
 """Most parts there."""
+CLUSTERS = (8, 4, 2)
+"""Sizes of clusters, best first: more is not portable, and takes longer to start than it saves."""
+CLUSTER_KEYS = 256
+"""Keys of a CTA for which another cluster is worth while."""
 IDLE = 0.96
-"""Least share of the CTAs that must be members of a team."""
+"""Least share of the CTAs that must have work."""
 
 
 @dataclass(frozen=True)
@@ -382,6 +386,8 @@ class DecodePlan:
     bytes_q: int
     """of them, for q"""
     min_keys: int = MIN_KEYS
+    cluster: int = 1
+    """CTAs that divide an item among them; 1: they find their work by the lengths of all sequences"""
 
     @property
     def threads(self) -> int:
@@ -399,28 +405,42 @@ class DecodePlan:
     @property
     def head_lanes(self) -> int:
         """KV heads that are read side by side: the most that leave few CTAs without a team."""
+        if self.cluster > 1:
+            return self.problem.num_heads_kv
         slots, heads = self.device.num_sms * self.min_blocks, self.problem.num_heads_kv
         fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n <= slots]
         return max(n for n in fitting if n == 1 or slots // n * n >= IDLE * slots)
 
     @property
-    def merged_parts(self) -> int:
-        """Parts whose weights have room in shared memory when they are merged."""
-        return (self.smem_bytes - self.bytes_q) // (self.rows * ITEMSIZE[self.problem.real])
+    def grid(self) -> tuple[int, int, int]:
+        """CTAs: (members of a team, teams, 1), or (KV heads, CTAs of an item's clusters, row tiles)."""
+        if self.cluster > 1:
+            return self.problem.num_heads_kv, self.cluster * self.clusters, self.m_blocks
+        lanes = self.head_lanes
+        most, items = self.device.num_sms * self.min_blocks // lanes, max(1, self.items // lanes)
+        # With as many teams as items, or a multiple, no team begins a second item where lengths are equal.
+        aligned = most // items * items
+        return lanes, aligned if aligned >= IDLE * most else most, 1
 
     @property
-    def grid(self) -> int:
-        teams = self.device.num_sms * self.min_blocks // self.head_lanes
-        return min(teams, self.merged_parts) * self.head_lanes
+    def clusters(self) -> int:
+        """Of an item, at most."""
+        return self.device.num_sms * self.min_blocks // (self.items * self.cluster)
 
     @property
-    def min_units(self) -> int:
-        return 1 if self.max_parts else max(1, self.min_keys // self.block_n)
+    def ctas(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def min_units_log2(self) -> int:
+        """Least units of a team; in clusters, units of a CTA for which another cluster is worth while."""
+        least = CLUSTER_KEYS if self.cluster > 1 else self.min_keys
+        return 0 if self.max_parts else max(1, least // self.block_n).bit_length() - 1
 
     @property
     def max_parts(self) -> int:
         """0: work is divided evenly over the CTAs."""
-        return min(self.problem.num_splits, self.merged_parts) or (PARTS if self.problem.deterministic else 0)
+        return self.problem.num_splits or (PARTS if self.problem.deterministic else 0)
 
     @property
     def min_part(self) -> int:
@@ -435,9 +455,15 @@ class DecodePlan:
     def workspace(self) -> tuple[int, ...]:
         """Bytes of each of `WORKSPACE`, rounded up to 256."""
         size = ITEMSIZE[self.problem.real]
-        slots = self.items * self.max_parts if self.max_parts > 1 else 0 if self.max_parts == 1 else 2 * self.grid
-        tickets = 0 if not slots else self.items if self.max_parts else self.grid
-        sizes = (slots * self.rows * self.head_dim_v * size, slots * self.rows * size, 8 * tickets)
+        if self.cluster > 1:
+            slots, lse_slots, tickets = self.items * self.clusters, self.ctas, self.items * self.cluster
+        elif self.max_parts:
+            slots, tickets = (self.items * self.max_parts, self.items) if self.max_parts > 1 else (0, 0)
+            lse_slots = slots
+        else:
+            slots = lse_slots = 2 * self.ctas
+            tickets = self.ctas
+        sizes = (slots * self.rows * self.head_dim_v * size, lse_slots * self.rows * size, 8 * tickets)
         return tuple(-(-n // 256) * 256 for n in sizes)
 
     @property
@@ -449,7 +475,7 @@ class DecodePlan:
         return (
             f"DecodePlan({self.device.arch}: {self.rows} rows x {self.block_n} keys x {self.stages}, "
             f"d{self.head_dim}/{self.head_dim_v}, {self.warps_m}x{self.warps_n} warps, {self.smem_bytes} B shared, "
-            f"grid {self.grid}, workspace {sum(self.workspace)} B)"
+            f"grid {self.grid}{' in clusters' * (self.cluster > 1)}, workspace {sum(self.workspace)} B)"
         )
 
 
@@ -475,7 +501,7 @@ def _mma(problem: DecodeProblem, device: Device) -> tuple[str, int, int]:
     if problem.dtype == "float32":
         return "MmaWide<ProductTf32>", 16, 32
     if problem.cache_dtype in CACHE_DTYPES:
-        return f"MmaByte<{CTYPES[problem.dtype]}, {CACHE_DTYPES[problem.cache_dtype]}>", 32, 32
+        return f"MmaByte<{CACHE_DTYPES[problem.cache_dtype]}, {'true' if device.number >= 89 else 'false'}>", 32, 32
     return f"MmaHalf<{CTYPES[problem.dtype]}>", 16, 16
 
 
@@ -530,10 +556,19 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
         stages = min(MAX_STAGES, budget // stage)
         if stages >= 2 and merged <= budget:
             smem = bytes_q + max(stages * stage, merged)
-            return DecodePlan(
+            plan = DecodePlan(
                 problem, device, mma, warps_m, warps_n, block_n, stages, ctas, head_dim, head_dim_v, smem, bytes_q
             )
+            return replace(plan, cluster=_cluster(plan))
     raise NotImplementedError(f"no tile of {problem} fits the {device.smem_per_block} bytes of shared memory of a block")
+
+
+def _cluster(plan: DecodePlan) -> int:
+    """CTAs of a cluster, which share an item; 1 without clusters."""
+    p = plan.problem
+    if plan.device.number < 90 or p.batch != 1 or p.packed or plan.max_parts:
+        return 1
+    return next((n for n in CLUSTERS if plan.items * n <= plan.device.num_sms * plan.min_blocks), 1)
 
 
 # Plan -> parameters ---------------------------------------------------------------------------------------------------
@@ -580,7 +615,7 @@ def decode_fields(plan: DecodePlan) -> list[tuple[str, int | float]]:
     sizes += [("i4x", n) for n in (p.head_dim, p.head_dim_v, p.pages, p.page_size)]
     sizes += [("I4x", page_multiplier), ("i4x", page_shift)]
     sizes += [("i4x", n) for n in (p.table_rows, p.max_pages, p.rotary_dim, p.rotary_len, plan.m_blocks, plan.head_lanes)]
-    sizes += [("i4x", n) for n in (p.num_heads_kv // plan.head_lanes, plan.min_units, plan.max_parts, plan.min_part)]
+    sizes += [("i4x", n) for n in (p.num_heads_kv // plan.head_lanes, plan.min_units_log2, plan.max_parts, plan.min_part)]
     return [*(("q", n) for n in longs), ("d", p.scale), *sizes]
 
 

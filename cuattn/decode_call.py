@@ -286,8 +286,8 @@ def prepare_steps(plan: DecodePlan) -> tuple[call._Step, ...]:
         grid = plan.grid
         if role == "append":
             tokens = p.total_q if p.packed else p.batch * p.seqlen_new
-            grid = -(-tokens * p.num_heads_kv // (APPEND_THREADS // 32))
-        if grid:
+            grid = (-(-tokens * p.num_heads_kv // (APPEND_THREADS // 32)), 1, 1)
+        if all(grid):
             parameters = DecodeParameters(plan, role == "decode")
-            steps.append(call._Step(call._load(unit, plan), (grid, 1, 1), (unit.threads, 1, 1), unit.smem_bytes, parameters))
+            steps.append(call._Step(call._load(unit, plan), grid, (unit.threads, 1, 1), unit.smem_bytes, parameters))
     return tuple(steps)
