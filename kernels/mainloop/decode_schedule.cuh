@@ -44,7 +44,6 @@ struct DecodeSchedule {
 
     const DecodeParams& p;
     const Mask& mask;
-    int teams;              // of CTAs, that have work
     unsigned each, longer;  // units of a team, and the number of teams that take one more
     unsigned start, stop;   // units of this one
     int batch;              // the sequence of unit `start`,
@@ -123,7 +122,7 @@ struct DecodeSchedule {
             if (w < thread / 32) before += memory[w];
             total += memory[w];
         }
-        teams = static_cast<int>(min(gridDim.y, max(1u, total >> p.min_units_log2)));
+        const int teams = static_cast<int>(min(gridDim.y, max(1u, total >> p.min_units_log2)));
         each = total / teams, longer = total - each * teams;
         start = team() < teams ? boundary(team()) : total;
         stop = team() < teams ? boundary(team() + 1) : total;
