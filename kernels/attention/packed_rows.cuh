@@ -38,4 +38,14 @@ __device__ __forceinline__ void modify_packed_scores(Tile& s, const Coord& at, c
     }
 }
 
+// With one scale for all rows.
+template <bool kChecked, class Tile, class Real, class Mask, class ScoreMod>
+__device__ __forceinline__ void modify_packed_scores(Tile& s, const Coord& at, const PackedRows& rows, int col0, Real scale,
+                                                     const Mask& mask, const ScoreMod& score_mod) {
+    Real scales[Tile::kThreadRows];
+#pragma unroll
+    for (int r = 0; r < Tile::kThreadRows; r++) scales[r] = scale;
+    modify_packed_scores<kChecked>(s, at, rows, col0, scales, mask, score_mod);
+}
+
 }  // namespace cuattn
