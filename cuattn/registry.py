@@ -68,6 +68,8 @@ class Tiles:
     """forward_sm90: the compiler may not wait for the output before the maxima of the next scores"""
     bulk: bool = False
     """backward_sm90: dq is added by the copy engine, through shared memory"""
+    runs: bool = False
+    """backward_sm90: a CTA takes several key tiles one after the other"""
 
 
 @dataclass(frozen=True)
