@@ -386,10 +386,14 @@ PART_KEYS = 256
 """Least keys in a part where parts depend on their own sequence's length alone."""
 PARTS = 16
 """Most parts there."""
-CLUSTERS = (8, 4, 2)
-"""Sizes of clusters, best first: more is not portable, and takes longer to start than it saves."""
-CLUSTER_KEYS = 256
+CLUSTER = 8
+"""CTAs of a cluster: more is not portable."""
+CLUSTER_CTAS = 64
+"""CTAs of a launch in clusters. A GPU holds fewer clusters than its SMs have room for CTAs: an H200 not 16 clusters of 8."""
+CLUSTER_KEYS = 128
 """Keys of a CTA for which another cluster is worth while."""
+CLUSTER_CAPACITY = 16384
+"""Longest sequence that is divided among the CTAs of clusters, which are too few to read at the rate of the memory."""
 IDLE = 0.96
 """Least share of the CTAs that must have work."""
 
@@ -459,20 +463,27 @@ class DecodePlan:
         return max(n for n in fitting if n == 1 or slots // n * n >= IDLE * slots)
 
     @property
+    def most_teams(self) -> int:
+        return self.device.num_sms * self.min_blocks // self.head_lanes
+
+    @property
+    def teams(self) -> int:
+        """As many as items, or a multiple, where that leaves few CTAs idle: of equal lengths, no team begins a second item."""
+        items = max(1, self.items // self.head_lanes)
+        aligned = self.most_teams // items * items
+        return aligned if aligned >= IDLE * self.most_teams else self.most_teams
+
+    @property
     def grid(self) -> tuple[int, int, int]:
         """CTAs: (members of a team, teams, 1), or (KV heads, CTAs of an item's clusters, row tiles)."""
         if self.cluster > 1:
             return self.num_heads_kv, self.cluster * self.clusters, self.m_blocks
-        lanes = self.head_lanes
-        most, items = self.device.num_sms * self.min_blocks // lanes, max(1, self.items // lanes)
-        # With as many teams as items, or a multiple, no team begins a second item where lengths are equal.
-        aligned = most // items * items
-        return lanes, aligned if aligned >= IDLE * most else most, 1
+        return self.head_lanes, self.teams, 1
 
     @property
     def clusters(self) -> int:
         """Of an item, at most."""
-        return self.device.num_sms * self.min_blocks // (self.items * self.cluster)
+        return CLUSTER_CTAS // (self.items * self.cluster)
 
     @property
     def ctas(self) -> int:
@@ -543,6 +554,10 @@ class LatentPlan(DecodePlan):
         """The heads of one latent count as several KV heads in one place, so that a team reads it at the same time."""
         heads = self.problem.num_heads
         return heads // self.rows if self.problem.num_heads_kv == 1 and heads % self.rows == 0 else self.problem.num_heads_kv
+
+    @property
+    def teams(self) -> int:
+        return self.most_teams
 
     @property
     def threads(self) -> int:
@@ -656,8 +671,15 @@ TILES = tuple(
     for ctas in (2, 1)
 )
 """(warps_m, warps_n, CTAs an SM holds), best first. Of two CTAs, one computes while the other waits."""
-CLUSTER_TILES = tuple((warps_m, 8 // warps_m, 1) for warps_m in (4, 2, 1))
-"""In clusters: one CTA of twice as many warps, so that half as many parts are merged."""
+CLUSTER_TILE = (1, 8, 1)
+"""In clusters."""
+
+
+def _clustered(problem: DecodeProblem, device: Device, rows: int) -> bool:
+    """Whether one short sequence is worth clusters, which know nothing of other sequences. rows: of all row tiles."""
+    p = problem
+    alone = p.batch == 1 and not (p.packed or p.deterministic or p.num_splits) and p.capacity <= CLUSTER_CAPACITY
+    return device.number >= 90 and alone and rows <= 16 and p.num_heads_kv * CLUSTER <= CLUSTER_CTAS
 
 
 def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
@@ -678,9 +700,8 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
     rows = max(1, problem.seqlen_q * problem.group)
     pitch_q, pitch_k, pitch_v = _pitches(problem, head_dim, head_dim_v)
     step = 16 if ITEMSIZE[problem.dtype] == 2 else 8
-    parted = problem.deterministic or problem.num_splits > 0
-    clusters = device.number >= 90 and problem.batch == 1 and not (problem.packed or parted)
-    for warps_m, warps_n, ctas in (*CLUSTER_TILES, *TILES) if clusters else TILES:
+    clustered = _clustered(problem, device, rows)
+    for warps_m, warps_n, ctas in (CLUSTER_TILE, *TILES) if clustered else TILES:
         if warps_m > 1 and rows <= 8 * warps_m:  # half as many warps hold them
             continue
         # Beside 256 columns of out there are registers for the scores of one step alone.
@@ -698,9 +719,7 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
             plan = DecodePlan(
                 problem, device, mma, warps_m, warps_n, block_n, stages, ctas, head_dim, head_dim_v, smem, bytes_q
             )
-            cluster = next((n for n in CLUSTERS if plan.items * n <= device.num_sms * ctas), 1) if clusters else 1
-            if cluster > 1 or (warps_m, warps_n, ctas) in TILES:
-                return replace(plan, cluster=cluster)
+            return replace(plan, cluster=CLUSTER) if clustered and warps_n == CLUSTER_TILE[1] else plan
     raise NotImplementedError(f"no tile of {problem} fits the {device.smem_per_block} bytes of shared memory of a block")
 
 
