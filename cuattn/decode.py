@@ -679,7 +679,7 @@ def _clustered(problem: DecodeProblem, device: Device, rows: int) -> bool:
     """Whether one short sequence is worth clusters, which know nothing of other sequences. rows: of all row tiles."""
     p = problem
     alone = p.batch == 1 and not (p.packed or p.deterministic or p.num_splits) and p.capacity <= CLUSTER_CAPACITY
-    return device.number >= 90 and alone and rows <= 16 and p.num_heads_kv * CLUSTER <= CLUSTER_CTAS
+    return device.number == 90 and alone and rows <= 16 and p.num_heads_kv * CLUSTER <= CLUSTER_CTAS
 
 
 def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
