@@ -65,8 +65,8 @@ class Plan:
 
     @property
     def section(self) -> int:
-        """Pairs of sequence and head whose keys and values L2 holds together. Of short rows, so few that the query tiles of a pair
-        run side by side: their keys then come from memory at an even rate, not all of a section's at its start.
+        """Pairs of sequence and head whose keys and values L2 holds together. Of short rows fewer, so that the query tiles of a
+        pair run side by side: keys then come from memory at an even rate, not all of a section's at its start.
         """
         p = self.problem
         bytes_kv = ITEMSIZE[p.dtype] * min(p.seqlen_k, p.total_k) * (p.head_dim + p.head_dim_v)

@@ -148,9 +148,7 @@ def _weight_sm90(problem: Problem) -> int:
     """As `_weight`: what masks, modifications and layouts cost a loop that TMA feeds."""
     unstaged = any(isinstance(mod, Bias) for mod in problem.mods) and staged_bias(problem) is None
     mods = sum(1 + isinstance(mod, UserMod) for mod in problem.mods)
-    parts = problem.mask.masks if isinstance(problem.mask, And) else (problem.mask,)
-    elements = any(isinstance(mask, BooleanMask) for mask in parts)
-    return 6 * (problem.dropout > 0) + 7 * unstaged + (9 if len(parts) > 1 else 7) * elements + mods
+    return 6 * (problem.dropout > 0) + 7 * (unstaged + isinstance(problem.mask, BooleanMask)) + mods
 
 
 SHORT = 2048
@@ -175,6 +173,8 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
         tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False, keep_maxima=keeps))
     if 64 < widest <= 128 and keys >= LONG and not (problem.packed or problem.mask.tiled):
         tiles.insert(0, Tiles(128, 176, 2, 12, persistent=True, max_weight=0))
+    if 64 < widest <= 128 and problem.dropout > 0 and not (problem.mods or problem.mask.tiled):
+        tiles.insert(0, Tiles(128, 128, 2, 12, persistent=True, max_weight=6))
     if widest > 128 >= problem.head_dim_v:
         tiles.insert(0, Tiles(128, 128, 2, 12, persistent=True, max_weight=0))
     # Beside more columns of out the compiler has no room for what a late wait lets it interleave.

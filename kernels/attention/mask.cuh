@@ -4,9 +4,10 @@
 //   q_range(at, keys)      queries that some key of `keys` may be seen by
 //   covers(at, rows, keys) every query of `rows` sees every key of `keys`: keep() need not be asked
 //   classify(at, rows, keys) for masks that read memory: what the tile map stores of a tile
-// kTiled says that which tiles to visit is data, read from a tile map built by tile_map.cu; kByElement that keep() reads a number
-// of each pair, so that it is better asked of all pairs at once than behind a branch. kBand: row(at, i) yields the keys that query
-// i sees, which may start before 0 and with kHasStart anywhere. `rows` and `keys` are never empty.
+// kTiled says that which tiles to visit is data, read from a tile map built by tile_map.cu; kByElement that keep() does nothing
+// but read a number of each pair, so that it is better asked of all pairs at once than behind a branch. kBand: row(at, i)
+// yields the keys that query i sees, which may begin before 0, and without kHasStart begin at 0. `rows` and `keys` are never
+// empty.
 #pragma once
 #include "attention/coord.cuh"
 #include "ptx/special_registers.cuh"
@@ -162,13 +163,11 @@ struct alignas(8) BlockSparse {
 
 template <class First, class Second>
 struct alignas(8) And {
-    static constexpr bool kTiled = First::kTiled || Second::kTiled, kByElement = First::kByElement || Second::kByElement;
-    static constexpr bool kBand = false;
+    static constexpr bool kTiled = First::kTiled || Second::kTiled, kByElement = false, kBand = false;
     First first;
     Second second;
 
     __device__ __forceinline__ bool keep(const Coord& at, int i, int j) const {
-        if constexpr (kByElement) return first.keep(at, i, j) & second.keep(at, i, j);
         return first.keep(at, i, j) && second.keep(at, i, j);
     }
     __device__ __forceinline__ Range kv_range(const Coord& at, Range rows) const {

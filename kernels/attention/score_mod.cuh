@@ -253,7 +253,6 @@ struct FastFunctions {
     __device__ __forceinline__ static float tanh(float x) { return RationalTanh::of(x); }
 };
 
-
 // The one Bias among modifications, for a kernel that stages its tiles: `get` finds it, `stage` puts a StagedBias in its place.
 template <class Mod>
 struct BiasIn {

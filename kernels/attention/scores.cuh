@@ -31,7 +31,7 @@ __device__ __forceinline__ void modify_scores(Tile& s, const Coord& at, int row0
             }
         }
         if constexpr (kChecked) {
-            if constexpr (Mask::kBand) {  // limits of a row are compared with what is known of a column when the kernel is compiled
+            if constexpr (Mask::kBand) {  // the limits of a row against what is known of a column when the kernel is compiled
                 const Range seen = mask.row(at, i);
                 const bool before = Mask::kHasStart && column.step < seen.start - column.start;
                 if (before | (column.step >= seen.stop - column.start)) s[x] = negative_infinity<Real>();

@@ -20,7 +20,8 @@
 //                 wait K; issue S = Q K^T; issue O += P V; wait S; release K; modify, mask, maxima; wait O; release V;
 //                 P = exp(S - max), O *= shrink; wait V
 //             The first S of a query tile goes with the last O of the one before. A warpgroup passes over tiles of keys that
-//             none of its rows sees. Without kOverlap, O of a tile follows its softmax, which needs fewer registers.
+//             none of its rows sees. With kScalesFirst, O is scaled between the issue of S and its own instead, and waited for
+//             after the exponentials. Without kOverlap, O of a tile follows its softmax, which needs fewer registers.
 // Maxima      with kKeepsMaxima, a row's maximum is that of the first tile in which it sees a key, unless sums grow too large.
 #pragma once
 #include "attention/scores.cuh"
@@ -402,8 +403,8 @@ struct ForwardSm90 {
             exponentiate<true>(s, probabilities, shrink, w, n, [](float) {});
         }
         // Scores to probabilities as operands; the sums; and, 16 columns at a time in between, O times `shrink`: the
-        // multiplications fit into the issue slots that the exponentials leave. `when_free` is called with the sum so far, which
-        // is never negative, before anything is written to `probabilities`, kEarly columns after the start.
+        // multiplications fit into the issue slots that the exponentials leave. `when_free` is called with the sum so far,
+        // which is never negative, before anything is written to `probabilities`, kEarly columns after the start.
         template <bool kShrink, int kEarly = 0, class WhenFree>
         __device__ __forceinline__ void exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
                                                      const float (&shrink)[2], const Work& w, int n, WhenFree when_free) {
@@ -659,7 +660,8 @@ struct ForwardSm90 {
         Consumer consumer{*this, wg};
         consumer.factor = exponent_factor<Config, float>(p);
         if constexpr (kWhole) {
-            consumer.factor = Whole::unit(arguments.variant.score_mod, static_cast<float>(p.scale)) * static_cast<float>(kLog2e);
+            consumer.factor =
+                Whole::unit(arguments.variant.score_mod, static_cast<float>(p.scale)) * static_cast<float>(kLog2e);
         }
         consumer.desc_q = QTile::k_major(base + wg * QTile::kBytes);
         consumer.desc_k = KTile::k_major(base + kOffsetK);
