@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -47,9 +48,11 @@ class BiasKind(NamedTuple):
     number: int
 
 
-NO_BIAS, COLUMNS, ROWS, CELLS, STORE = (
-    BiasKind(name, number) for number, name in enumerate(("none", "columns", "rows", "cells", "store"))
+NO_BIAS, COLUMNS, ROWS, CELLS, STORE, COPIES = (
+    BiasKind(name, number) for number, name in enumerate(("none", "columns", "rows", "cells", "store", "copies"))
 )
+MAX_COPIES = 4
+"""Batches or heads that share elements of a bias, up to which each has its own, of 16 bits: twice the bytes of fp32 sums."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +242,8 @@ class BackwardPlan:
     map_batches: int
     map_heads: int
     smem_bytes: int
+    run: int
+    """backward_sm90: key tiles that a CTA takes one after the other"""
     num_splits: int = field(default=1, init=False)
     dv_chunks: int = field(default=1, init=False)
     bias_stages: int = field(default=0, init=False)
@@ -280,8 +285,25 @@ class BackwardPlan:
         stores = self.bias_kind is STORE
         batches, heads, rows, cols = (1, 1, 1, 1, *bias.shape)[-4:] if stores else self.sum_shape[1:]
         strides = (heads * rows * cols, cols, rows * cols, 1)
-        dtype, slot = (bias.dtype, backward.slot("dbias")) if stores else ("float32", backward.slot("bias_sum"))
-        return Operand(slot, (batches, rows, heads, cols), strides, dtype)
+        slot = backward.slot("dbias" if stores else "bias_sum")
+        return Operand(slot, (batches, rows, heads, cols), strides, bias.dtype if stores else self.sum_dtype)
+
+    @property
+    def sends_ds(self) -> bool:
+        """backward_sm90: the tiles that the bias receives are those of dS."""
+        return self.uses_tma and _sends_ds(self.backward)
+
+    @property
+    def sum_dtype(self) -> str:
+        """Of bias_sum."""
+        return self.problem.dtype if self.bias_kind is COPIES else self.problem.real
+
+    @property
+    def writes_bias(self) -> bool:
+        """backward_sm90: every element of dbias or bias_sum is written once, so nobody need clear it."""
+        p = self.problem
+        own_lengths = p.packed or p.operand("q_lens") is not None or p.operand("kv_lens") is not None
+        return self.tma_bias_sums is not None and self.bias_kind is not CELLS and not own_lengths
 
     @property
     def takes_turns(self) -> bool:
@@ -297,7 +319,7 @@ class BackwardPlan:
         row = 2 * self.head_dim + 2 * self.head_dim_v + 4 * self.head_dim
         in_cache = L2_BYTES // max(1, row * min(p.seqlen_q, p.total_q) * p.group)
         pairs = self.q_splits * p.num_heads_kv * self.batches
-        return min(max(1, in_cache, -(-2 * self.device.num_sms // self.n_blocks)), max(1, pairs))
+        return min(max(1, in_cache, -(-2 * self.device.num_sms // self.shares)), max(1, pairs))
 
     @property
     def split_inputs(self) -> bool:
@@ -327,7 +349,8 @@ class BackwardPlan:
 
     @property
     def shares(self) -> int:
-        return self.dq_splits if self.backward.deterministic and not self.takes_turns else self.n_blocks
+        """CTAs that the key tiles of a head are divided among."""
+        return self.dq_splits if self.backward.deterministic and not self.takes_turns else -(-self.n_blocks // self.run)
 
     @property
     def launches(self) -> tuple[tuple[int, int, int, int], ...]:
@@ -380,7 +403,9 @@ class BackwardPlan:
         if self.bias_kind is ROWS:
             return (self.dq_splits, p.batch, p.num_heads, p.seqlen_q, 1)
         batches, heads, rows, cols = (1, 1, 1, 1, *bias.shape)[-4:]
-        return (1, batches, heads, rows, round_up(cols, 4))
+        if self.bias_kind is COPIES:
+            batches, heads = p.batch, p.num_heads
+        return (1, batches, heads, rows, round_up(cols, 8))
 
     @property
     def workspace(self) -> tuple[int, ...]:
@@ -392,7 +417,7 @@ class BackwardPlan:
         sizes = (
             size * self.dq_splits * self.dq_elements,
             4 * self.dq_elements // (self.tiles.block_m * self.head_dim) if self.takes_turns else 0,
-            size * sums,
+            ITEMSIZE[self.sum_dtype] * sums,
             stats_bytes(p) * self.partial_rows,
             size * partial * p.head_dim,
             size * partial * p.head_dim_v,
@@ -400,6 +425,19 @@ class BackwardPlan:
             *self._split_workspace(),
         )
         return tuple(round_up(n, 256) for n in sizes)
+
+    @property
+    def bias_units(self) -> int:
+        """Of dbias, as backward_bias.cu divides it: elements, or eight in a row."""
+        bias = self.backward.bias
+        *lead, cols = bias.shape if bias is not None and bias.shape else (1,)
+        return math.prod(lead) * (-(-cols // 8) if self.bias_kind in (CELLS, COPIES) else cols)
+
+    @property
+    def zeroed(self) -> int:
+        """Bytes at the start of the workspace that kernels add to."""
+        sizes = self.workspace[: len(ZEROED)]
+        return sum(sizes[:-1] if self.writes_bias else sizes)
 
     def _split_workspace(self) -> tuple[int, ...]:
         if not self.split_inputs:
@@ -580,7 +618,9 @@ L2_BYTES = 32 << 20
 
 
 LEAST_WINDOW = 256
-"""Keys of a window from which its few query tiles a key tile outweigh what a CTA costs before and after them."""
+"""Keys of a window from which its few query tiles a key tile outweigh what a CTA costs before and after them. Below it are CTAs
+of one consumer warpgroup, two on an SM, that take several key tiles one after the other.
+"""
 
 
 def _window(problem: Problem) -> int | None:
@@ -611,7 +651,7 @@ def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
         reasons.append("sums a bias over queries for head dimensions to 128")
     reasons += _bias_obstacles(backward)
     window = _window(p)
-    if window is not None and window < LEAST_WINDOW:
+    if window is not None and window < LEAST_WINDOW and widest > 128:
         reasons.append(f"does not repay its start in windows of less than {LEAST_WINDOW} keys, got {window}")
     if not reasons and not sm90_candidates(backward, device):
         reasons.append("has no registers or shared memory left for these modifications")
@@ -622,6 +662,21 @@ def sm90_bias(problem: Problem) -> Operand | None:
     """The one bias that backward_sm90 does not read element by element: it does not vary along the queries, or comes by TMA."""
     found = [ops[0] for mod, ops in zip(problem.mods, problem.mod_operands, strict=True) if isinstance(mod, Bias)]
     return found[0] if len(found) == 1 and (one_row(found[0]) or tma_bias(found[0]) is not None) else None
+
+
+def _sm90_bias_kind(backward: BackwardProblem) -> BiasKind:
+    kind, bias, p = _bias_kind(backward), backward.bias, backward.forward
+    if kind not in (CELLS, STORE) or bias is None or sm90_bias(p) is None:
+        return kind
+    batches, heads, _, cols = (1, 1, 1, 1, *bias.shape)[-4:]
+    if kind is STORE and cols % 8 == 0 and bias.dtype == p.dtype:  # else the copy engine could not, or not dS
+        return STORE
+    return COPIES if p.batch * p.num_heads <= MAX_COPIES * batches * heads else CELLS
+
+
+def _sends_ds(backward: BackwardProblem) -> bool:
+    """Whether what elements of a bias receive is, as 16-bit tiles, dS itself."""
+    return len(backward.forward.mods) == 1 and _sm90_bias_kind(backward) in (STORE, COPIES)
 
 
 def _early(problem: Problem) -> bool:
@@ -642,10 +697,8 @@ def _bias_obstacles(backward: BackwardProblem) -> list[str]:
     reasons = []
     if max(p.head_dim, p.head_dim_v) > 128:
         reasons.append("has no shared memory left for tiles of a bias beyond head dimensions of 128")
-    if backward.deterministic and _bias_kind(backward) is CELLS:
+    if backward.deterministic and _sm90_bias_kind(backward) is CELLS:
         reasons.append("adds up tiles of a bias in no fixed order")
-    if _bias_kind(backward) is STORE and staged.shape[-1] % 8:
-        reasons.append(f"stores the gradient of a bias in units of 8 keys, got {staged.shape[-1]} keys")
     return reasons
 
 
@@ -659,14 +712,16 @@ def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     """kernels/mainloop/backward_sm90.cuh, which asserts that it suffices."""
     dim, dim_v = sm90_dims(backward.forward)
     m, n, stages = tiles.block_m, tiles.block_n, tiles.stages
-    staged, sums = sm90_bias(backward.forward), {CELLS: 2 * 4, STORE: 2 * 2}.get(_bias_kind(backward), 0)
+    staged, sums = sm90_bias(backward.forward), {CELLS: 2 * 4, STORE: 2 * 2, COPIES: 2 * 2}.get(_sm90_bias_kind(backward), 0)
+    sums = 0 if _sends_ds(backward) else sums
     bias = (2 * stages + sums) * m * n if staged is not None and not one_row(staged) else 0
     # Of each consumer warp's 16 keys, and each consumer's two.
     bias += 4 * 8 * 16 * (staged is not None and one_row(staged)) + 4 * 256 * 2 * (_bias_kind(backward) is COLUMNS)
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
     bulk = 4 * m * dim if tiles.bulk else 0
-    through = 2 if n == 64 else 1  # dS, and P where the warpgroups share their keys
-    return 2 * n * (dim + dim_v) + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (2 + 6 * stages) + 1024
+    through = 2 if n == 64 and tiles.warps == 12 else 1  # dS, and P where the warpgroups share their keys
+    keys = (1 + tiles.runs) * 2 * n * (dim + dim_v)
+    return keys + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (6 + 6 * stages) + 1024
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four
@@ -679,6 +734,8 @@ _SM90 = {  # by the wider head dimension; warps include the producer's four
     128: (Tiles(64, 128, 2, 12, max_weight=5), Tiles(32, 128, 2, 12, max_weight=13)),
     256: (Tiles(64, 64, 2, 12, max_weight=17),),
 }
+_SM90_NARROW = {64: (Tiles(64, 64, 2, 8, 2, max_weight=5),), 128: (Tiles(32, 64, 2, 8, 2, max_weight=5),)}
+"""Where a window shows less than `LEAST_WINDOW` keys."""
 
 
 def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles]:
@@ -689,13 +746,17 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
         weight += 4 + 4 * any(isinstance(mod, Bias) for mod in problem.mods)
     weight += backward.deterministic + 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
     widest = max(sm90_dims(problem))
-    tiles = next((tiles for limit, tiles in _SM90.items() if widest <= limit), ())
+    window = _window(problem)
+    narrow = window is not None and window < LEAST_WINDOW
+    table = {**_SM90, **_SM90_NARROW} if narrow else _SM90
+    tiles = next((tiles for limit, tiles in table.items() if widest <= limit), ())
     # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
     # spread by themselves, and at 256 there is no shared memory left to stage them.
-    bulk = widest == 128 or (widest == 64 and isinstance(problem.mask, Full))
+    bulk = widest == 128 or (widest == 64 and (narrow or isinstance(problem.mask, Full)))
     # The rows that a window shows to 128 keys begin and end at multiples of 64 more often than of 96.
-    rows = 128 if _window(problem) is None else 64
-    tiles = tuple(replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight and t.block_m <= rows)
+    rows = 128 if window is None else 64
+    runs = narrow and widest == 64 and not backward.deterministic
+    tiles = tuple(replace(t, bulk=bulk, runs=runs) for t in tiles if weight <= t.max_weight and t.block_m <= rows)
     return [t for t in tiles if sm90_smem_bytes(backward, t) <= device.smem_per_block]
 
 
@@ -742,6 +803,7 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
     staged = sm90_bias(p) if hopper else bias_to_stage(p)
     if not hopper and staged is not None and smem_bytes(p, tiles, gemm, staged) > device.smem_per_block:
         staged = None
+    kind = _sm90_bias_kind(backward) if hopper else _bias_kind(backward)
     smem = sm90_smem_bytes(backward, tiles) if hopper else smem_bytes(p, tiles, gemm, staged)
     resident = max(1, min(tiles.min_blocks, device.smem_per_sm // (smem + 1024)))
     slots, heads = resident * device.num_sms, max(1, p.num_heads_kv * p.batch)
@@ -763,15 +825,25 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
         head_dim_v=dims[1],
         m_blocks=m_blocks,
         n_blocks=n_blocks,
-        q_splits=1 if _sums_in_order(backward) else _q_splits(ctas, m_blocks * p.group, slots),
+        q_splits=1 if kind is CELLS and _sums_in_order(backward) else _q_splits(ctas, m_blocks * p.group, slots),
         dq_splits=dq_splits,
-        bias_kind=_bias_kind(backward),
+        bias_kind=kind,
         staged_bias=staged,
         map_words=-(-n_blocks // 32) if p.mask.tiled else 0,
         map_batches=p.batch if own_lengths or per_batch else 1,
         map_heads=p.num_heads if per_head else 1,
         smem_bytes=smem,
+        run=_run(n_blocks, heads, slots) if tiles.runs else 1,
     )
+
+
+MAX_RUN = 16
+
+
+def _run(n_blocks: int, heads: int, slots: int) -> int:
+    """Key tiles of a CTA of several: of the fewest in turn, where what a CTA costs besides counts as one."""
+    runs = [1 << n for n in range(MAX_RUN.bit_length())]
+    return min(runs, key=lambda run: -(-heads * -(-n_blocks // run) // slots) * (run + 1))
 
 
 MIN_TILES_PER_SPLIT = 4
@@ -785,7 +857,7 @@ def _q_splits(ctas: int, tiles: int, slots: int) -> int:
 
 def _sums_in_order(backward: BackwardProblem) -> bool:
     """Whether one CTA must visit all heads of a group, because they add to the same elements of a bias in a fixed order."""
-    if not backward.deterministic or backward.bias is None or _bias_kind(backward) is not CELLS:
+    if not backward.deterministic or backward.bias is None:
         return False
     return backward.forward.group > 1 and (1, 1, 1, 1, *backward.bias.shape)[-3] == 1
 

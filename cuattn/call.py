@@ -23,7 +23,6 @@ from cuattn.backward import POINTERS as BACKWARD_POINTERS
 from cuattn.backward import (
     STORE,
     WORKSPACE,
-    ZEROED,
     BackwardPlan,
     make_backward_plan,
     make_backward_problem,
@@ -197,7 +196,8 @@ def gather(
     try:
         return library.gather({**present, **{f"array {n}": x for n, x in enumerate(own)}} if own else present)
     except Exception:  # let the checks name the array
-        check_kinds(library, device, present, mask, mods)
+        if check_kinds(library, device, present, mask, mods):
+            _torch().check_transforms()
         for name, x in present.items():
             library.view(x, name)
         raise
@@ -674,13 +674,14 @@ def prepare_backward(call: Call, wanted: tuple[bool, ...]) -> Prepared:
         results.append(_gradient(slot_of["dsinks"], views["sinks"].shape, views["sinks"].dtype, plan.empty))
     if backward.bias is not None:
         bias = backward.bias
-        results.append(_gradient(slot_of["dbias"], bias.shape, bias.dtype, plan.empty or plan.bias_kind is STORE))
+        added = plan.empty or (plan.bias_kind is STORE and not plan.writes_bias)
+        results.append(_gradient(slot_of["dbias"], bias.shape, bias.dtype, added))
     start = backward.first_slot + len(BACKWARD_POINTERS)
     results += [_gradient(start + n, operand.shape, "float64", True) for n, operand in enumerate(backward.parameters)]
     slots = (*[slot_of[name] for name in views], *range(len(POINTERS), len(POINTERS) + len(own_views)), _SEED)
     sizes = zip(WORKSPACE, plan.workspace, strict=True)
     workspace = tuple((slot_of[name], size) for name, size in sizes if size)
-    layout = Layout(slots, tuple(results), workspace, sum(plan.workspace[: len(ZEROED)]))
+    layout = Layout(slots, tuple(results), workspace, plan.zeroed)
     return Prepared(plan, layout, [] if plan.empty else _backward_launches(plan, layout.position))
 
 
@@ -690,7 +691,7 @@ def _gradient(slot: int, shape: tuple[int, ...], dtype: str, added: bool) -> Res
 
 
 def _backward_launches(plan: BackwardPlan, position: Mapping[int, int]) -> list[Launch]:
-    p, bias = plan.problem, plan.backward.bias
+    p = plan.problem
     grids = {
         "magnitude": plan.split_grid,
         "split": plan.split_grid,
@@ -699,7 +700,7 @@ def _backward_launches(plan: BackwardPlan, position: Mapping[int, int]) -> list[
         "sinks": p.num_heads,
         "convert": plan.m_blocks * p.num_heads * plan.batches,
         "combine": -(-plan.rows_kv * 32 // COMBINE_THREADS),
-        "bias": 0 if bias is None else -(-math.prod(bias.shape) // (1 if bias_is_wide(plan) else BIAS_THREADS)),
+        "bias": plan.bias_units if bias_is_wide(plan) else -(-plan.bias_units // BIAS_THREADS),
     }
     whole = (0, 0, plan.batches, p.num_heads_kv)
     launches = []
@@ -733,8 +734,17 @@ def device_of(index: int) -> Device:
     return _devices[index]
 
 
+_environment = getattr(os.environ, "_data", os.environ)  # os.environ itself takes 0.7 us to say no
+_DEBUG = os.environ.encodekey("CUATTN_DEBUG") if _environment is not os.environ else "CUATTN_DEBUG"
+
+
+def debugging() -> bool:
+    """Whether CUATTN_DEBUG is set."""
+    return bool(_environment.get(_DEBUG))
+
+
 def debug(*parts: object) -> None:
     """Print them under CUATTN_DEBUG=1."""
-    if os.environ.get("CUATTN_DEBUG"):
+    if debugging():
         for part in parts:
             print(f"cuattn: {part}", file=sys.stderr)

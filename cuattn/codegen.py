@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from cuattn.backward import CELLS, COLUMNS, STORE, BackwardPlan, one_row
+from cuattn.backward import CELLS, COLUMNS, COPIES, STORE, BackwardPlan, one_row
 from cuattn.decode import APPEND_THREADS, CACHE_DTYPES, DecodePlan, LatentPlan
 from cuattn.fields import CTYPES, ITEMSIZE, Operand
 from cuattn.launch import backward_parameter_bytes, decode_struct, parameter_bytes
@@ -223,7 +223,7 @@ NEEDS = {
     "backward_sinks": ("Sink",),
     "backward_convert": ("Gemm", "kHeadDim", "kBlockM", "kBlockN", "kSlabThreads", "kVecDq", "kVectorRed", "kWarpSlabs"),
     "backward_combine": (),
-    "backward_bias": ("BiasElement", "kBiasKind", "kWide"),
+    "backward_bias": ("BiasElement", "BiasTarget", "kBiasKind", "kWide"),
 }
 """What of Config the kernels around backward.cu read besides the names that all have: no mask and no modification reaches them,
 so most calls share them."""
@@ -252,7 +252,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
     types = {
         "Gemm": plan.gemm.cuda,
         "BiasElement": element,
-        "BiasTarget": element if plan.bias_kind is STORE else "Real",
+        "BiasTarget": element if plan.bias_kind is STORE else CTYPES[p.dtype] if plan.bias_kind is COPIES else "Real",
     }
     flags = {
         "kTf32": p.precision == "tf32",
@@ -269,7 +269,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
     size = backward_parameter_bytes(plan, attends)
     if attends:
         if plan.uses_tma:
-            flags |= {"kEarly": plan.early, "kBulkDq": plan.tiles.bulk}
+            flags |= {"kEarly": plan.early, "kBulkDq": plan.tiles.bulk, "kRuns": plan.tiles.runs, "kSendDs": plan.sends_ds}
         arguments = "BackwardTmaArguments" if plan.uses_tma else "BackwardArguments"
         return _translation_unit(plan, kernel, arguments, size, types, constants, flags, True)
     sinks = p.operand("sinks")

@@ -70,6 +70,8 @@ class Tiles:
     """forward_sm90: the output is scaled before its product is issued, not among the exponentials"""
     bulk: bool = False
     """backward_sm90: dq is added by the copy engine, through shared memory"""
+    runs: bool = False
+    """backward_sm90: a CTA takes several key tiles one after the other"""
 
 
 @dataclass(frozen=True)

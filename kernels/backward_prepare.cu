@@ -93,16 +93,18 @@ __device__ __forceinline__ void backward_prepare(const BackwardArguments<Config>
     const long long at_row = i;
     const Element* dout = static_cast<const Element*>(g.dout) + batch * g.dout_batch + head * g.dout_head + at_row * g.dout_row;
     const Element* out = static_cast<const Element*>(p.out) + batch * p.out_batch + head * p.out_head + at_row * p.out_row;
-    Sum delta = Kernel::products(dout, out, lane, exists ? p.head_dim_v : 0);
+    // Read before the products, which wait for memory too.
+    Real lse = negative_infinity<Real>(), dlse = 0;
+    if (exists && lane == 0) {
+        lse = static_cast<const Real*>(g.lse)[batch * g.lse_batch + head * g.lse_head + at_row * g.lse_row];
+        if (g.dlse != nullptr) {
+            dlse = static_cast<const Real*>(g.dlse)[batch * g.dlse_batch + head * g.dlse_head + at_row * g.dlse_row];
+        }
+    }
+    const Sum delta = Kernel::products(dout, out, lane, exists ? p.head_dim_v : 0) - dlse;
     if (lane != 0 || row >= p.partial_rows) return;
     RowStats<Config> stats = RowStats<Config>::nothing();
-    if (exists) {
-        const Real lse = static_cast<const Real*>(g.lse)[batch * g.lse_batch + head * g.lse_head + at_row * g.lse_row];
-        if (g.dlse != nullptr) {
-            delta -= static_cast<const Real*>(g.dlse)[batch * g.dlse_batch + head * g.dlse_head + at_row * g.dlse_row];
-        }
-        if (lse != negative_infinity<Real>()) stats = RowStats<Config>::of(lse, delta);
-    }
+    if (lse != negative_infinity<Real>()) stats = RowStats<Config>::of(lse, delta);
     static_cast<RowStats<Config>*>(g.row_stats)[row] = stats;
 }
 

@@ -17,6 +17,7 @@ CASES = (*REGULAR, *FEATURES, *CORNERS)
 RERUNS = (
     Case("bfloat16", "ieee", 2, 300, 1333, 4, 2, 64, mask="causal"),
     Case("bfloat16", "ieee", 1, 600, 700, 6, 1, 128, mods=("bias_pairs",)),
+    Case("bfloat16", "ieee", 3, 300, 520, 4, 2, 128, mask="causal", mods=("bias_pairs",)),
     Case("float16", "ieee", 4, 130, 650, 6, 2, 128, mask="boolean", sequences="lens", dropout=0.2),
     Case("float16", "ieee", 3, 300, 500, 4, 2, 64, mods=("bias_keys",), sinks=True),
     Case("float32", "ieee", 2, 260, 303, 2, 1, 64, mask="causal", mods=("softcap", "alibi"), sinks=True, dropout=0.2),
@@ -73,10 +74,13 @@ def test_deterministic(cupy_backend: Any, case: Case) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_narrow_windows(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, head_dim: int, deterministic: bool) -> None:
-    """On the kernel that wide ones run on."""
-    monkeypatch.setattr(backward, "LEAST_WINDOW", 0)
+@pytest.mark.parametrize(("head_dim", "least"), [(64, 0), (64, 256), (128, 0), (128, 256), (256, 0)])
+def test_narrow_windows(
+    cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, head_dim: int, least: int, deterministic: bool
+) -> None:
+    """As wide ones, and by CTAs that take several key tiles."""
+    monkeypatch.setattr(backward, "LEAST_WINDOW", least)
+    monkeypatch.setattr(backward, "_run", lambda *_: 3)
     case = Case("bfloat16", "ieee", 3, 410, 520 + 8 * deterministic, 4, 2, head_dim, mask="window")
     check(cupy_backend, case, deterministic=deterministic)
 
@@ -86,13 +90,18 @@ def test_narrow_windows(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, head
     "case",
     [
         Case("bfloat16", "ieee", 3, 410, 520, 4, 2, 128, mods=("bias_pairs",)),
+        Case("float16", "ieee", 5, 130, 520, 4, 2, 128, mask="causal", mods=("bias_pairs",)),
+        Case("bfloat16", "ieee", 5, 300, 264, 2, 1, 64, mask="block_sparse", mods=("bias_pairs",)),
+        Case("bfloat16", "ieee", 2, 410, 520, 4, 2, 128, mask="window", mods=("bias_pairs",)),
+        Case("bfloat16", "ieee", 2, 410, 520, 4, 2, 64, mask="window", mods=("softcap", "bias")),
         Case("float16", "ieee", 2, 300, 264, 4, 4, 128, mask="causal", mods=("bias",)),
         Case("bfloat16", "ieee", 2, 300, 333, 4, 1, 128, mask="causal", mods=("bias_keys",)),
         Case("bfloat16", "ieee", 2, 200, 264, 2, 1, 128, mods=("softcap", "bias_pairs")),
         Case("float16", "ieee", 3, 410, 520, 4, 2, 64, mask="causal", mods=("bias_pairs",), sequences="lens"),
         Case("bfloat16", "ieee", 4, 300, 264, 4, 2, 64, mods=("bias",), sequences="packed"),
         Case("bfloat16", "ieee", 2, 300, 520, 4, 2, 64, mods=("bias_keys",), dropout=0.2),
-        Case("bfloat16", "ieee", 2, 300, 264, 2, 2, 64, mask="boolean", mods=("bias_pairs",)),
+        Case("bfloat16", "ieee", 2, 300, 264, 2, 2, 64, mask="block_sparse", mods=("bias_pairs",)),
+        Case("float16", "ieee", 2, 300, 264, 2, 2, 64, mask="boolean", mods=("bias",), dropout=0.2),
         Case("bfloat16", "ieee", 1, 65, 300, 2, 2, 96, mods=("bias_scalar",)),
     ],
     ids=str,

@@ -7,6 +7,8 @@
 //   kBiasRows     over keys but not over queries: each tile's row sums are added to bias_sum (dq_splits, B, H, Sq).
 //   kBiasCells    over neither, but over batches or heads: elements are added to bias_sum, of the shape of the bias.
 //   kBiasStore    over nothing: elements are stored into dbias itself.
+//   kBiasCopies   over neither, but over a few batches or heads, in backward_sm90: elements are stored into bias_sum
+//                 (B, H, Sq, Sk), in the dtype of q.
 // backward_bias.cu brings bias_sum to the shape and dtype of the bias.
 #pragma once
 #include "attention/coord.cuh"
@@ -16,14 +18,14 @@
 
 namespace cuattn {
 
-enum BiasKind { kBiasNone, kBiasColumns, kBiasRows, kBiasCells, kBiasStore };
+enum BiasKind { kBiasNone, kBiasColumns, kBiasRows, kBiasCells, kBiasStore, kBiasCopies };
 
 // Tile: the layout of a warp's scores.
 template <class Config, class Tile>
 struct ModSums {
     using Real = typename Config::Real;
     static constexpr int kKind = Config::kBiasKind;
-    static constexpr bool kEach = kKind == kBiasCells || kKind == kBiasStore;  // every element goes to memory
+    static constexpr bool kEach = kKind >= kBiasCells;  // every element goes to memory
 
     Real columns[kKind == kBiasColumns ? Tile::kThreadCols : 1];
     Real rows[kKind == kBiasRows ? Tile::kThreadRows : 1];

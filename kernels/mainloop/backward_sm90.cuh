@@ -70,19 +70,23 @@ struct BackwardSm90 {
     using ScoreMod = typename Config::ScoreMod;
     static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kStages = Config::kStages;
     static constexpr int kHeadDim = Config::kHeadDim, kHeadDimV = Config::kHeadDimV;
-    static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
-    static constexpr bool kWide = kBlockN == 64;
-    static_assert(Config::kThreads == kConsumerThreads + 128 && kBlockM % 32 == 0);
+    static constexpr int kConsumers = Config::kThreads / 128 - 1, kConsumerThreads = 128 * kConsumers;
+    static constexpr bool kWide = kBlockN == 64 && kConsumers == 2, kRuns = Config::kRuns;
+    static_assert((kConsumers == 1 || kConsumers == 2) && kBlockM % 32 == 0);
     static_assert(kWide ? kHeadDim % 128 == 0 && kHeadDimV % 128 == 0 : kBlockN == 64 * kConsumers);
     // Of a warpgroup: rows of its scores, columns of dk and dv.
     static constexpr int kScoreRows = kWide ? kBlockM / 2 : kBlockM;
     static constexpr int kKeyCols = kWide ? kHeadDim / 2 : kHeadDim, kValueCols = kWide ? kHeadDimV / 2 : kHeadDimV;
     // Two buffers of dS let one barrier a tile do.
     static_assert(kStages == 2);
-    // Per thread; 504 for a thread of each warpgroup. Small sums leave more to the guide, who asks the mask.
+    // Per thread, of a CTA's share of 65536. Small sums leave more to the guide, who asks the mask.
     static constexpr bool kSmallSums = kScoreRows + (kKeyCols + kValueCols) / 2 <= 160 && !kWide;
-    static constexpr int kProducerRegisters = kSmallSums ? 72 : Mask::kTiled && kWide ? 56 : 40;
-    static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
+    static constexpr int kLaunchRegisters = 65536 / Config::kMinBlocks / Config::kThreads / 8 * 8;
+    static constexpr int kProducerRegisters = kConsumers == 1         ? (kHeadDim > 64 ? 48 : 56)
+                                              : kSmallSums            ? 72
+                                              : Mask::kTiled && kWide ? 56
+                                                                      : 40;
+    static constexpr int kConsumerRegisters = ((kConsumers + 1) * kLaunchRegisters - kProducerRegisters) / kConsumers;
 
     using QTile = PanelTile<kBlockM, kHeadDim>;
     using DoTile = PanelTile<kBlockM, kHeadDimV>;
@@ -102,7 +106,11 @@ struct BackwardSm90 {
     using Tiles = QueryTiles<Mask, kBlockM, kBlockN, Config::kDeterministic>;
     static_assert(Sums::kKind != kBiasRows && !(kWide && Sums::kKind == kBiasColumns));
     static constexpr bool kBiasTiles = BackwardTmaArguments<Config>::kBiasTiles, kBiasRow = Config::kBiasRow;
-    static constexpr bool kStageSums = kBiasTiles && Sums::kEach, kAddSums = kStageSums && Sums::kKind == kBiasCells;
+    // What a bias tile receives may be dS itself; else it is staged beside it.
+    static constexpr bool kSendSums = kBiasTiles && Sums::kEach, kStageSums = kSendSums && !Config::kSendDs;
+    static constexpr bool kAddSums = kStageSums && Sums::kKind == kBiasCells;
+    // Every element of its gradient has one writer: who visits its tile, or the one who clears those that nobody does.
+    static constexpr bool kClears = kSendSums && !kAddSums && !(Config::kPacked || Config::kLens);
     static_assert(!(kWide && kBiasTiles));
     using BiasTile = PanelTile<kBlockM, kBlockN>;
     static constexpr int kSumsBytes = kStageSums ? (kAddSums ? 2 : 1) * BiasTile::kBytes : 0;
@@ -111,17 +119,19 @@ struct BackwardSm90 {
 
     // A query tile of the loop; m is negative after the last one of a key tile.
     struct alignas(16) Visit {
-        int head, m, full, unused;  // head: of the group
+        int head, m, full, n;  // head: of the group
         long long slab, padding;
     };
     static constexpr bool kEarly = Config::kEarly;
     // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that a bias needs.
     static constexpr bool kStatsAhead = kEarly && kScoreRows <= (Config::kStageBias && kKeyCols > 64 ? 32 : 64);
     static constexpr int kDqWarpBytes = Config::kBulkDq ? Slab::kWarpElements * 4 : 0;
-    static constexpr int kOffsetV = KTile::kBytes, kOffsetQ = kOffsetV + VTile::kBytes;
+    static constexpr int kKeyStages = kRuns ? 2 : 1;
+    using KeySlot = RingSlot<kKeyStages>;
+    static constexpr int kOffsetV = kKeyStages * KTile::kBytes, kOffsetQ = kOffsetV + kKeyStages * VTile::kBytes;
     static constexpr int kOffsetDo = kOffsetQ + kStages * QTile::kBytes, kOffsetDs = kOffsetDo + kStages * DoTile::kBytes;
     static constexpr int kOffsetP = kOffsetDs + 2 * DsTile::kBytes, kOffsetDq = kOffsetP + (kWide ? 2 * DsTile::kBytes : 0);
-    static constexpr int kOffsetBias = kOffsetDq + 8 * kDqWarpBytes;
+    static constexpr int kOffsetBias = kOffsetDq + kConsumerThreads / 32 * kDqWarpBytes;
     static constexpr int kOffsetSums = kOffsetBias + (kBiasTiles ? kStages * BiasTile::kBytes : 0);
     // Of each warp's 16 keys the bias; of each thread's two keys the sums.
     static constexpr int kOffsetRow = kOffsetSums + 2 * kSumsBytes;
@@ -133,7 +143,7 @@ struct BackwardSm90 {
     static_assert(sizeof(Stats) == 8);
     static constexpr int kOffsetVisits = kOffsetStats + kStages * kStatsBytes;
     static constexpr int kOffsetBarriers = kOffsetVisits + kStages * static_cast<int>(sizeof(Visit));
-    static constexpr int kBarriers = 2 + 6 * kStages;
+    static constexpr int kBarriers = 6 + 6 * kStages;
     // The dynamic shared memory of a CTA is aligned by hand.
     static_assert(kOffsetBarriers + 8 * kBarriers + QTile::kAlignment <= Config::kSmemBytes,
                   "the plan's shared memory is too small");
@@ -150,14 +160,15 @@ struct BackwardSm90 {
     __device__ __forceinline__ const ForwardParams& params() const { return arguments.variant.base; }
     __device__ __forceinline__ const BackwardParams& grads() const { return arguments.variant.grad; }
     __device__ __forceinline__ unsigned barrier(int number) const { return base + kOffsetBarriers + 8 * number; }
-    __device__ __forceinline__ unsigned k_full() const { return barrier(0); }
-    __device__ __forceinline__ unsigned v_full() const { return barrier(1); }
-    __device__ __forceinline__ unsigned q_full(int stage) const { return barrier(2 + stage); }
-    __device__ __forceinline__ unsigned q_empty(int stage) const { return barrier(2 + kStages + stage); }
-    __device__ __forceinline__ unsigned do_full(int stage) const { return barrier(2 + 2 * kStages + stage); }
-    __device__ __forceinline__ unsigned do_empty(int stage) const { return barrier(2 + 3 * kStages + stage); }
-    __device__ __forceinline__ unsigned visit_full(int stage) const { return barrier(2 + 4 * kStages + stage); }
-    __device__ __forceinline__ unsigned turn(int stage) const { return barrier(2 + 5 * kStages + stage); }
+    __device__ __forceinline__ unsigned k_full(int stage) const { return barrier(0 + stage); }
+    __device__ __forceinline__ unsigned v_full(int stage) const { return barrier(2 + stage); }
+    __device__ __forceinline__ unsigned k_empty(int stage) const { return barrier(4 + stage); }
+    __device__ __forceinline__ unsigned q_full(int stage) const { return barrier(6 + stage); }
+    __device__ __forceinline__ unsigned q_empty(int stage) const { return barrier(6 + kStages + stage); }
+    __device__ __forceinline__ unsigned do_full(int stage) const { return barrier(6 + 2 * kStages + stage); }
+    __device__ __forceinline__ unsigned do_empty(int stage) const { return barrier(6 + 3 * kStages + stage); }
+    __device__ __forceinline__ unsigned visit_full(int stage) const { return barrier(6 + 4 * kStages + stage); }
+    __device__ __forceinline__ unsigned turn(int stage) const { return barrier(6 + 5 * kStages + stage); }
     __device__ __forceinline__ float* stats(int stage) const {
         return reinterpret_cast<float*>(smem + kOffsetStats + stage * kStatsBytes);
     }
@@ -188,21 +199,23 @@ struct BackwardSm90 {
     struct Work {
         Coord at;  // head: the first of the group
         Sequence seq;
-        int head_kv, n, q_split;
+        int head_kv, n, stop, q_split;  // key tiles [n, stop)
 
         // Pairs of KV heads (and parts of their queries) and sequences form sections whose queries and sums of dq fit into L2
         // together. Within a section, key tiles that run side by side belong to different pairs, and the first ones, which
         // under a causal mask are the longest, go first.
         __device__ __forceinline__ static Work of(const ForwardParams& p, const BackwardParams& g) {
-            const int index = static_cast<int>(cta_index()), shares = g.n_blocks;
+            const int run = kRuns ? g.run : 1;
+            const int index = static_cast<int>(cta_index()), shares = (g.n_blocks + run - 1) / run;
             const int pairs = g.q_splits * g.heads_kv * g.batches, first = index / (p.section * shares) * p.section;
             const int size = min(p.section, pairs - first), rest = index - first * shares;
             int pair = first + rest % size;
             Work w;
-            w.n = rest / size;
+            w.n = rest / size * run, w.stop = w.n + run;
             w.q_split = pair % g.q_splits;
             pair /= g.q_splits;
-            if constexpr (Config::kBiasKind == kBiasCells) {  // those who add to the same elements run side by side
+            // Those who share elements of a bias run side by side.
+            if constexpr (Config::kBiasKind == kBiasCells || Config::kBiasKind == kBiasCopies) {
                 w.at.batch = g.first_batch + pair % g.batches;
                 w.head_kv = g.first_head_kv + pair / g.batches;
             } else {
@@ -214,15 +227,23 @@ struct BackwardSm90 {
             w.at.seqlen_q = w.seq.seqlen_q, w.at.seqlen_k = w.seq.seqlen_k;
             return w;
         }
+        // Of [n, stop) those that hold keys.
+        __device__ __forceinline__ int last() const {
+            return kRuns ? min(stop, (at.seqlen_k + kBlockN - 1) / kBlockN) : n + (n * kBlockN < at.seqlen_k);
+        }
     };
 
-    // Calls visitor(place) for each query tile that this CTA visits.
+    // Calls visitor(tiles, place) for each query tile that this CTA visits; tiles.n is the key tile.
     template <class Visitor>
-    __device__ __forceinline__ static void for_places(const Work& w, const Tiles& tiles, const Visitor& visitor) {
-        for (Place place = tiles.after({0, tiles.first}, w.q_split); !tiles.is_end(place);
-             place = tiles.after(place, tiles.step)) {
-            visitor(tiles.at(place));
-        }
+    __device__ __forceinline__ void for_places(const Work& w, const Visitor& visitor) const {
+        int n = w.n;
+        do {
+            const Tiles tiles = tiles_of(w, n);
+            for (Place place = tiles.after({0, tiles.first}, w.q_split); !tiles.is_end(place);
+                 place = tiles.after(place, tiles.step)) {
+                visitor(tiles, tiles.at(place));
+            }
+        } while (kRuns && ++n < w.last());
     }
     __device__ __forceinline__ Tiles tiles_of(const Work& w, int n) const {
         return Tiles::of(params(), grads(), arguments.variant.mask, w.at, n);
@@ -232,25 +253,35 @@ struct BackwardSm90 {
 
     __device__ __forceinline__ void load_tiles() const {
         Slot slot;
+        KeySlot keys;
         const Work w = Work::of(params(), grads());
-        const Tiles tiles = tiles_of(w, w.n);
         // Packed sequences share one axis of tokens.
-        const int batch = Config::kPacked ? 0 : w.at.batch, row_k = w.seq.token_k + w.n * kBlockN;
-        bool first = true;
-        for_places(w, tiles, [&](Place here) {
+        const int batch = Config::kPacked ? 0 : w.at.batch;
+        int loaded = -1;
+        for_places(w, [&](const Tiles& tiles, Place here) {
             const int row = w.seq.token_q + here.m * kBlockM, head = w.at.head + here.head;
-            if (first) KTile::load(base, arguments.maps[kBackwardMapK], k_full(), 0, row_k, w.head_kv, batch);
+            const int row_k = w.seq.token_k + tiles.n * kBlockN;
+            const bool first = tiles.n != loaded;
+            if (first) {
+                if (kRuns) mbarrier_wait(k_empty(keys.stage), keys.parity ^ 1);
+                KTile::load(base + keys.stage * KTile::kBytes, arguments.maps[kBackwardMapK], k_full(keys.stage), 0, row_k,
+                            w.head_kv, batch);
+            }
             mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
             QTile::load(base + kOffsetQ + slot.stage * QTile::kBytes, arguments.maps[kBackwardMapQ], q_full(slot.stage), 0, row,
                         head, batch);
             if constexpr (kBiasTiles) {
                 const auto& bias = BiasIn<ScoreMod>::get(arguments.variant.score_mod);
                 BiasTile::load(base + kOffsetBias + slot.stage * BiasTile::kBytes, arguments.maps[kBackwardMapBias],
-                               q_full(slot.stage), w.n * kBlockN, here.m * kBlockM, bias.stride_head != 0 ? head : 0,
+                               q_full(slot.stage), tiles.n * kBlockN, here.m * kBlockM, bias.stride_head != 0 ? head : 0,
                                bias.stride_batch != 0 ? w.at.batch : 0);
             }
-            if (first) VTile::load(base + kOffsetV, arguments.maps[kBackwardMapV], v_full(), 0, row_k, w.head_kv, batch);
-            first = false;
+            if (first) {
+                VTile::load(base + kOffsetV + keys.stage * VTile::kBytes, arguments.maps[kBackwardMapV], v_full(keys.stage), 0,
+                            row_k, w.head_kv, batch);
+                loaded = tiles.n;
+                keys.advance();
+            }
             mbarrier_wait(do_empty(slot.stage), slot.parity ^ 1);
             DoTile::load(base + kOffsetDo + slot.stage * DoTile::kBytes, arguments.maps[kBackwardMapDout], do_full(slot.stage),
                          0, row, head, batch);
@@ -269,9 +300,8 @@ struct BackwardSm90 {
             slot.advance();
         };
         const Work w = Work::of(p, g);
-        const Tiles tiles = tiles_of(w, w.n);
         const Stats* from = static_cast<const Stats*>(g.row_stats) + w.seq.row + w.at.head * w.seq.head_rows;
-        for_places(w, tiles, [&](Place here) {
+        for_places(w, [&](const Tiles& tiles, Place here) {
             const int row = here.m * kBlockM + lane;
             Stats own[kBlockM / 32];
 #pragma unroll
@@ -286,7 +316,7 @@ struct BackwardSm90 {
             float* to = stats(slot.stage) + stats_place(lane);
 #pragma unroll
             for (int x = 0; x < kBlockM / 32; x++) to[32 * x] = own[x].lse, to[32 * x + kBlockM] = own[x].delta;
-            publish({here.head, here.m, full, 0, slab, 0});
+            publish({here.head, here.m, full, tiles.n, slab, 0});
         });
         mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
         publish({0, -1, 0, 0, 0, 0});
@@ -304,7 +334,7 @@ struct BackwardSm90 {
     __device__ __forceinline__ void keep_order() const {
         const Work w = Work::of(params(), grads());
         Slot slot;
-        for_places(w, tiles_of(w, w.n), [&](Place here) {
+        for_places(w, [&](const Tiles&, Place here) {
             Coord at = w.at;
             at.head += here.head;
             const unsigned* counter = grads().turns + Slab::number(params(), grads(), w.seq, at, here.m);
@@ -318,6 +348,33 @@ struct BackwardSm90 {
         });
     }
 
+    // What the bias receives where no query tile is visited.
+    __device__ __forceinline__ void clear_unvisited(const Work& w) const {
+        if constexpr (kClears) {
+            if (w.q_split > 0) return;
+            const BackwardParams& g = grads();
+            constexpr bool kStore = Sums::kKind == kBiasStore;
+            const long long stride_q = kStore ? g.bias_q : g.sum_q, stride_head = kStore ? g.bias_head : g.sum_head;
+            Element* const to = static_cast<Element*>(kStore ? g.dbias : g.bias_sum) +
+                                w.at.batch * (kStore ? g.bias_batch : g.sum_batch) + w.at.head * stride_head;
+            int n = w.n;
+            do {
+                const Tiles tiles = tiles_of(w, n);
+                const int col = n * kBlockN + lane_index() % (kBlockN / 8) * 8;
+                for (int head = 0; head < params().group; head++) {
+                    for (int m = 0; m * kBlockM < w.at.seqlen_q; m++) {
+                        if (tiles.visits({head, m})) continue;
+                        const int stop = min((m + 1) * kBlockM, w.at.seqlen_q);
+                        for (int i = m * kBlockM + lane_index() / (kBlockN / 8); i < stop && col < w.at.seqlen_k;
+                             i += 256 / kBlockN) {
+                            *reinterpret_cast<uint4*>(to + head * stride_head + i * stride_q + col) = make_uint4(0, 0, 0, 0);
+                        }
+                    }
+                }
+            } while (kRuns && ++n < w.last());
+        }
+    }
+
     // --------------------------------------------------------------------------------------------------------- consumers
 
     struct Consumer {
@@ -325,9 +382,10 @@ struct BackwardSm90 {
         int wg;
         Slot slot;
         Coord at;
-        int first_head, n, m, full;  // of the visit at hand
-        long long last_slab = -1;    // deterministic: to which this one has added without having told
-        float factor;                // turns a score into the exponent of 2
+        KeySlot keys;
+        int first_head, n, m, full, next_n;  // of the visit at hand, and its key tile
+        long long last_slab = -1;            // deterministic: to which this one has added without having told
+        float factor;                        // turns a score into the exponent of 2
         float lse[kStatsAhead ? Scores::kThreadRows : 1];
         WgmmaTile<kKeyCols> dk;
         WgmmaTile<kValueCols> dv;
@@ -348,6 +406,7 @@ struct BackwardSm90 {
             mbarrier_wait(kernel.visit_full(next.stage), next.parity);
             const Visit& visit = kernel.visit(next.stage);
             m = uniform(visit.m), full = uniform(visit.full);
+            if constexpr (kRuns) next_n = uniform(visit.n);
             if constexpr (kStatsAhead) {
                 const StatsReader stats = kernel.read_stats(next.stage);
 #pragma unroll
@@ -399,7 +458,8 @@ struct BackwardSm90 {
         __device__ __forceinline__ void clear_keys() const {
             if constexpr (kForeignRows) {
                 if ((n + 1) * kBlockN <= at.seqlen_k) return;
-                KTile::template clear_rows<128>(kernel.smem, at.seqlen_k - n * kBlockN, static_cast<int>(threadIdx.x % 128));
+                KTile::template clear_rows<128>(kernel.smem + keys.stage * KTile::kBytes, at.seqlen_k - n * kBlockN,
+                                                static_cast<int>(threadIdx.x % 128));
                 fence_proxy_async();
                 bar_sync(kClearBarrier + wg, 128);
             }
@@ -480,7 +540,7 @@ struct BackwardSm90 {
                     unsigned packed[Scores::kSize / 2];
 #pragma unroll
                     for (int x = 0; x < Scores::kSize; x += 2) {
-                        packed[x / 2] = pack_pair<typename Config::BiasElement>(sums.cells[x], sums.cells[x + 1]);
+                        packed[x / 2] = pack_pair<typename Config::BiasTarget>(sums.cells[x], sums.cells[x + 1]);
                     }
                     store_panel(kernel.base + to, packed);
                 }
@@ -488,13 +548,17 @@ struct BackwardSm90 {
         }
         // And from there to where it belongs, by one thread of a warpgroup. Two buffers let the barrier of dS do for both:
         // before it the thread waits until the copy engine has read the tile before this one.
-        __device__ __forceinline__ static bool sends_sums() { return kStageSums && threadIdx.x % 128 == 0; }
-        __device__ __forceinline__ void send_sums(unsigned start) const {
-            if constexpr (kStageSums) {
+        __device__ __forceinline__ static bool sends_sums() { return kSendSums && threadIdx.x % 128 == 0; }
+        __device__ __forceinline__ void send_sums(unsigned start, unsigned ds) const {
+            if constexpr (kSendSums) {
                 if (!sends_sums()) return;
                 const TensorMap& map = kernel.arguments.maps[kBackwardMapDbias];
-                const unsigned from = start + kOffsetSums + slot.stage * kSumsBytes + wg * (kSumsBytes / kConsumers);
-                const int head = grads().bias_heads > 1 ? at.head : 0, batch = grads().bias_batches > 1 ? at.batch : 0;
+                const unsigned from = kStageSums
+                                          ? start + kOffsetSums + slot.stage * kSumsBytes + wg * (kSumsBytes / kConsumers)
+                                          : ds + wg * DsTile::kPanelBytes;
+                const bool shared = Sums::kKind == kBiasCells;
+                const int head = shared && grads().bias_heads == 1 ? 0 : at.head;
+                const int batch = shared && grads().bias_batches == 1 ? 0 : at.batch;
                 if constexpr (kAddSums) {
 #pragma unroll
                     for (int panel = 0; panel < 2; panel++) {
@@ -528,7 +592,7 @@ struct BackwardSm90 {
         __device__ __forceinline__ void gather_sums() {
             if constexpr (kStageSums) {
                 stage_sums();
-            } else {
+            } else if constexpr (!kSendSums) {
                 sums.write_cells(grads(), at, first_query(), first_key());
             }
             if constexpr (Sums::kKind == kBiasColumns) {
@@ -577,21 +641,23 @@ struct BackwardSm90 {
         template <int kPanel>
         __device__ __forceinline__ void add_dq(float* to, typename Slab::Sums::Panel& dq, unsigned start) const {
             if constexpr (Config::kBulkDq) {
-                static_assert(sizeof(dq) == sizeof(typename Slab::Sums));
+                constexpr int kSize = Slab::Sums::Panel::kSize, kFirst = kPanel * 32 * kSize;
                 const int warp = uniform(static_cast<int>(threadIdx.x / 32));
-                if (leads()) cp_async_bulk_wait_read();
+                if (kPanel == 0 && sends_sums()) {
+                    cp_async_bulk_wait_read<1>();  // but what the bias has just received
+                } else if (kPanel == 0 && leads()) {
+                    cp_async_bulk_wait_read();
+                }
                 __syncwarp();
-                float4* staged = reinterpret_cast<float4*>(kernel.smem + kOffsetDq + warp * kDqWarpBytes) + lane_index();
+                const int own = kOffsetDq + warp * kDqWarpBytes + 4 * kFirst;
+                float4* staged = reinterpret_cast<float4*>(kernel.smem + own) + lane_index();
 #pragma unroll
-                for (int x = 0; x < dq.kSize; x += 4) {
+                for (int x = 0; x < kSize; x += 4) {
                     staged[x / 4 * 32] = make_float4(dq.data[x], dq.data[x + 1], dq.data[x + 2], dq.data[x + 3]);
                 }
                 fence_proxy_async();
                 __syncwarp();
-                if (leads()) {
-                    cp_reduce_async_bulk_add(to + warp * Slab::kWarpElements, start + kOffsetDq + warp * kDqWarpBytes,
-                                             kDqWarpBytes);
-                }
+                if (leads()) cp_reduce_async_bulk_add(to + warp * Slab::kWarpElements + kFirst, start + own, 128 * kSize);
             } else {
                 Slab::template add<kPanel * Slab::Sums::Panel::kSize>(to, dq);
             }
@@ -614,13 +680,13 @@ struct BackwardSm90 {
             }
             wgmma_pin(s.data);
             wgmma_fence();
-            const int keys = kWide ? 0 : group * 64 * 128, queries = kWide ? group * kScoreRows * 128 : 0;
-            wgmma_qk<Element, kHeadDim, KTile, QTile>(s, KTile::k_major(start + keys), QTile::k_major(q + queries));
+            const int own_keys = kWide ? 0 : group * 64 * 128, queries = kWide ? group * kScoreRows * 128 : 0;
+            const unsigned k = start + keys.stage * KTile::kBytes, v = start + kOffsetV + keys.stage * VTile::kBytes;
+            wgmma_qk<Element, kHeadDim, KTile, QTile>(s, KTile::k_major(k + own_keys), QTile::k_major(q + queries));
             if constexpr (!kForeignRows) mbarrier_wait(kernel.do_full(stage), slot.parity);
             wgmma_pin(dp.data);
             wgmma_fence();
-            wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(start + kOffsetV + keys),
-                                                        DoTile::k_major(dout + queries));
+            wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(v + own_keys), DoTile::k_major(dout + queries));
             read_bias(start);
             if constexpr (kEarly) {
                 wgmma_wait_group<1>();
@@ -659,11 +725,11 @@ struct BackwardSm90 {
             if constexpr (!kWide || kEarly) {
                 store_panel(ds + (kWide ? queries : group * DsTile::kPanelBytes), ds_operand);
                 fence_proxy_async();
-                if (sends_sums()) cp_async_bulk_wait_read();
+                if (sends_sums()) cp_async_bulk_wait_read<Config::kBulkDq ? 1 : 0>();
                 bar_sync(kDsBarrier, kConsumerThreads);
-                send_sums(start);
+                send_sums(start, ds);
             }
-            const unsigned dq_keys = start + (DqGrid::kAcross == 2 ? group * kDqPanels : 0) * KTile::kPanelBytes;
+            const unsigned dq_keys = k + (DqGrid::kAcross == 2 ? group * kDqPanels : 0) * KTile::kPanelBytes;
             const unsigned dq_rows = ds + (DqGrid::kDown == 2 ? group : 0) * DqGrid::kRows * 128;
 #pragma unroll
             for (int panel = 0; panel < kDqPanels; panel++) wgmma_pin(dq.panels[panel].data);
@@ -709,24 +775,33 @@ struct BackwardSm90 {
             return head;
         }
 
-        __device__ __forceinline__ void visit_queries() {
-            clear_sums();
-            at.head = read_visit(slot);
-            if (m < 0) return;
-            mbarrier_wait(kernel.k_full(), 0);
-            mbarrier_wait(kernel.v_full(), 0);
-            clear_keys();
-            keep_bias_row();
-            while (m >= 0) {
-                const int head = step();
-                if (head != at.head && m >= 0) {
-                    finish_head();
+        __device__ __forceinline__ bool visits() const { return m >= 0 && (!kRuns || next_n == n); }
+        // The query tiles of the key tiles [n, stop), and dk and dv of these.
+        __device__ __forceinline__ void visit_queries(int stop) {
+            int head = read_visit(slot);
+            do {
+                clear_sums();
+                if (visits()) {
                     at.head = head;
+                    mbarrier_wait(kernel.k_full(keys.stage), keys.parity);
+                    mbarrier_wait(kernel.v_full(keys.stage), keys.parity);
+                    clear_keys();
                     keep_bias_row();
+                    while (visits()) {
+                        head = step();
+                        if (head != at.head && visits()) {
+                            finish_head();
+                            at.head = head;
+                            keep_bias_row();
+                        }
+                    }
+                    finish_head();
+                    if constexpr (Config::kDeterministic) pass_turn();
+                    if (kRuns && leads()) mbarrier_arrive(kernel.k_empty(keys.stage));
+                    keys.advance();
                 }
-            }
-            finish_head();
-            if constexpr (Config::kDeterministic) pass_turn();
+                store();
+            } while (kRuns && ++n < stop);
         }
 
         // In the dtype of the scores, for backward_combine.cu.
@@ -772,11 +847,10 @@ struct BackwardSm90 {
     };
 
     // Rows of dk and dv that belong to no key. A packed call's tail has more of them than key tiles.
-    __device__ __forceinline__ void store_padding() const {
+    __device__ __forceinline__ void store_padding(const Work& w, int n) const {
         const ForwardParams& p = params();
         const BackwardParams& g = grads();
-        const Work w = Work::of(p, g);
-        for (int block = w.n; block * kBlockN < w.seq.rows_k; block += g.n_blocks) {
+        for (int block = n; block * kBlockN < w.seq.rows_k; block += g.n_blocks) {
             const int start = max(block * kBlockN, w.at.seqlen_k), stop = min((block + 1) * kBlockN, w.seq.rows_k);
             const long long row = w.seq.token_k + start;
             Element* dk_to = static_cast<Element*>(g.dk) + w.at.batch * g.dk_batch + w.head_kv * g.dk_head + row * g.dk_row;
@@ -795,15 +869,16 @@ struct BackwardSm90 {
         Consumer consumer{*this, wg};
         consumer.factor = static_cast<float>(Config::kFoldScale ? p.scale * kLog2e : kLog2e);
         const Work w = Work::of(p, grads());
-        if (w.n * kBlockN < w.at.seqlen_k) {
+        if (w.n < w.last()) {
             consumer.at = w.at, consumer.first_head = w.at.head, consumer.n = w.n;
-            consumer.visit_queries();
-            consumer.store();
+            consumer.visit_queries(w.last());
         }
-        if constexpr (Config::kBulkDq || kStageSums) {
+        if constexpr (Config::kBulkDq || kSendSums) {
             if (Consumer::leads()) cp_async_bulk_wait();
         }
-        if constexpr (kForeignRows && !Config::kQuerySplit) store_padding();
+        if constexpr (kForeignRows && !Config::kQuerySplit) {
+            for (int n = w.n; n < w.stop && n < grads().n_blocks; n++) store_padding(w, n);
+        }
     }
 
     // -------------------------------------------------------------------------------------------------------------- roles
@@ -811,8 +886,11 @@ struct BackwardSm90 {
     __device__ __forceinline__ void run() const {
         const int warp = uniform(static_cast<int>(threadIdx.x / 32)), wg = warp / 4;
         if (threadIdx.x == 0) {
-            mbarrier_init(k_full(), 1);
-            mbarrier_init(v_full(), 1);
+            for (int stage = 0; stage < kKeyStages; stage++) {
+                mbarrier_init(k_full(stage), 1);
+                mbarrier_init(v_full(stage), 1);
+                mbarrier_init(k_empty(stage), 4 * kConsumers);
+            }
             for (int stage = 0; stage < kStages; stage++) {
                 mbarrier_init(q_full(stage), kBiasTiles ? 2 : 1);
                 mbarrier_init(do_full(stage), 1);
@@ -827,10 +905,11 @@ struct BackwardSm90 {
         if (wg == kConsumers) {
             setmaxnreg_dec<kProducerRegisters>();
             const Work w = Work::of(params(), grads());
-            if (w.n * kBlockN >= w.at.seqlen_k) return;
+            if (w.n >= w.last()) return;
             if (warp == 4 * kConsumers && elect_sync()) load_tiles();
             if (warp == 4 * kConsumers + 1) guide();
             if (Config::kDeterministic && warp == 4 * kConsumers + 2) keep_order();
+            if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
             consume(wg);

@@ -1,5 +1,5 @@
-// Who holds dq where two warpgroups multiply dq^T = K^T dS^T: half the columns of dq a warpgroup, or of 64 columns half the
-// rows.
+// Who holds dq where one or two warpgroups multiply dq^T = K^T dS^T: of two each half the columns of dq, or of 64 columns half
+// the rows.
 #pragma once
 #include "tile/wgmma_tile.cuh"
 
@@ -12,12 +12,12 @@ struct WarpgroupHalf {
 
     template <bool kTransA, bool kTransB, int kTileRows, int kTileCols, int kWarps>
     struct Grid {
-        static_assert(kWarps == 8 && (kTileCols == 64 || kTileCols == 128 || kTileCols == 256));
-        static constexpr int kAcross = kTileCols == 64 ? 1 : 2, kDown = 2 / kAcross;
+        static_assert((kWarps == 4 || kWarps == 8) && (kTileCols == 64 || kTileCols == 128 || kTileCols == 256));
+        static constexpr int kAcross = kTileCols == 64 ? 1 : kWarps / 4, kDown = kWarps / 4 / kAcross;
         static constexpr int kRows = kTileRows / kDown, kCols = kTileCols / kAcross;
         __device__ __forceinline__ static bool active() { return true; }
         __device__ __forceinline__ static int warpgroup() { return static_cast<int>(threadIdx.x / 128); }
-        __device__ __forceinline__ static int row() { return kAcross == 1 ? warpgroup() * kRows : 0; }
+        __device__ __forceinline__ static int row() { return kDown == 2 ? warpgroup() * kRows : 0; }
         __device__ __forceinline__ static int col() { return kAcross == 2 ? warpgroup() * kCols : 0; }
     };
     template <bool kTransA, bool kTransB, int kRows, int kCols>
