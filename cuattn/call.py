@@ -32,7 +32,7 @@ from cuattn.decode import DecodePlan
 from cuattn.fields import ITEMSIZE
 from cuattn.launch import Launch, backward_struct, forward_struct
 from cuattn.masks import Mask
-from cuattn.plan import WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan, make_plan
+from cuattn.plan import WARPS_PER_COMBINE, Plan, make_plan
 from cuattn.problem import POINTERS, SLOT, Problem, make_problem
 from cuattn.registry import Device
 from cuattn.score_mods import Bias, ScoreMod
@@ -621,7 +621,7 @@ def load(unit: Unit, plan: Plan | BackwardPlan | DecodePlan) -> Any:
 def _launch_of(role: str, unit: Unit, plan: Plan, position: Mapping[int, int]) -> Launch:
     grid = plan.grid
     if role == "tile_map":
-        grid = -(-plan.map_batches * plan.map_heads * plan.m_blocks * plan.map_words // WARPS_PER_TILE_MAP)
+        grid = plan.map_batches * plan.map_heads * plan.m_blocks * plan.map_words
     elif role in ("magnitude", "split"):
         grid = plan.split_grid
     elif role == "combine":
@@ -695,7 +695,7 @@ def _backward_launches(plan: BackwardPlan, position: Mapping[int, int]) -> list[
     grids = {
         "magnitude": plan.split_grid,
         "split": plan.split_grid,
-        "tile_map": -(-plan.map_batches * plan.map_heads * plan.m_blocks * plan.map_words // WARPS_PER_TILE_MAP),
+        "tile_map": plan.map_batches * plan.map_heads * plan.m_blocks * plan.map_words,
         "prepare": -(-plan.partial_rows * plan.prepare_lanes // PREPARE_THREADS),
         "sinks": p.num_heads,
         "convert": plan.m_blocks * p.num_heads * plan.batches,

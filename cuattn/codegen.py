@@ -14,7 +14,7 @@ from cuattn.backward import CELLS, COLUMNS, COPIES, STORE, BackwardPlan, one_row
 from cuattn.decode import APPEND_THREADS, CACHE_DTYPES, DecodePlan, LatentPlan
 from cuattn.fields import CTYPES, ITEMSIZE, Operand
 from cuattn.launch import backward_parameter_bytes, decode_struct, parameter_bytes
-from cuattn.plan import SPLIT_THREADS, WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan
+from cuattn.plan import SPLIT_THREADS, TILE_MAP_THREADS, WARPS_PER_COMBINE, Plan
 from cuattn.score_mods import ScoreMod
 
 
@@ -36,7 +36,7 @@ def units(plan: Plan) -> dict[str, Unit]:
         result["magnitude"] = _unit(plan, "magnitude", SPLIT_THREADS, 0)
         result["split"] = _unit(plan, "split", SPLIT_THREADS, 0)
     if plan.map_words:
-        result["tile_map"] = _unit(plan, "tile_map", 32 * WARPS_PER_TILE_MAP, 0)
+        result["tile_map"] = _unit(plan, "tile_map", TILE_MAP_THREADS, 0)
     result["forward"] = _unit(plan, plan.kernel, plan.threads, plan.smem_bytes)
     if plan.num_splits > 1:
         result["combine"] = _unit(plan, "combine", 32 * WARPS_PER_COMBINE, 0)
@@ -102,6 +102,7 @@ def _translation_unit(
         "kPacked": p.packed,
         "kLens": lens,
         "kFoldScale": not p.mods and p.scale > 0,
+        "kPositiveScale": p.scale > 0,
         "kDropout": p.dropout > 0,
         "kSinks": sinks is not None,
         **flags,
@@ -170,7 +171,7 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
         t = plan.tiles
         constants |= {"kBiasStages": plan.bias_stages, "kQStages": t.q_stages}
         flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong, "kPersistent": t.persistent, "kLateWait": t.late_wait}
-        flags["kKeepsMaxima"] = t.keep_maxima
+        flags |= {"kKeepsMaxima": t.keep_maxima, "kScalesFirst": t.scale_first}
     arguments = "TmaArguments" if tma else "ForwardArguments"
     size = parameter_bytes(plan, attends)
     return _translation_unit(plan, kernel, arguments, size, types, constants, flags, attends)
@@ -196,7 +197,7 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
         result["split"] = _backward_unit(plan, "split", SPLIT_THREADS, 0)
     if plan.map_words:
         constants = {
-            **_constants(plan, 32 * WARPS_PER_TILE_MAP, 0, 1),
+            **_constants(plan, TILE_MAP_THREADS, 0, 1),
             **{f"kVec{name}": 16 for name in ("Q", "K", "V", "Out")},
         }
         size = parameter_bytes(plan, False)
