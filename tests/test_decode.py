@@ -50,6 +50,8 @@ class Decode:
     deterministic: bool = False
     precision: str = "ieee"
     aligned: bool = True
+    magnitudes: tuple[int, ...] = ()
+    """powers of two that the heads of q are multiplied with, in turn"""
 
     def __str__(self) -> str:
         parts = [
@@ -63,7 +65,7 @@ class Decode:
         parts += [n for n in ("packed", "leftpad", "batch_idx", "sinks", "deterministic") if getattr(self, n)]
         parts += [f"r{self.rotary}{'i' if self.interleaved else 'h'}"] * bool(self.rotary)
         parts += [f"scales{self.scales}"] * bool(self.scales) + [f"splits{self.splits}"] * bool(self.splits)
-        parts += ["misaligned"] * (not self.aligned)
+        parts += ["misaligned"] * (not self.aligned) + ["magnitudes"] * bool(self.magnitudes)
         return "_".join(p for p in parts if p)
 
     @property
@@ -103,6 +105,9 @@ def arguments(case: Decode) -> dict[str, Any]:
         return x[..., extra:]
 
     result: dict[str, Any] = {"q": random(*lead, heads, dim)}
+    if case.magnitudes:
+        powers = np.ldexp(1.0, np.resize(case.magnitudes, heads)).astype(np.float32)
+        result["q"] = (result["q"].astype(np.float32) * powers[:, None]).astype(dtype)
     rows = case.batch + 2 if case.batch_idx else case.batch
     index = rng.permutation(rows)[: case.batch].astype(np.int32) if case.batch_idx else np.arange(case.batch)
     if case.page:
@@ -306,7 +311,9 @@ CASES = (
     Decode("bfloat16", "float8_e4m3fn", scales=1, lengths=(2000, 33), dims=(256, 256), heads=(8, 1)),
     Decode(lengths=()),
     Decode(lengths=tuple(range(0, 300, 2)), heads=(2, 1), dims=(16, 16)),
-    # One sequence whose heads fill the GPU: in clusters, on Hopper.
+    Decode("bfloat16", "float8_e4m3fn", scales=1, lengths=(300, 33), dims=(128, 128), magnitudes=(-100, -12, 0, 4)),
+    Decode("bfloat16", "int8", scales=2, lengths=(300, 33), heads=(8, 8), magnitudes=(-100, -12, 0, 4)),
+    # One sequence: in clusters, on Hopper, where that is worth while.
     Decode(lengths=(0,), heads=(16, 8), sinks=True),
     Decode(lengths=(700,), heads=(64, 8), seqlen_q=4, sinks=True, mask="window", dims=(128, 64)),
     Decode(lengths=(300,), heads=(32, 32), new=1, rotary=64, mods=("softcap", "alibi")),
