@@ -120,6 +120,7 @@ def _source(
     constants: dict[str, int],
     flags: dict[str, bool],
 ) -> Unit:
+    clusters = "__cluster_dims__(1, cuattn::Config::kCluster, 1) " if constants.get("kCluster", 1) > 1 else ""
     lines = [
         f'#include "{kernel}.cu"',
         "namespace cuattn {",
@@ -134,7 +135,7 @@ def _source(
         f"using Arguments = cuattn::{arguments}<cuattn::Config>;",
         f"static_assert(sizeof(Arguments) == {size},",
         '              "launch.py lays the parameters out differently");',
-        'extern "C" __global__ void __launch_bounds__(cuattn::Config::kThreads, cuattn::Config::kMinBlocks)',
+        f'extern "C" __global__ void {clusters}__launch_bounds__(cuattn::Config::kThreads, cuattn::Config::kMinBlocks)',
         f"cuattn_{kernel}(const __grid_constant__ Arguments arguments) {{ cuattn::{kernel}<cuattn::Config>(arguments); }}",
     ]
     return Unit(f"cuattn_{kernel}", "\n".join(lines) + "\n", constants["kThreads"], constants["kSmemBytes"])
@@ -331,11 +332,14 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
             "kWarpsM": plan.warps_m,
             "kWarpsN": plan.warps_n,
             "kStages": plan.stages,
+            "kCluster": plan.cluster,
             **{f"kVec{name}": n for name, n in zip(("Q", "K", "V", "Out"), p.vectors, strict=True)},
         }
         flags["kSinks"] = sinks is not None
         flags["kWholeRows"] = (p.head_dim, p.head_dim_v) == (plan.head_dim, plan.pieces * plan.head_dim_v)
         caches = [p.operand(name) for name in ("k_cache", "v_cache")]
+        flags["kNarrows"] = p.cache_dtype in CACHE_DTYPES and p.dtype == "bfloat16"
+        flags["kParted"] = plan.max_parts > 0
         flags["kAlike"] = len({op.strides for op in caches if op is not None}) == 1
     arguments = "DecodeArguments"
     if attends and isinstance(plan, LatentPlan):

@@ -262,8 +262,8 @@ def prepare_launches(plan: DecodePlan, position: Mapping[int, int]) -> list[Laun
         grid = plan.grid
         if role == "append":
             tokens = p.total_q if p.packed else p.batch * p.seqlen_new
-            grid = -(-tokens * p.num_heads_kv // (APPEND_THREADS // 32))
-        for piece in range(plan.pieces if role == "decode" else 1) if grid else ():
+            grid = (-(-tokens * p.num_heads_kv // (APPEND_THREADS // 32)), 1, 1)
+        for piece in range(plan.pieces if role == "decode" else 1) if all(grid) else ():
             struct = decode_struct(plan, role == "decode", piece)
             launches.append(Launch(call.load(unit, plan), grid, unit.threads, unit.smem_bytes, struct, position))
     return launches
