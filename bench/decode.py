@@ -33,12 +33,15 @@ class DecodeCase(NamedTuple):
     page_size: int = 16
     seqlen_q: int = 1
     cache: str = "bfloat16"
+    columns: int = 0
+    """of the keys that are values; 0: values have a cache of their own"""
 
     def __str__(self) -> str:
         length = str(self.length) if self.length else "mixed"
         cache = "" if self.cache == "bfloat16" else f" {self.cache}"
         queries = f" q{self.seqlen_q}" if self.seqlen_q > 1 else ""
-        shape = f"{self.batch}x{length} h{self.heads[0]}/{self.heads[1]} d{self.head_dim} page{self.page_size}"
+        dims = f"d{self.head_dim}" + (f"/{self.columns}" if self.columns else "")
+        shape = f"{self.batch}x{length} h{self.heads[0]}/{self.heads[1]} {dims} page{self.page_size}"
         return f"decode {shape}{queries}{cache}"
 
     def lengths(self) -> list[int]:
@@ -47,10 +50,14 @@ class DecodeCase(NamedTuple):
     def bytes(self) -> int:
         """of keys and values"""
         size = 2 if self.cache == "bfloat16" else 1
-        return 2 * sum(self.lengths()) * self.heads[1] * self.head_dim * size
+        return (1 if self.columns else 2) * sum(self.lengths()) * self.heads[1] * self.head_dim * size
 
     def flops(self) -> int:
-        return 4 * sum(self.lengths()) * self.seqlen_q * self.heads[0] * self.head_dim
+        return 2 * sum(self.lengths()) * self.seqlen_q * self.heads[0] * (self.head_dim + self.head_dim_v)
+
+    @property
+    def head_dim_v(self) -> int:
+        return self.columns or self.head_dim
 
 
 QUICK = (
@@ -68,11 +75,17 @@ CASES = (
     DecodeCase(32, 8192, seqlen_q=4),
     DecodeCase(64, 0),
     DecodeCase(256, 1024, (32, 8)),
+    *(DecodeCase(batch, length, (32, 8), page_size=64) for batch, length in ((1, 8192), (1, 131072), (16, 8192), (64, 8192))),
+    DecodeCase(128, 8192, (32, 8)),
+    DecodeCase(128, 8192, page_size=64),
     DecodeCase(64, 8192, (32, 1), page_size=64),
     DecodeCase(64, 16384, (64, 8), 64, 64),
     DecodeCase(16, 16384, (16, 4), 256, 64),
     DecodeCase(32, 8192, (32, 32), page_size=64),
     DecodeCase(128, 8192, cache="int8"),
+    DecodeCase(64, 8192, (128, 1), 576, 64, columns=512),
+    DecodeCase(64, 8192, (128, 1), 576, columns=512),
+    DecodeCase(64, 8192, (16, 1), 576, 64, columns=512),
 )
 LENGTHS = tuple(DecodeCase(batch, 1024 << n) for batch in (1, 32) for n in range(0, 7, 2))
 """Bandwidth against length."""
@@ -82,6 +95,7 @@ class Inputs(NamedTuple):
     q: Any
     k_cache: Any
     v_cache: Any
+    """columns of k_cache, or an array of its own"""
     page_table: Any
     cache_seqlens: Any
     scales: Any
@@ -112,9 +126,9 @@ def inputs_of(case: DecodeCase) -> Inputs:
         start += n
     q = torch.randn((case.batch, case.seqlen_q, case.heads[0], case.head_dim), device=device, dtype=torch.bfloat16)
     scales = None if case.cache == "bfloat16" else torch.full((case.heads[1],), 0.02, device=device)
-    return Inputs(
-        q, cache(), cache(), table, torch.tensor(lengths, device=device, dtype=torch.int32), scales, torch.empty_like(q)
-    )
+    k_cache, out = cache(), torch.empty_like(q[..., : case.head_dim_v])
+    v_cache = k_cache[..., : case.columns] if case.columns else cache()
+    return Inputs(q, k_cache, v_cache, table, torch.tensor(lengths, device=device, dtype=torch.int32), scales, out)
 
 
 def ours(case: DecodeCase, x: Inputs) -> Callable[[], Any]:
@@ -131,8 +145,8 @@ def fa3(case: DecodeCase, x: Inputs) -> Callable[[], Any]:
     """vLLM's build of FA3, see bench/baselines.py."""
     import torch
 
-    if case.cache != "bfloat16":
-        raise NotImplementedError("16-bit queries take a 16-bit cache")
+    if case.cache != "bfloat16" or case.columns:
+        raise NotImplementedError("16-bit queries take a 16-bit cache, with values apart")
     torch.ops.load_library(os.environ["FA3_SO"])
     cumulative = torch.arange(0, (case.batch + 1) * case.seqlen_q, case.seqlen_q, device="cuda", dtype=torch.int32)
     q, longest = x.q.flatten(0, 1), x.page_table.shape[1] * case.page_size
@@ -152,8 +166,8 @@ def flashinfer(case: DecodeCase, x: Inputs) -> Callable[[], Any]:
     import torch
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-    if case.cache != "bfloat16" or case.seqlen_q > 1:
-        raise NotImplementedError("one query token over a 16-bit cache")
+    if case.cache != "bfloat16" or case.seqlen_q > 1 or case.columns:
+        raise NotImplementedError("one query token over a 16-bit cache, with values apart")
     counts = [-(-n // case.page_size) for n in case.lengths()]
     starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).to(dtype=torch.int32, device="cuda")
     indices = torch.cat([x.page_table[b, :n] for b, n in enumerate(counts)])
@@ -226,7 +240,8 @@ def run_case(case: DecodeCase, peers: Sequence[str], rounds: int, env: Row) -> R
     times = measure(graphs, rounds)
     us = times.pop("cuattn")
     others = "  ".join(f"x{t / us:.2f} {name} ({t:.1f} us)" for name, t in times.items())
-    print(f"{case!s:48} {us:9.1f} us | {case.bytes() / us * 1e-3:6.0f} GB/s | {others}", flush=True)
+    rates = f"{case.bytes() / us * 1e-3:6.0f} GB/s" + f" {case.flops() / us * 1e-6:5.0f} TFLOP/s" * bool(case.columns)
+    print(f"{case!s:48} {us:9.1f} us | {rates} | {others}", flush=True)
     del graphs, x
     torch.cuda.empty_cache()
     return row(case, us, times, env)
@@ -240,7 +255,7 @@ def row(case: DecodeCase, us: float, peers: Mapping[str, float], env: Row) -> Ro
         "dtype": "bfloat16",
         "precision": "ieee",
         "d": case.head_dim,
-        "dv": case.head_dim,
+        "dv": case.head_dim_v,
         "heads": case.heads[0],
         "heads_kv": case.heads[1],
         "batch": case.batch,
@@ -249,7 +264,7 @@ def row(case: DecodeCase, us: float, peers: Mapping[str, float], env: Row) -> Ro
         "mask": "causal",
         "mods": mods,
         "us": round(us, 2),
-        "tflops": None,
+        "tflops": round(case.flops() / us * 1e-6, 1) if case.columns else None,
         "gbps": round(case.bytes() / us * 1e-3, 1),
         "bound_pct": None,
         "peers": {name: round(t, 2) for name, t in peers.items()},

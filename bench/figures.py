@@ -32,7 +32,7 @@ def write(titles: Mapping[str, str], docs: Path = DOCS, folder: Path = FOLDER) -
         for backward in (False, True):
             chosen = [row for row in rows if is_backward(row) == backward]
             if chosen:
-                lines += ["## Gradients" if backward else "## Forward, host and memory", ""]
+                lines += ["## Gradients" if backward else "## Forward, decode, errors, memory and host", ""]
                 lines += [render(chosen, titles).strip(), ""]
         slower = behind(rows, titles)
         if slower:
@@ -229,7 +229,7 @@ def bars(rows: Sequence[Row]) -> Any:
     figure = Figure(figsize=(7, 0.4 * len(rows) + 1), layout="constrained")
     axes = figure.subplots()
     names = [row["bench"].removeprefix("host/") for row in rows]
-    axes.barh(names, [row["us"] for row in rows], color="0.7", height=0.5)
+    axes.barh(names, [row.get("whole", row["us"]) for row in rows], color="0.7", height=0.5)
     for n, row in enumerate(rows):
         for us in row["peers"].values():
             axes.plot([us], [n], "|", color="tab:orange", markersize=14)

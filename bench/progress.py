@@ -45,11 +45,11 @@ def within(deadline: Deadline, cases: Sequence[Case], name: Callable[[Case], str
 def bar(total: int, stack: contextlib.ExitStack) -> Any:
     """A function that advances a bar, which `stack` takes away; without a terminal or tqdm it does nothing."""
     terminal = sys.stdout
+    if not terminal.isatty():
+        return lambda: None
     try:
         from tqdm import tqdm
     except ImportError:
-        return lambda: None
-    if not terminal.isatty():
         return lambda: None
     shown = stack.enter_context(tqdm(total=total, file=terminal, leave=False, unit="case"))
     stack.enter_context(contextlib.redirect_stdout(Above(terminal, shown)))

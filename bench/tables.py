@@ -110,7 +110,11 @@ def decode_table(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
         "cache": lambda row: ", ".join(row["mods"]),
         "query tokens": lambda row: str(row["seqlen_q"]),
     }
-    numbers: dict[str, Cell] = {"us": lambda row: f"{row['us']:.1f}", "GB/s": lambda row: f"{row['gbps']:.0f}"}
+    numbers: dict[str, Cell] = {
+        "us": lambda row: f"{row['us']:.1f}",
+        "GB/s": lambda row: f"{row['gbps']:.0f}",
+        "TFLOP/s": lambda row: f"{row['tflops']:.0f}" if row["tflops"] else "",
+    }
     return columns(rows, words, numbers | peer_columns(titles, "peers", lambda us: f"{us:.1f}"))
 
 
@@ -144,10 +148,11 @@ def behind(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
     """A table of every row in which a peer took less time than we did, the worst first; [] where there is none."""
     found = []
     for row in rows:
-        peers = {name: us for name, us in row["peers"].items() if name in titles and us < row["us"]}
+        mine = row.get("whole", row["us"])
+        peers = {name: us for name, us in row["peers"].items() if name in titles and us < mine}
         if peers:
             best = min(peers, key=lambda name: peers[name])
-            found.append({**row, "best": titles[best], "ratio": peers[best] / row["us"]})
+            found.append({**row, "best": titles[best], "ratio": peers[best] / mine})
     words: dict[str, Cell] = {"": lambda row: row["bench"], **SIZES, "faster": lambda row: row["best"]}
     found.sort(key=lambda row: row["ratio"])
     return columns(found, words, {"its time over ours": lambda row: f"{row['ratio']:.2f}"}) if found else []
@@ -163,8 +168,9 @@ def other_lines(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
             call = HOST_LINES[what].format(kind=kind)
             peers = ", ".join(f"{titles.get(name, name)} {us:.0f}" for name, us in row["peers"].items())
             note = f" ({peers})" if peers else ""
+            whole = f", {row['whole']:.1f} us in all" if row.get("whole", row["us"]) != row["us"] else ""
             tail = f", 99 of 100 whole calls below {row['p99']:.0f} us" if row.get("p99") else ""
-            lines.append(f"- {call}: {row['us']:.1f} us{tail}{note}")
+            lines.append(f"- {call}: {row['us']:.1f} us{whole}{tail}{note}")
         elif part == "jit":
             cache = "empty cache" if kind == "cold" else "filled disk cache"
             lines.append(f"- First call of a process, {row['dtype']} d{row['d']}, {cache}: {row['us'] * 1e-6:.2f} s")

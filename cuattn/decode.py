@@ -647,7 +647,10 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
         raise NotImplementedError("\n  ".join([f"no kernel serves {problem} on {device.arch}:", *reasons]))
     mma, multiple, multiple_v = _mma(problem, device)
     head_dim = round_up(problem.head_dim, multiple)
-    head_dim_v = round_up(-(-problem.head_dim_v // -(-problem.head_dim_v // WIDEST_PIECE)), multiple_v)
+    # Beside wide keys in little shared memory, one warp does all the loads, and has registers for half as many columns.
+    alone = problem.head_dim > WIDEST_PIECE and device.smem_per_block < 2**17 and problem.seqlen_q * problem.group <= 16
+    pieces = -(-problem.head_dim_v // (WIDEST_PIECE // 2 if alone else WIDEST_PIECE))
+    head_dim_v = round_up(-(-problem.head_dim_v // pieces), multiple_v)
     rows = max(1, problem.seqlen_q * problem.group)
     pitch_q, pitch_k, pitch_v = _pitches(problem, head_dim, head_dim_v)
     step = 16 if ITEMSIZE[problem.dtype] == 2 else 8

@@ -208,33 +208,36 @@ def flash_attn_with_kvcache(
     Returns out, or (out, softmax_lse) with softmax_lse (batch, nheads, seqlen_q). Has no gradient.
     """
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_interleaved": rotary_interleaved}
+    options |= {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad, "num_splits": num_splits}
+    result = attend_to_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table, return_softmax_lse, options)
+    return (result[0], _as_flash_attn(result[1])) if return_softmax_lse else result
+
+
+def attend_to_cache(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any,
+    v: Any,
+    cache_seqlens: Any,
+    page_table: Any,
+    return_lse: bool,
+    options: dict[str, Any],
+) -> Any:
+    """`cuattn.attention_with_kvcache` with what flash-attn asks for besides; out, or (out, lse)."""
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if not isinstance(x, torch.Tensor):
             raise _not_a_tensor(name, x)
     if cache_seqlens is None:
         if k is not None:
             raise ValueError("cache_seqlens: got None together with k, expected where the new tokens go")
-        cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    if rotary_cos is not None:
+        cache_seqlens = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+    if options["rotary_cos"] is not None:
         _check_rotary(q, k, options)
-    result = attention_with_kvcache(
-        last_axis_contiguous(q),
-        k_cache,
-        v_cache,
-        None if k is None else last_axis_contiguous(k),
-        None if v is None else last_axis_contiguous(v),
-        cache_seqlens=cache_seqlens,
-        page_table=block_table,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_interleaved=rotary_interleaved,
-        num_splits=num_splits,
-        return_lse=return_softmax_lse,
-        **options,
-    )
-    return (result[0], _as_flash_attn(result[1])) if return_softmax_lse else result
+    q, k, v = (None if x is None else last_axis_contiguous(x) for x in (q, k, v))
+    named = {"cache_seqlens": cache_seqlens, "page_table": page_table, "return_lse": return_lse}
+    return attention_with_kvcache(q, k_cache, v_cache, k, v, **named, **options)
 
 
 def _check_rotary(q: Any, k: Any, options: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 The argument order of `flash_attn_interface`: the fourth is softmax_scale, there is no dropout, and `return_attn_probs` gives
 (out, softmax_lse). softmax_lse is -inf on a row that sees no key. `num_splits`, `pack_gqa` and `sm_margin` tune that
 library's kernels and are accepted without effect: cuattn plans by itself. Arguments of what cuattn does not compute (qv,
-scales of fp8 inputs, attention_chunk) raise NotImplementedError when given.
+scales of fp8 inputs, attention_chunk) raise NotImplementedError when given. Of the other functions of that module,
+flash_attn_combine is `cuattn.merge_states`, and nothing needs get_scheduler_metadata.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any
 
 import torch
 
-from cuattn.flash_attn import parse_softcap, parse_window
+from cuattn.flash_attn import attend_to_cache, parse_softcap, parse_window
 from cuattn.torch import attention, attention_varlen, last_axis_contiguous
 
-__all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func"]
+__all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
 
 
 def flash_attn_func(
@@ -156,6 +157,58 @@ def flash_attn_qkvpacked_func(
         deterministic=deterministic,
         return_attn_probs=return_attn_probs,
     )
+
+
+def flash_attn_with_kvcache(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any = None,
+    v: Any = None,
+    qv: Any = None,
+    rotary_cos: Any = None,
+    rotary_sin: Any = None,
+    cache_seqlens: Any = None,
+    cache_batch_idx: Any = None,
+    cache_leftpad: Any = None,
+    page_table: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k_new: Any = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: Any = None,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Any = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """`cuattn.flash_attn.flash_attn_with_kvcache` in this order of arguments, with page_table for block_table.
+
+    cu_seqlens_q (batch + 1,) int32, max_seqlen_q: for packed q (total_q, nheads, headdim), over keys that are all in the cache.
+    scheduler_metadata: accepted without effect. rotary_seqlens, cu_seqlens_k_new: NotImplementedError when given.
+
+    Returns out; with return_softmax_lse four values as there, (out, softmax_lse, None, None): there are no partial results to
+    show. softmax_lse is (batch, nheads, seqlen_q), packed (nheads, total_q). Has no gradient.
+    """
+    _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk or None)
+    _refuse(cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens)
+    if cu_seqlens_q is not None and k is not None:
+        raise NotImplementedError("k: got new keys beside cu_seqlens_q, expected all keys in the cache")
+    options = {"scale": softmax_scale, "softcap": parse_softcap(softcap), **parse_window(window_size, causal)}
+    options |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_interleaved": rotary_interleaved}
+    options |= {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad, "num_splits": num_splits}
+    options |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q}
+    result = attend_to_cache(q, k_cache, v_cache, k, v, cache_seqlens, page_table, return_softmax_lse, options)
+    return (*result, None, None) if return_softmax_lse else result
 
 
 def _refuse(**arguments: Any) -> None:

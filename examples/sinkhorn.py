@@ -7,7 +7,7 @@ Sinkhorn's iteration in the logarithmic domain is one `lse` for each half-step. 
 where lse is that of attention with queries x, keys y, scale 1 / e and the bias (g_j - |y_j|^2 / 2) / e + log b_j: the N x M
 cost is never stored. After the last step the output of the same call, with values y, is where each colour is carried to.
 
-    python examples/sinkhorn.py                     # 20,000 pixels a side; --points 500 for a quick look
+    python examples/sinkhorn.py                     # 17,120 pixels a side; --points 500 for a quick look
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def transport(x: Array, y: Array, epsilon: float, steps: int) -> tuple[Array, Ar
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, default=20_000, help="pixels of each photograph")
+    parser.add_argument("--points", type=int, default=17_120, help="pixels of each photograph; default: all")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--epsilon", type=float, default=0.05)
     parser.add_argument("--figure", default="sinkhorn.png")

@@ -250,9 +250,13 @@ def test_rows_behind_a_peer_are_listed_the_worst_first() -> None:
     near, far, ahead = (dense("bfloat16", d, 1, 4, 1024) for d in (64, 128, 256))
     rows = [row(near, 100.0, cudnn=99.0, flash=98.0), row(far, 100.0, fa4=50.0), row(ahead, 100.0, cudnn=101.0)]
     rows.append(row(replace(HOST, bench="host/torch/autograd"), 100.0, **{"an empty autograd.Function": 10.0}))
+    rows.append({**row(replace(HOST, bench="host/torch/sdpa"), 10.0, cudnn=20.0), "whole": 19.0})
     *_, first, second = tables.behind(rows, TITLES)
     assert first == "| forward | bf16 | 128 | 1 x 4 | 1024 | full | FA4 | 0.50 |" and "| FA2 | 0.98 |" in second
     assert tables.behind(rows[2:], TITLES) == []
+    assert "10.0 us, 19.0 us in all (cuDNN 20)" in tables.other_lines(rows, TITLES)[-1]
+    rows[-1]["whole"] = 25.0
+    assert tables.behind(rows[2:], TITLES)[-1].endswith("| cuDNN | 0.80 |")
 
 
 def test_every_row_of_the_results_file_is_in_the_page() -> None:

@@ -243,6 +243,31 @@ def test_cache_in_pages_and_without_lengths(device: str) -> None:
     check(flash_attn.flash_attn_with_kvcache(q, *pages, block_table=table), whole)
 
 
+def test_flash_attention_3_has_the_same_cache(device: str) -> None:
+    """A row that sees no key has -inf there; queries may be packed, where all keys are in the cache."""
+    given, other = cached(device), cached(device)
+    for name, x in other.items():
+        x.copy_(given[name])
+    options = {"causal": True, "window_size": (3, 0), "softcap": 2.0, "softmax_scale": 0.3, "return_softmax_lse": True}
+    out, lse, *partial = flash_attn3.flash_attn_with_kvcache(**given, **options)
+    same, same_lse = flash_attn.flash_attn_with_kvcache(**other, **options)
+    check(out, same)
+    check(lse, same_lse)
+    assert partial == [None, None] and torch.equal(given["k_cache"], other["k_cache"])
+    q, cache = given["q"], {name: given[name] for name in ("k_cache", "v_cache", "cache_batch_idx")}
+    lens = torch.tensor([8, 0, 11], dtype=torch.int32, device=device)
+    padded, padded_lse, *_ = flash_attn3.flash_attn_with_kvcache(q, **cache, cache_seqlens=lens, return_softmax_lse=True)
+    assert (padded_lse[1] == -torch.inf).all() and (padded[1] == 0).all()
+    packing = {"cu_seqlens_q": torch.tensor([0, 2, 3, 5], dtype=torch.int32, device=device), "max_seqlen_q": 2}
+    tokens = torch.cat([q[0], q[1, :1], q[2]])
+    packed = flash_attn3.flash_attn_with_kvcache(tokens, **cache, cache_seqlens=lens, **packing)
+    check(packed, torch.cat([padded[0], padded[1, :1], padded[2]]))
+    with pytest.raises(NotImplementedError, match="k: got new keys beside cu_seqlens_q"):
+        flash_attn3.flash_attn_with_kvcache(**given, **packing)
+    with pytest.raises(NotImplementedError, match="k_descale: got"):
+        flash_attn3.flash_attn_with_kvcache(**given, k_descale=lens)
+
+
 def test_cache_rotates_queries_and_new_keys(device: str) -> None:
     given = cached(device)
     angles = torch.arange(12, device=device, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.1], device=device)
@@ -382,6 +407,17 @@ def test_signature_of_the_cache_is_that_of_flash_attn() -> None:
         "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None, "
         "cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
         "rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False"
+    )
+
+
+def test_signature_of_the_cache_is_that_of_flash_attention_3() -> None:
+    parameters = inspect.signature(flash_attn3.flash_attn_with_kvcache).parameters.values()
+    assert ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters) == (
+        "q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
+        "cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None, "
+        "max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, "
+        "causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True, "
+        "scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False"
     )
 
 

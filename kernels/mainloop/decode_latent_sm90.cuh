@@ -127,7 +127,8 @@ struct DecodeLatentSm90 {
     __device__ __forceinline__ Place find(const DecodeItem& item, int n) const {
         const int box = static_cast<int>(threadIdx.x % 32), j = n * kBlockN + box * kBoxRows;
         const bool exists = box < kBoxes && j < item.seq.seqlen_k;
-        return place_of<Config::kPaged>(params(), item.seq, item.seq.leftpad + j, exists);
+        const Place at = place_of<Config::kPaged>(params(), item.seq, item.seq.leftpad + j, exists);
+        return {static_cast<unsigned>(at.page) < static_cast<unsigned>(params().pages) ? at.page : -1, at.slot};
     }
     // Loads panels [start, start + count) of a block, shared among the warps. What the map places outside the cache arrives as
     // zeros. NOTE: bytes may arrive before they are announced, since the phase does not end before the announcement.
