@@ -618,8 +618,8 @@ L2_BYTES = 32 << 20
 
 
 NARROW_WINDOW = 256
-"""Keys of a window up to which its few query tiles do not repay what a CTA costs before and after them. It then has one consumer
-warpgroup, shares its SM with another, and takes several key tiles one after the other.
+"""Keys of a window up to which its few query tiles do not repay what a CTA costs before and after them. A CTA then has one
+consumer warpgroup, shares its SM with another, and takes several key tiles one after the other.
 """
 
 
