@@ -152,7 +152,7 @@ def panels(grid: Sequence[Sequence[Panel]], titles: Mapping[str, str], y: str, y
     if yscale == "linear":
         axes.set_ylim(0, 1.05 * max(v for line in grid for _, series in line for points in series.values() for _, v in points))
     figure.supylabel(y)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, 3 * len(grid[0])), fontsize=8)
     return figure
 
 

@@ -42,16 +42,17 @@ def backward_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[C
     return [backward.ours(inputs, douts), *peers]
 
 
-def decode_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Contender]:
-    """One new token of each sequence over a cache that holds the others."""
+def decode_contenders(inputs: Inputs, baselines: Sequence[Baseline], append: bool) -> list[Contender]:
+    """One token of each sequence over a cache that holds all keys and values, or all but its own, which are appended."""
     import numpy as np
 
     import cuattn
 
     q, k, v = inputs.sets[0]
-    lengths = inputs.arrays.put(np.full(HOST.batch, HOST.seqlen_k - 1, np.int32))
+    new = (k[:, -1:], v[:, -1:]) if append else ()
+    lengths = inputs.arrays.put(np.full(HOST.batch, HOST.seqlen_k - append, np.int32))
     step = functools.partial(cuattn.attention_with_kvcache, cache_seqlens=lengths, causal=True)
-    return [Contender(OURS, [functools.partial(step, q[:, -1:], k, v, k[:, -1:], v[:, -1:])])]
+    return [Contender(OURS, [functools.partial(step, q[:, -1:], k, v, *new)])]
 
 
 def recorded_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Contender]:
@@ -157,8 +158,8 @@ def sdpa_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Conte
     return [Contender(OURS, [door]), Contender(CORE, [core])]
 
 
-def jax_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Contender]:
-    """Calls under jit until their results are there: `cuattn.jax.attention`, jax.nn's, and a program that only adds."""
+def jax_contenders(inputs: Inputs, baselines: Sequence[Baseline], wait: bool) -> list[Contender]:
+    """Calls under jit: `cuattn.jax.attention`, jax.nn's, and a program that only adds. wait: until their results are there."""
     import jax
 
     import cuattn.jax
@@ -167,7 +168,7 @@ def jax_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Conten
 
     def finished(function: Callable[..., Any]) -> Callable[[], Any]:
         compiled = jax.jit(function)
-        return lambda: compiled(*qkv).block_until_ready()
+        return (lambda: compiled(*qkv).block_until_ready()) if wait else (lambda: compiled(*qkv))
 
     peers = [
         Contender(b.name, [finished(functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"))])
@@ -178,7 +179,12 @@ def jax_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Conten
 
 
 Build = Callable[[Inputs, Sequence[Baseline]], list[Contender]]
-PARTS: dict[str, Build] = {"": forward_contenders, "/backward": backward_contenders, "/decode": decode_contenders}
+PARTS: dict[str, Build] = {
+    "": forward_contenders,
+    "/backward": backward_contenders,
+    "/decode": functools.partial(decode_contenders, append=False),
+    "/append": functools.partial(decode_contenders, append=True),
+}
 TORCH_PARTS: dict[str, Build] = {
     "/recorded": recorded_contenders,
     "/autograd": autograd_contenders,
@@ -195,7 +201,8 @@ def run(baselines: Sequence[Baseline], calls: int, store: Store, env: Row, deadl
         jobs += [(TorchArrays(), *part, peers) for part in (*PARTS.items(), *TORCH_PARTS.items())]
     jax = [b for b in baselines if b.name == "jax"]
     if jax:
-        jobs.append((CupyArrays(), "/jax", jax_contenders, jax))
+        jobs += [(CupyArrays(), "/jax", functools.partial(jax_contenders, wait=True), jax)]
+        jobs += [(CupyArrays(), "/jax_return", functools.partial(jax_contenders, wait=False), jax)]
 
     def title(job: tuple[Arrays, str, Build, list[Baseline]]) -> str:
         return f"host, {job[0].name} arrays{job[1].replace('/', ', ')}"

@@ -180,12 +180,14 @@ def other_lines(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
 HOST_LINES = {
     "": "Host time of a warm call on {kind} arrays",
     "backward": "Host time of a warm backward on {kind} arrays",
-    "decode": "Host time of a warm attention_with_kvcache that appends a token, on {kind} arrays",
+    "decode": "Host time of a warm attention_with_kvcache on {kind} arrays",
+    "append": "Host time of a warm attention_with_kvcache that appends a token, on {kind} arrays",
     "recorded": "Host time that autograd adds to a warm forward on {kind} arrays",
     "autograd": "Host time that autograd adds to a warm forward and backward on {kind} arrays",
     "flash_attn": "Host time that cuattn.flash_attn adds to a warm call on {kind} arrays",
     "sdpa": "Host time that cuattn.torch.scaled_dot_product_attention adds to a warm call on {kind} arrays",
     "jax": "Warm call of cuattn.jax.attention under jit, until the result is there",
+    "jax_return": "Warm call of cuattn.jax.attention under jit, until it returns",
 }
 
 

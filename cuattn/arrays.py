@@ -342,17 +342,18 @@ class Torch(Library):
     def gather(self, named: dict[str, Any]) -> Gathered:
         addresses: list[int] = []
         kinds: list[Hashable] = [*named]
-        needs_grad = False
+        needs_grad, tensor = False, self._torch.Tensor
         for name, x in named.items():
-            if _BY_TYPE.get(type(x)) is not self:
-                raise TypeError(f"{name}: got {type(x)}")
+            kind = type(x)
+            if kind is not tensor and _BY_TYPE.get(kind) is not self:
+                raise TypeError(f"{name}: got {kind}")
             ptr, strides = x.data_ptr(), x.stride()
             if not ptr or (strides and strides[-1] != 1):
                 self._inspect(x, name)
             if x.requires_grad:
                 needs_grad = True
             addresses.append(ptr)
-            kinds += (ptr & 15, x.dtype, x.shape, strides, x.get_device())
+            kinds.append((ptr & 15, x.dtype, x.shape, strides, x.get_device()))
         if needs_grad and not self._torch.is_grad_enabled():
             needs_grad = False
         if getattr(self._forward_ad, "_current_level", 0) >= 0:

@@ -32,7 +32,7 @@ from cuattn.decode import DecodePlan
 from cuattn.fields import ITEMSIZE
 from cuattn.launch import Launch, backward_struct, forward_struct
 from cuattn.masks import Mask
-from cuattn.plan import WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan, make_plan
+from cuattn.plan import WARPS_PER_COMBINE, Plan, make_plan
 from cuattn.problem import POINTERS, SLOT, Problem, make_problem
 from cuattn.registry import Device
 from cuattn.score_mods import Bias, ScoreMod
@@ -196,7 +196,8 @@ def gather(
     try:
         return library.gather({**present, **{f"array {n}": x for n, x in enumerate(own)}} if own else present)
     except Exception:  # let the checks name the array
-        check_kinds(library, device, present, mask, mods)
+        if check_kinds(library, device, present, mask, mods):
+            _torch().check_transforms()
         for name, x in present.items():
             library.view(x, name)
         raise
@@ -620,7 +621,7 @@ def load(unit: Unit, plan: Plan | BackwardPlan | DecodePlan) -> Any:
 def _launch_of(role: str, unit: Unit, plan: Plan, position: Mapping[int, int]) -> Launch:
     grid = plan.grid
     if role == "tile_map":
-        grid = -(-plan.map_batches * plan.map_heads * plan.m_blocks * plan.map_words // WARPS_PER_TILE_MAP)
+        grid = plan.map_batches * plan.map_heads * plan.m_blocks * plan.map_words
     elif role in ("magnitude", "split"):
         grid = plan.split_grid
     elif role == "combine":
@@ -694,7 +695,7 @@ def _backward_launches(plan: BackwardPlan, position: Mapping[int, int]) -> list[
     grids = {
         "magnitude": plan.split_grid,
         "split": plan.split_grid,
-        "tile_map": -(-plan.map_batches * plan.map_heads * plan.m_blocks * plan.map_words // WARPS_PER_TILE_MAP),
+        "tile_map": plan.map_batches * plan.map_heads * plan.m_blocks * plan.map_words,
         "prepare": -(-plan.partial_rows * plan.prepare_lanes // PREPARE_THREADS),
         "sinks": p.num_heads,
         "convert": plan.m_blocks * p.num_heads * plan.batches,
@@ -733,8 +734,17 @@ def device_of(index: int) -> Device:
     return _devices[index]
 
 
+_environment = getattr(os.environ, "_data", os.environ)  # os.environ itself takes 0.7 us to say no
+_DEBUG = os.environ.encodekey("CUATTN_DEBUG") if _environment is not os.environ else "CUATTN_DEBUG"
+
+
+def debugging() -> bool:
+    """Whether CUATTN_DEBUG is set."""
+    return bool(_environment.get(_DEBUG))
+
+
 def debug(*parts: object) -> None:
     """Print them under CUATTN_DEBUG=1."""
-    if os.environ.get("CUATTN_DEBUG"):
+    if debugging():
         for part in parts:
             print(f"cuattn: {part}", file=sys.stderr)

@@ -186,6 +186,7 @@ def decode_problem_of(
     cache_dtype: str | None = None,
     dims: tuple[int, int] = (128, 128),
     *,
+    batch: int = 4,
     seqlen_q: int = 1,
     heads: tuple[int, int] = (64, 8),
     page_size: int = 16,
@@ -199,11 +200,11 @@ def decode_problem_of(
     latent: bool = False,
     **options: Any,
 ) -> DecodeProblem:
-    """A call over a cache that need not exist: four sequences of up to 4096 tokens, contiguous where page_size is 0.
+    """A call over a cache that need not exist: sequences of up to 4096 tokens, contiguous where page_size is 0.
 
     latent: values are columns of the keys.
     """
-    batch, length, ptr = 4, 4096, 2 if misaligned else 0
+    length, ptr = 4096, 2 if misaligned else 0
     cache = (batch * length // page_size, page_size) if page_size else (batch, length)
     lead = (batch * seqlen_q,) if packed else (batch, seqlen_q)
     views = {
@@ -239,6 +240,9 @@ def decode_plans(arch: str, everything: bool = False) -> list[DecodePlan]:
         alibi, bias = Alibi(view((64,), "float32")), Bias(view((4, 64, 8, 4096), "bfloat16"))
         tree = TreeMask(view((4, 1, 8, 8), "bool")) & SlidingWindow(512, None)
         problems += [
+            decode_problem_of(batch=1),
+            decode_problem_of("bfloat16", "float8_e4m3fn", batch=1, seqlen_q=2, mods=(SoftCap(30.0),)),
+            decode_problem_of(deterministic=True),
             decode_problem_of("float16", page_size=0, seqlen_q=4, appends=True, rotary_dim=64),
             decode_problem_of(seqlen_q=8, mask=tree, mods=(SoftCap(30.0), alibi, bias), sinks=True, packed=True),
             decode_problem_of("float16", "int8", rotary_dim=32, appends=True, packed=True),

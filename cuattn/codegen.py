@@ -14,7 +14,7 @@ from cuattn.backward import CELLS, COLUMNS, COPIES, STORE, BackwardPlan, one_row
 from cuattn.decode import APPEND_THREADS, CACHE_DTYPES, DecodePlan, LatentPlan
 from cuattn.fields import CTYPES, ITEMSIZE, Operand
 from cuattn.launch import backward_parameter_bytes, decode_struct, parameter_bytes
-from cuattn.plan import SPLIT_THREADS, WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan
+from cuattn.plan import SPLIT_THREADS, TILE_MAP_THREADS, WARPS_PER_COMBINE, Plan
 from cuattn.score_mods import ScoreMod
 
 
@@ -36,7 +36,7 @@ def units(plan: Plan) -> dict[str, Unit]:
         result["magnitude"] = _unit(plan, "magnitude", SPLIT_THREADS, 0)
         result["split"] = _unit(plan, "split", SPLIT_THREADS, 0)
     if plan.map_words:
-        result["tile_map"] = _unit(plan, "tile_map", 32 * WARPS_PER_TILE_MAP, 0)
+        result["tile_map"] = _unit(plan, "tile_map", TILE_MAP_THREADS, 0)
     result["forward"] = _unit(plan, plan.kernel, plan.threads, plan.smem_bytes)
     if plan.num_splits > 1:
         result["combine"] = _unit(plan, "combine", 32 * WARPS_PER_COMBINE, 0)
@@ -102,6 +102,7 @@ def _translation_unit(
         "kPacked": p.packed,
         "kLens": lens,
         "kFoldScale": not p.mods and p.scale > 0,
+        "kPositiveScale": p.scale > 0,
         "kDropout": p.dropout > 0,
         "kSinks": sinks is not None,
         **flags,
@@ -119,6 +120,7 @@ def _source(
     constants: dict[str, int],
     flags: dict[str, bool],
 ) -> Unit:
+    clusters = "__cluster_dims__(1, cuattn::Config::kCluster, 1) " if constants.get("kCluster", 1) > 1 else ""
     lines = [
         f'#include "{kernel}.cu"',
         "namespace cuattn {",
@@ -133,7 +135,7 @@ def _source(
         f"using Arguments = cuattn::{arguments}<cuattn::Config>;",
         f"static_assert(sizeof(Arguments) == {size},",
         '              "launch.py lays the parameters out differently");',
-        'extern "C" __global__ void __launch_bounds__(cuattn::Config::kThreads, cuattn::Config::kMinBlocks)',
+        f'extern "C" __global__ void {clusters}__launch_bounds__(cuattn::Config::kThreads, cuattn::Config::kMinBlocks)',
         f"cuattn_{kernel}(const __grid_constant__ Arguments arguments) {{ cuattn::{kernel}<cuattn::Config>(arguments); }}",
     ]
     return Unit(f"cuattn_{kernel}", "\n".join(lines) + "\n", constants["kThreads"], constants["kSmemBytes"])
@@ -169,7 +171,7 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
         t = plan.tiles
         constants |= {"kBiasStages": plan.bias_stages, "kQStages": t.q_stages}
         flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong, "kPersistent": t.persistent, "kLateWait": t.late_wait}
-        flags["kKeepsMaxima"] = t.keep_maxima
+        flags |= {"kKeepsMaxima": t.keep_maxima, "kScalesFirst": t.scale_first}
     arguments = "TmaArguments" if tma else "ForwardArguments"
     size = parameter_bytes(plan, attends)
     return _translation_unit(plan, kernel, arguments, size, types, constants, flags, attends)
@@ -195,7 +197,7 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
         result["split"] = _backward_unit(plan, "split", SPLIT_THREADS, 0)
     if plan.map_words:
         constants = {
-            **_constants(plan, 32 * WARPS_PER_TILE_MAP, 0, 1),
+            **_constants(plan, TILE_MAP_THREADS, 0, 1),
             **{f"kVec{name}": 16 for name in ("Q", "K", "V", "Out")},
         }
         size = parameter_bytes(plan, False)
@@ -330,11 +332,14 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
             "kWarpsM": plan.warps_m,
             "kWarpsN": plan.warps_n,
             "kStages": plan.stages,
+            "kCluster": plan.cluster,
             **{f"kVec{name}": n for name, n in zip(("Q", "K", "V", "Out"), p.vectors, strict=True)},
         }
         flags["kSinks"] = sinks is not None
         flags["kWholeRows"] = (p.head_dim, p.head_dim_v) == (plan.head_dim, plan.pieces * plan.head_dim_v)
         caches = [p.operand(name) for name in ("k_cache", "v_cache")]
+        flags["kNarrows"] = p.cache_dtype in CACHE_DTYPES and p.dtype == "bfloat16"
+        flags["kParted"] = plan.max_parts > 0
         flags["kAlike"] = len({op.strides for op in caches if op is not None}) == 1
     arguments = "DecodeArguments"
     if attends and isinstance(plan, LatentPlan):

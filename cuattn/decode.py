@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 from cuattn.arrays import View
@@ -21,6 +21,7 @@ from cuattn.problem import (
     check_mod_arrays,
     check_scalars,
     check_vector,
+    given,
     max_seqlen_of,
     out_view,
     vector_bytes,
@@ -184,7 +185,7 @@ def make_decode_problem(
     q = canonical("q", views["q"], packed)
     if q.dtype not in FLOATS:
         raise TypeError(f"q: got dtype {q.dtype}, expected one of {', '.join(FLOATS)}")
-    caches = {name: _cache(name, views[name], q) for name in ("k_cache", "v_cache")}
+    caches = {name: _cache(name, given(views, name), q) for name in ("k_cache", "v_cache")}
     k_cache, v_cache = caches["k_cache"], caches["v_cache"]
     _check_caches(q, k_cache, v_cache)
     check_scalars(scalars.scale, 0.0, scalars.precision)
@@ -386,8 +387,16 @@ PART_KEYS = 256
 """Least keys in a part where parts depend on their own sequence's length alone."""
 PARTS = 16
 """Most parts there."""
+CLUSTER = 8
+"""CTAs of a cluster: more is not portable."""
+CLUSTER_CTAS = 64
+"""CTAs of a launch in clusters. A GPU holds fewer clusters than its SMs have room for CTAs: an H200 not 16 clusters of 8."""
+CLUSTER_KEYS = 128
+"""Keys of a CTA for which another cluster is worth while."""
+CLUSTER_CAPACITY = 16384
+"""Longest sequence that is divided among the CTAs of clusters, which are too few to read at the rate of the memory."""
 IDLE = 0.96
-"""Least share of the CTAs that must be members of a team."""
+"""Least share of the CTAs that must have work."""
 
 
 @dataclass(frozen=True)
@@ -413,6 +422,8 @@ class DecodePlan:
     bytes_q: int
     """of them, for q"""
     min_keys: int = MIN_KEYS
+    cluster: int = 1
+    """CTAs that divide an item among them; 1: they find their work by the lengths of all sequences"""
 
     kernel: ClassVar[str] = "decode"
 
@@ -446,28 +457,49 @@ class DecodePlan:
     @property
     def head_lanes(self) -> int:
         """KV heads that are read side by side: the most that leave few CTAs without a team."""
+        if self.cluster > 1:
+            return self.num_heads_kv
         slots, heads = self.device.num_sms * self.min_blocks, self.num_heads_kv
         fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n <= slots]
         return max(n for n in fitting if n == 1 or slots // n * n >= IDLE * slots)
 
     @property
-    def merged_parts(self) -> int:
-        """Parts whose weights have room in shared memory when they are merged."""
-        return (self.smem_bytes - self.bytes_q) // (self.rows * ITEMSIZE[self.problem.real])
+    def most_teams(self) -> int:
+        return self.device.num_sms * self.min_blocks // self.head_lanes
 
     @property
-    def grid(self) -> int:
-        teams = self.device.num_sms * self.min_blocks // self.head_lanes
-        return min(teams, self.merged_parts) * self.head_lanes
+    def teams(self) -> int:
+        """As many as items, or a multiple, where that leaves few CTAs idle: of equal lengths, no team begins a second item."""
+        items = max(1, self.items // self.head_lanes)
+        aligned = self.most_teams // items * items
+        return aligned if aligned >= IDLE * self.most_teams else self.most_teams
 
     @property
-    def min_units(self) -> int:
-        return 1 if self.max_parts else max(1, self.min_keys // self.block_n)
+    def grid(self) -> tuple[int, int, int]:
+        """CTAs: (members of a team, teams, 1), or (KV heads, CTAs of an item's clusters, row tiles)."""
+        if self.cluster > 1:
+            return self.num_heads_kv, self.cluster * self.clusters, self.m_blocks
+        return self.head_lanes, self.teams, 1
+
+    @property
+    def clusters(self) -> int:
+        """Of an item, at most."""
+        return CLUSTER_CTAS // (self.items * self.cluster)
+
+    @property
+    def ctas(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def min_units_log2(self) -> int:
+        """Least units of a team; in clusters, units of a CTA for which another cluster is worth while."""
+        least = CLUSTER_KEYS if self.cluster > 1 else self.min_keys
+        return 0 if self.max_parts else max(1, least // self.block_n).bit_length() - 1
 
     @property
     def max_parts(self) -> int:
         """0: work is divided evenly over the CTAs."""
-        return min(self.problem.num_splits, self.merged_parts) or (PARTS if self.problem.deterministic else 0)
+        return self.problem.num_splits or (PARTS if self.problem.deterministic else 0)
 
     @property
     def min_part(self) -> int:
@@ -482,9 +514,15 @@ class DecodePlan:
     def workspace(self) -> tuple[int, ...]:
         """Bytes of each of `WORKSPACE`, rounded up to 256."""
         size = ITEMSIZE[self.problem.real]
-        slots = self.items * self.max_parts if self.max_parts > 1 else 0 if self.max_parts == 1 else 2 * self.grid
-        tickets = 0 if not slots else self.items if self.max_parts else self.grid
-        sizes = (slots * self.rows * self.head_dim_v * size, slots * self.rows * size, 8 * tickets)
+        if self.cluster > 1:
+            slots, lse_slots, tickets = self.items * self.clusters, self.ctas, self.items * self.cluster
+        elif self.max_parts:
+            slots, tickets = (self.items * self.max_parts, self.items) if self.max_parts > 1 else (0, 0)
+            lse_slots = slots
+        else:
+            slots = lse_slots = 2 * self.ctas
+            tickets = self.ctas
+        sizes = (slots * self.rows * self.head_dim_v * size, lse_slots * self.rows * size, 8 * tickets)
         return tuple(-(-n // 256) * 256 for n in sizes)
 
     @property
@@ -497,7 +535,7 @@ class DecodePlan:
             f"DecodePlan({self.device.arch}: {self.rows} rows x {self.block_n} keys x {self.stages}, "
             f"d{self.head_dim}/{self.head_dim_v}{f' x {self.pieces}' if self.pieces > 1 else ''}, "
             f"{self.warps_m}x{self.warps_n} warps, {self.smem_bytes} B shared, "
-            f"grid {self.grid}, workspace {sum(self.workspace)} B)"
+            f"grid {self.grid}{' in clusters' * (self.cluster > 1)}, workspace {sum(self.workspace)} B)"
         )
 
 
@@ -519,6 +557,10 @@ class LatentPlan(DecodePlan):
         return heads // self.rows if self.problem.num_heads_kv == 1 and heads % self.rows == 0 else self.problem.num_heads_kv
 
     @property
+    def teams(self) -> int:
+        return self.most_teams
+
+    @property
     def threads(self) -> int:
         return 384
 
@@ -526,10 +568,6 @@ class LatentPlan(DecodePlan):
     def box_rows(self) -> int:
         """Tokens that are loaded at once: neighbours in every page."""
         return math.gcd(self.problem.page_size, self.block_n) if self.problem.paged else self.block_n
-
-    @property
-    def merged_parts(self) -> int:
-        return self.bytes_q // (4 * self.rows)
 
     def __str__(self) -> str:
         return super().__str__().replace("DecodePlan", "LatentPlan")
@@ -606,7 +644,7 @@ def _mma(problem: DecodeProblem, device: Device) -> tuple[str, int, int]:
     if problem.dtype == "float32":
         return "MmaWide<ProductTf32>", 16, 32
     if problem.cache_dtype in CACHE_DTYPES:
-        return f"MmaByte<{CTYPES[problem.dtype]}, {CACHE_DTYPES[problem.cache_dtype]}>", 32, 32
+        return f"MmaByte<{CACHE_DTYPES[problem.cache_dtype]}, {'true' if device.number >= 89 else 'false'}>", 32, 32
     return f"MmaHalf<{CTYPES[problem.dtype]}>", 16, 16
 
 
@@ -634,6 +672,15 @@ TILES = tuple(
     for ctas in (2, 1)
 )
 """(warps_m, warps_n, CTAs an SM holds), best first. Of two CTAs, one computes while the other waits."""
+CLUSTER_TILE = (1, 8, 1)
+"""In clusters."""
+
+
+def _clustered(problem: DecodeProblem, device: Device, rows: int) -> bool:
+    """Whether one short sequence is worth clusters, which know nothing of other sequences. rows: of all row tiles."""
+    p = problem
+    alone = p.batch == 1 and not (p.packed or p.deterministic or p.num_splits) and p.capacity <= CLUSTER_CAPACITY
+    return device.number == 90 and alone and rows <= 16 and p.num_heads_kv * CLUSTER <= CLUSTER_CTAS
 
 
 def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
@@ -654,7 +701,8 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
     rows = max(1, problem.seqlen_q * problem.group)
     pitch_q, pitch_k, pitch_v = _pitches(problem, head_dim, head_dim_v)
     step = 16 if ITEMSIZE[problem.dtype] == 2 else 8
-    for warps_m, warps_n, ctas in TILES:
+    clustered = _clustered(problem, device, rows)
+    for warps_m, warps_n, ctas in (CLUSTER_TILE, *TILES) if clustered else TILES:
         if warps_m > 1 and rows <= 8 * warps_m:  # half as many warps hold them
             continue
         # Beside 256 columns of out there are registers for the scores of one step alone.
@@ -669,9 +717,10 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
         stages = min(MAX_STAGES, budget // stage)
         if stages >= 2 and merged <= budget:
             smem = bytes_q + max(stages * stage, merged)
-            return DecodePlan(
+            plan = DecodePlan(
                 problem, device, mma, warps_m, warps_n, block_n, stages, ctas, head_dim, head_dim_v, smem, bytes_q
             )
+            return replace(plan, cluster=CLUSTER) if clustered and warps_n == CLUSTER_TILE[1] else plan
     raise NotImplementedError(f"no tile of {problem} fits the {device.smem_per_block} bytes of shared memory of a block")
 
 
@@ -727,7 +776,7 @@ def decode_fields(plan: DecodePlan, attends: bool, piece: int = 0) -> list[tuple
     sizes += [("i4x", n) for n in (p.head_dim, dim_v, p.pages, p.page_size)]
     sizes += [("I4x", page_multiplier), ("i4x", page_shift)]
     sizes += [("i4x", n) for n in (p.table_rows, p.max_pages, p.rotary_dim, p.rotary_len, plan.m_blocks, plan.head_lanes)]
-    sizes += [("i4x", n) for n in (heads_kv // plan.head_lanes, plan.min_units, plan.max_parts, plan.min_part)]
+    sizes += [("i4x", n) for n in (heads_kv // plan.head_lanes, plan.min_units_log2, plan.max_parts, plan.min_part)]
     return [*(("q", n) for n in longs), ("d", p.scale), *sizes]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -223,7 +222,7 @@ def _launch(made: _Call, gathered: Gathered) -> Any:
     with library.guard(device):
         prepared, makers = call.known(key) or call.remember(key, _prepare(made, shared), library, device)
         problem: Any = prepared.plan.problem
-        if os.environ.get("CUATTN_DEBUG"):
+        if call.debugging():
             host = {name: library.host(present[name]) for name in _INDICES if name in present}
             _check_host({**host, **{name: None for name in ("k",) if name in present}}, length, problem)
         numbers = next(call.numbers) & _CALL_BITS, min(max(length, 0), problem.capacity)
@@ -263,8 +262,8 @@ def prepare_launches(plan: DecodePlan, position: Mapping[int, int]) -> list[Laun
         grid = plan.grid
         if role == "append":
             tokens = p.total_q if p.packed else p.batch * p.seqlen_new
-            grid = -(-tokens * p.num_heads_kv // (APPEND_THREADS // 32))
-        for piece in range(plan.pieces if role == "decode" else 1) if grid else ():
+            grid = (-(-tokens * p.num_heads_kv // (APPEND_THREADS // 32)), 1, 1)
+        for piece in range(plan.pieces if role == "decode" else 1) if all(grid) else ():
             struct = decode_struct(plan, role == "decode", piece)
             launches.append(Launch(call.load(unit, plan), grid, unit.threads, unit.smem_bytes, struct, position))
     return launches

@@ -614,14 +614,21 @@ def _run_on_gpu(frame: xla.Frame) -> None:
     if seed is None:
         position = program.seed_position()
         seed = _read_seed(program.avals[position].at(addresses[position]), stream)
-    with xla.Scratch(frame) as scratch:
-        made = results.copy()
+    made, workspace, size = results.copy(), 0, ready.prepared.workspace_bytes
+    scratch: list[tuple[int, int]] = []
+    try:
         for n, aval in ready.casts:
-            made[n] = scratch.allocate(math.prod(aval.shape) * ITEMSIZE[aval.dtype])
-        workspace = scratch.allocate(ready.prepared.workspace_bytes)
+            scratch.append(frame.allocate(math.prod(aval.shape) * ITEMSIZE[aval.dtype]))
+            made[n] = scratch[-1][0]
+        if size:
+            scratch.append(frame.allocate(size))
+            workspace = scratch[-1][0]
         ready.prepared.launch(program.words(addresses, seed) + made, workspace, stream)
         for n, aval in ready.casts:
             _cast(aval.at(made[n]), program.results[n].at(results[n]), stream)
+    finally:
+        for part in scratch:
+            frame.free(*part)
 
 
 def _cast(source: View, target: View, stream: int) -> None:

@@ -292,10 +292,17 @@ class Launch:
     """A loaded kernel with its grid and its struct. A call gives it its words and a stream."""
 
     def __init__(
-        self, function: Any, grid: int, threads: int, smem_bytes: int, struct: Struct, position: Mapping[int, int]
+        self,
+        function: Any,
+        grid: int | tuple[int, int, int],
+        threads: int,
+        smem_bytes: int,
+        struct: Struct,
+        position: Mapping[int, int],
     ) -> None:
         """function: of `jit.load`. position: of a slot among the words of a call; slots that calls do not fill are 0."""
-        self._function, self._grid, self._block, self._smem_bytes = function, (grid, 1, 1), (threads, 1, 1), smem_bytes
+        self._function, self._block, self._smem_bytes = function, (threads, 1, 1), smem_bytes
+        self._grid = grid if isinstance(grid, tuple) else (grid, 1, 1)
         self._struct = struct
         self._words = tuple((place, position[slot]) for place, slot in struct.words if slot in position)
         self._shifted = tuple((place, position[slot], shift) for place, slot, shift in struct.shifted)

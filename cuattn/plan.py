@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from cuattn.fields import ITEMSIZE
 from cuattn.problem import Problem
-from cuattn.registry import BIAS_STAGES, FORWARD, Device, KernelSpec, Tiles, staged_bias
+from cuattn.registry import BIAS_STAGES, FORWARD, SHORT, Device, KernelSpec, Tiles, staged_bias
 
 SECTION_BYTES = 32 << 20
 """Of keys and values that stay in L2 (50 MB on sm_90) beside what passes through it."""
@@ -18,7 +18,8 @@ KEYS_PER_SUM = 32768
 MAX_ACCURATE_SPLITS = 4
 """Bounds the workspace that this accuracy costs."""
 WARPS_PER_COMBINE = 4
-WARPS_PER_TILE_MAP = 4
+TILE_MAP_THREADS = 1024
+"""of a CTA of tile_map.cu, which writes one word of each kind"""
 SPLIT_THREADS = 256
 """of a CTA of magnitude.cu and split.cu"""
 SPLIT_PARTS = 32
@@ -64,10 +65,15 @@ class Plan:
 
     @property
     def section(self) -> int:
-        """Pairs of sequence and head whose keys and values L2 holds together."""
+        """Pairs of sequence and head whose keys and values L2 holds together. Of short rows fewer, so that the query tiles of a
+        pair run side by side: keys then come from memory at an even rate, not all of a section's at its start.
+        """
         p = self.problem
         bytes_kv = ITEMSIZE[p.dtype] * min(p.seqlen_k, p.total_k) * (p.head_dim + p.head_dim_v)
-        return max(1, min(SECTION_BYTES // max(1, bytes_kv) * p.group, p.num_heads * (p.batch + p.packed)))
+        most = min(SECTION_BYTES // max(1, bytes_kv) * p.group, p.num_heads * (p.batch + p.packed))
+        if min(p.seqlen_k, p.total_k) <= SHORT:
+            most = min(most, self.device.num_sms * self.tiles.min_blocks // (2 * max(1, self.m_blocks)))
+        return max(1, most)
 
     @property
     def bias_stages(self) -> int:

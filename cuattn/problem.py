@@ -204,7 +204,7 @@ def make_problem(
     mask_views, mod_views: of `mask.arrays` and of the arrays of all `mods`.
     """
     packed = "cu_seqlens_q" in views
-    q, k, v = (canonical(name, views[name], packed) for name in ("q", "k", "v"))
+    q, k, v = (canonical(name, given(views, name), packed) for name in ("q", "k", "v"))
     _check_qkv(q, k, v, packed)
     check_scalars(scale, dropout, precision)
     if precision != "ieee" and q.dtype != "float32":
@@ -424,6 +424,13 @@ def _operands(views: dict[str, View], mask_views: Sequence[View], mod_views: Seq
     for view in (*mask_views, *mod_views):
         operands.append(Operand(len(operands), view.shape, view.strides, view.dtype, math.gcd(16, view.ptr)))
     return tuple(operands)
+
+
+def given(views: dict[str, View], name: str) -> View:
+    """An array that no call can do without."""
+    if name not in views:
+        raise TypeError(f"{name}: got None, expected an array")
+    return views[name]
 
 
 def vector_bytes(view: View) -> int:

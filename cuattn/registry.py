@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from cuattn.fields import ITEMSIZE, Operand
-from cuattn.masks import And, Full, SlidingWindow
+from cuattn.masks import And, BooleanMask, Full, SlidingWindow
 from cuattn.problem import Problem
 from cuattn.score_mods import Bias, UserMod
 from cuattn.tma import tma_bias, tma_obstacles
@@ -66,6 +66,8 @@ class Tiles:
     """forward_sm90: a row keeps the maximum of its first keys until a sum exceeds 2^40, which bfloat16 probabilities may"""
     late_wait: bool = True
     """forward_sm90: the compiler may not wait for the output before the maxima of the next scores"""
+    scale_first: bool = False
+    """forward_sm90: the output is scaled before its product is issued, not among the exponentials"""
     bulk: bool = False
     """backward_sm90: dq is added by the copy engine, through shared memory"""
     runs: bool = False
@@ -148,7 +150,7 @@ def _weight_sm90(problem: Problem) -> int:
     """As `_weight`: what masks, modifications and layouts cost a loop that TMA feeds."""
     unstaged = any(isinstance(mod, Bias) for mod in problem.mods) and staged_bias(problem) is None
     mods = sum(1 + isinstance(mod, UserMod) for mod in problem.mods)
-    return 6 * (problem.dropout > 0) + 7 * unstaged + mods
+    return 6 * (problem.dropout > 0) + 7 * (unstaged + isinstance(problem.mask, BooleanMask)) + mods
 
 
 SHORT = 2048
@@ -173,8 +175,13 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
         tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False, keep_maxima=keeps))
     if 64 < widest <= 128 and keys >= LONG and not (problem.packed or problem.mask.tiled):
         tiles.insert(0, Tiles(128, 176, 2, 12, persistent=True, max_weight=0))
+    if 64 < widest <= 128 and problem.dropout > 0 and not (problem.mods or problem.mask.tiled):
+        tiles.insert(0, Tiles(128, 128, 2, 12, persistent=True, max_weight=6))
+    if widest > 128 >= problem.head_dim_v:
+        tiles.insert(0, Tiles(128, 128, 2, 12, persistent=True, max_weight=0))
     # Beside more columns of out the compiler has no room for what a late wait lets it interleave.
-    tiles = [replace(t, late_wait=problem.head_dim_v <= 128) for t in tiles]
+    wide = problem.head_dim_v > 128
+    tiles = [replace(t, late_wait=not wide, scale_first=wide and t.overlap and weight == 0) for t in tiles]
     return _allowed(tiles, weight, device)
 
 

@@ -282,12 +282,17 @@ def record(arguments: call.Call, needs_grad: bool) -> Any:
     if forward_ad._current_level >= 0:
         _check_forward_mode(present, mods)
     _check_differentiable(present.get("out"), mods)
-    if torch._C._are_functorch_transforms_active():
-        raise NotImplementedError("cuattn: transforms of torch.func (grad, vmap, ...) are not supported, use torch.autograd")
-    inputs = [present["q"], present["k"], present["v"], present.get("sinks")]
+    check_transforms()
+    inputs = [present.get(name) for name in ("q", "k", "v", "sinks")]
     if mods:
         inputs += [mod.arrays[n] for mod in mods for n in mod.differentiable]
     return _apply(arguments, *inputs)
+
+
+def check_transforms() -> None:
+    """Raise inside a transform of torch.func, whose tensors have no memory of their own."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError("cuattn: transforms of torch.func (grad, vmap, ...) are not supported, use torch.autograd")
 
 
 CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -300,7 +305,7 @@ def _casts(named: Mapping[str, Any]) -> dict[str, Any]:
     if not torch.is_autocast_enabled(kind):
         return {}
     dtype = torch.get_autocast_dtype(kind)
-    tensors = {name: named[name] for name in ("q", "k", "v") if isinstance(named[name], torch.Tensor)}
+    tensors = {name: named[name] for name in ("q", "k", "v") if isinstance(named.get(name), torch.Tensor)}
     return {name: x.to(dtype) for name, x in tensors.items() if x.dtype in CASTABLE and x.dtype != dtype}
 
 
@@ -310,7 +315,7 @@ def _needs_gradient(named: Mapping[str, Any], mods: tuple[ScoreMod, ...]) -> boo
 
 def _inputs(named: Mapping[str, Any], mods: tuple[ScoreMod, ...]) -> list[Any]:
     """What a derivative could be asked for."""
-    inputs = [named["q"], named["k"], named["v"], named.get("sinks")]
+    inputs = [named.get(name) for name in ("q", "k", "v", "sinks")]
     if mods:
         inputs += [x for mod in mods for x in mod.arrays]
     return inputs

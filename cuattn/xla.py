@@ -59,39 +59,24 @@ class Frame(NamedTuple):
         self.api.call(STREAM_GET, request)
         return int(request[3])
 
-    def allocate(self, size: int) -> int:
-        """Device memory from XLA's allocator until `free`: the allocator reuses it in the order of the stream."""
+    def allocate(self, size: int) -> tuple[int, int]:
+        """Device memory from XLA's allocator as (address, size), until `free`: reused in the order of the stream."""
+        if not size:
+            return 0, 0
         request = _words(6)(48, 0, self.context, size, ALIGNMENT, 0)
         error = self.api.call(MEMORY_ALLOCATE, request)
         if error:
             raise MemoryError(f"XLA has no room for a workspace of {size} bytes: {self.api.message(error)}")
-        return int(request[5])
+        return int(request[5]), size
 
     def free(self, address: int, size: int) -> None:
         """Give back what `allocate` gave."""
+        if not size:
+            return
         self.api.call(MEMORY_FREE, _words(5)(40, 0, self.context, size, address))
 
 
-class Scratch:
-    """Memory for the time of one call; XLA reuses it in the order of the stream."""
-
-    def __init__(self, frame: Frame) -> None:
-        self._frame, self._parts = frame, list[tuple[int, int]]()
-
-    def allocate(self, size: int) -> int:
-        """An address; 0 for no bytes."""
-        if not size:
-            return 0
-        address = self._frame.allocate(size)
-        self._parts.append((address, size))
-        return address
-
-    def __enter__(self) -> Scratch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for address, size in self._parts:
-            self._frame.free(address, size)
+_frame = tuple.__new__  # half the time of Frame(...): that one packs its arguments twice
 
 
 class _Api:
@@ -139,7 +124,7 @@ def handler(run: Callable[[Frame], None]) -> Any:
             results = _buffers(words[RESULTS + COUNT], words[RESULTS + ARGUMENT_VALUES])
             span = _at(words[ATTRIBUTES + ATTRIBUTE_VALUES], 1)[0]
             text, length = _at(span, 2)
-            run(Frame(arguments, results, ctypes.string_at(text, length), api, words[CONTEXT]))
+            run(_frame(Frame, (arguments, results, ctypes.string_at(text, length), api, words[CONTEXT])))
         except BaseException as error:  # nothing may pass through a C function
             return api.error(error)
         return None

@@ -168,13 +168,13 @@ struct DecodeParams {
     alignas(8) int table_rows;
     alignas(8) int max_pages;  // of a sequence
     alignas(8) int rotary_dim;
-    alignas(8) int rotary_len;  // R
-    alignas(8) int m_blocks;    // row tiles of the longest sequence
-    alignas(8) int head_lanes;  // KV heads that CTAs of one team share
-    alignas(8) int head_sets;   // of so many
-    alignas(8) int min_units;   // of work for a CTA
-    alignas(8) int max_parts;   // 0: work is divided evenly; otherwise each item into at most so many parts, by its own length
-    alignas(8) int min_part;    // key tiles in a part
+    alignas(8) int rotary_len;      // R
+    alignas(8) int m_blocks;        // row tiles of the longest sequence
+    alignas(8) int head_lanes;      // KV heads that CTAs of one team share
+    alignas(8) int head_sets;       // of so many
+    alignas(8) int min_units_log2;  // of work for a CTA
+    alignas(8) int max_parts;  // 0: work is divided evenly; otherwise each item into at most so many parts, by its own length
+    alignas(8) int min_part;   // key tiles in a part
 };
 
 template <class Config>

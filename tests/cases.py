@@ -665,6 +665,12 @@ def _corner_options() -> Iterator[Case]:
     for p in (1e-4, 0.5, 0.99):
         yield replace(base, dropout=p, mask="causal")
         yield replace(base, dtype="float32", dropout=p, sequences="lens", batch=4)
+    for dtype in ("float16", "bfloat16"):  # scores far below the cap have a formula of their own
+        yield Case(dtype, mods=("softcap",), magnitude=0.4)
+        yield Case(dtype, head_dim=128, mask="causal", mods=("softcap",), magnitude=0.4)
+    for dims, mask in (((64, 64), "window"), ((128, 128), "causal"), ((192, 128), "full"), ((256, 256), "causal")):
+        # More query tiles than an H200 has places for CTAs, so that each takes several.
+        yield Case("bfloat16", "ieee", 3, 130, 150, 45, 45, *dims, mask=mask)
     for dtype, precision in KINDS:
         split = Case(dtype, precision, 1, 1, 5003, 2, 1, 64)
         yield split

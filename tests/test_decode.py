@@ -306,6 +306,12 @@ CASES = (
     Decode("bfloat16", "float8_e4m3fn", scales=1, lengths=(2000, 33), dims=(256, 256), heads=(8, 1)),
     Decode(lengths=()),
     Decode(lengths=tuple(range(0, 300, 2)), heads=(2, 1), dims=(16, 16)),
+    # One sequence whose heads fill the GPU: in clusters, on Hopper.
+    Decode(lengths=(0,), heads=(16, 8), sinks=True),
+    Decode(lengths=(700,), heads=(64, 8), seqlen_q=4, sinks=True, mask="window", dims=(128, 64)),
+    Decode(lengths=(300,), heads=(32, 32), new=1, rotary=64, mods=("softcap", "alibi")),
+    Decode("bfloat16", "int8", lengths=(3000,), heads=(32, 8), scales=1, dims=(128, 128)),
+    Decode("float64", lengths=(300,), heads=(16, 8), seqlen_q=9),
 )
 
 

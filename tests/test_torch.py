@@ -416,8 +416,8 @@ def test_user_code_without_a_derivative_is_refused_by_the_backward() -> None:
 
 
 @pytest.mark.parametrize("recording", [False, True])
-def test_transforms_are_refused(recording: bool) -> None:
-    call = {name: x.detach().requires_grad_(recording) for name, x in dense("cpu").items()}
+def test_transforms_are_refused(device: str, recording: bool) -> None:
+    call = {name: x.detach().requires_grad_(recording) for name, x in dense(device).items()}
     function = lambda q: cuattn.attention(q, call["k"], call["v"]).sum()  # noqa: E731
     with pytest.raises(
         (TypeError, NotImplementedError), match=r"^cuattn: transforms of torch.func|^q: got a tensor without plain"
@@ -429,9 +429,9 @@ def test_transforms_are_refused(recording: bool) -> None:
         torch.func.jvp(function, (call["q"],), (call["q"],))
 
 
-def test_forward_mode_is_refused() -> None:
+def test_forward_mode_is_refused(device: str) -> None:
     forward_ad = torch.autograd.forward_ad
-    call = dense("cpu")
+    call = dense(device)
     with forward_ad.dual_level():
         for grad in (torch.enable_grad(), torch.no_grad()):
             with grad, pytest.raises(NotImplementedError, match="forward-mode"):

@@ -70,6 +70,8 @@ def _cast(name: str, dtype: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 TENSORS = (
     Bad("q", "list", {"q": [[1.0]]}),
     Bad("q", "none", {"q": None}),
+    Bad("k", "none", {"k": None}),
+    Bad("v", "none", {"v": None}),
     Bad("k", "scalar", {"k": 1.0}),
     Bad("q", "rank2", {"q": _zeros(SQ, D)}),
     Bad("q", "rank5", {"q": _zeros(1, BATCH, SQ, HQ, D)}),

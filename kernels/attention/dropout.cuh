@@ -20,13 +20,24 @@ struct Philox {
     }
 };
 
-// Whether dropout keeps the probability of query i and key j; `threshold` is p * 2^16.
-__device__ __forceinline__ bool dropout_keep(unsigned long long seed, int threshold, const Coord& at, int i, int j) {
-    const unsigned group = (static_cast<unsigned>(j) >> 5) * 4 + ((j & 7) >> 1);
-    const int slot = ((j >> 3) & 3) * 2 + (j & 1);
+// Number `slot` of the eight that query i shares with the keys of a group; `threshold` is p * 2^16.
+__device__ __forceinline__ bool dropout_keep(unsigned long long seed, int threshold, const Coord& at, int i, unsigned group,
+                                             int slot) {
     const uint4 r = Philox::generate(seed, make_uint4(group, i, at.head, at.batch));
     const unsigned word = slot < 4 ? (slot < 2 ? r.x : r.y) : (slot < 6 ? r.z : r.w);
     return static_cast<int>((word >> (16 * (slot & 1))) & 0xffff) >= threshold;
+}
+// Whether dropout keeps the probability of query i and key j.
+__device__ __forceinline__ bool dropout_keep(unsigned long long seed, int threshold, const Coord& at, int i, int j) {
+    const unsigned group = (static_cast<unsigned>(j) >> 5) * 4 + ((j & 7) >> 1);
+    return dropout_keep(seed, threshold, at, i, group, ((j >> 3) & 3) * 2 + (j & 1));
+}
+// The same where j.start is an even key of the first eight of 32 and j.step stays in step with it: which keys share a counter
+// is then known when the kernel is compiled.
+__device__ __forceinline__ bool dropout_keep(unsigned long long seed, int threshold, const Coord& at, int i,
+                                             const TileColumn& j) {
+    const unsigned group = (static_cast<unsigned>(j.start) >> 5) * 4 + ((j.start & 7) >> 1) + j.step / 32 * 4;
+    return dropout_keep(seed, threshold, at, i, group, j.step / 8 % 4 * 2 + j.step % 2);
 }
 
 }  // namespace cuattn

@@ -4,7 +4,10 @@
 //   q_range(at, keys)      queries that some key of `keys` may be seen by
 //   covers(at, rows, keys) every query of `rows` sees every key of `keys`: keep() need not be asked
 //   classify(at, rows, keys) for masks that read memory: what the tile map stores of a tile
-// kTiled says that which tiles to visit is data, read from a tile map built by tile_map.cu. `rows` and `keys` are never empty.
+// kTiled says that which tiles to visit is data, read from a tile map built by tile_map.cu; kByElement that keep() does nothing
+// but read a number of each pair, so that it is better asked of all pairs at once than behind a branch. kBand: row(at, i)
+// yields the keys that query i sees, which may begin before 0, and without kHasStart begin at 0. `rows` and `keys` are never
+// empty.
 #pragma once
 #include "attention/coord.cuh"
 #include "ptx/special_registers.cuh"
@@ -14,8 +17,9 @@ namespace cuattn {
 enum TileClass { kTileEmpty, kTilePartial, kTileFull };
 
 struct alignas(8) FullMask {
-    static constexpr bool kTiled = false;
+    static constexpr bool kTiled = false, kByElement = false, kBand = true, kHasStart = false;
     long long unused;
+    __device__ __forceinline__ Range row(const Coord& at, int) const { return {0, at.seqlen_k}; }
     __device__ __forceinline__ bool keep(const Coord&, int, int) const { return true; }
     __device__ __forceinline__ Range kv_range(const Coord& at, Range) const { return {0, at.seqlen_k}; }
     __device__ __forceinline__ Range q_range(const Coord& at, Range) const { return {0, at.seqlen_q}; }
@@ -26,7 +30,7 @@ struct alignas(8) FullMask {
 // Keys i + shift - left ... i + shift + right, inclusive: causal, window, any shift.
 template <bool kHasLeft, bool kHasRight, bool kBottomRight>
 struct alignas(8) BandMask {
-    static constexpr bool kTiled = false;
+    static constexpr bool kTiled = false, kByElement = false, kBand = true, kHasStart = kHasLeft;
     alignas(8) int left;
     alignas(8) int right;
 
@@ -35,6 +39,9 @@ struct alignas(8) BandMask {
 
     __device__ __forceinline__ bool keep(const Coord& at, int i, int j) const {
         return (!kHasLeft || j >= i + lo(at)) && (!kHasRight || j <= i + hi(at));
+    }
+    __device__ __forceinline__ Range row(const Coord& at, int i) const {
+        return {kHasLeft ? i + lo(at) : 0, kHasRight ? min(at.seqlen_k, i + hi(at) + 1) : at.seqlen_k};
     }
     __device__ __forceinline__ Range kv_range(const Coord& at, Range rows) const {
         return {kHasLeft ? max(0, rows.start + lo(at)) : 0, kHasRight ? min(at.seqlen_k, rows.stop + hi(at)) : at.seqlen_k};
@@ -52,6 +59,11 @@ struct alignas(8) BandMask {
     }
 };
 
+// The class of a tile from what the lanes of a warp have seen of it.
+__device__ __forceinline__ TileClass class_of(bool any, bool all) {
+    if (!__any_sync(0xffffffffu, any)) return kTileEmpty;
+    return __all_sync(0xffffffffu, all) ? kTileFull : kTilePartial;
+}
 // A tile by its elements. Called by all 32 lanes of a warp, which share them.
 template <class Mask>
 __device__ __forceinline__ TileClass classify_elements(const Mask& mask, const Coord& at, Range rows, Range keys) {
@@ -62,13 +74,12 @@ __device__ __forceinline__ TileClass classify_elements(const Mask& mask, const C
             any |= kept, all &= kept;
         }
     }
-    if (!__any_sync(0xffffffffu, any)) return kTileEmpty;
-    return __all_sync(0xffffffffu, all) ? kTileFull : kTilePartial;
+    return class_of(any, all);
 }
 
 // An array of bytes over (batch, heads, queries, keys), strides 0 along broadcast axes.
 struct alignas(8) BooleanMask {
-    static constexpr bool kTiled = true;
+    static constexpr bool kTiled = true, kByElement = true, kBand = false;
     const unsigned char* array;
     long long stride_batch, stride_head, stride_q, stride_k;
 
@@ -80,13 +91,25 @@ struct alignas(8) BooleanMask {
     __device__ __forceinline__ bool covers(const Coord&, Range, Range) const { return false; }
 
     __device__ __forceinline__ TileClass classify(const Coord& at, Range rows, Range keys) const {
-        return classify_elements(*this, at, rows, keys);
+        const unsigned char* first = array + at.batch * stride_batch + at.head * stride_head + keys.start;
+        const long long misaligned = reinterpret_cast<long long>(first) | stride_q | (keys.stop - keys.start);
+        if (stride_k != 1 || misaligned % 16 != 0) return classify_elements(*this, at, rows, keys);
+        const int units = (keys.stop - keys.start) / 16;  // of 16 bytes in a row
+        bool any = false, all = true;
+#pragma unroll 4
+        for (int index = lane_index(); index < (rows.stop - rows.start) * units; index += 32) {
+            const int row = index / units, unit = index - row * units;
+            const uint4 bytes = *reinterpret_cast<const uint4*>(first + (rows.start + row) * stride_q + 16 * unit);
+            any |= (bytes.x | bytes.y | bytes.z | bytes.w) != 0;
+            all &= (__vcmpeq4(bytes.x, 0) | __vcmpeq4(bytes.y, 0) | __vcmpeq4(bytes.z, 0) | __vcmpeq4(bytes.w, 0)) == 0;
+        }
+        return class_of(any, all);
     }
 };
 
 // The last `columns` keys by an array of bytes over (batch, heads, queries, columns); those before them are visible.
 struct alignas(8) TreeMask {
-    static constexpr bool kTiled = true;
+    static constexpr bool kTiled = true, kByElement = false, kBand = false;
     const unsigned char* array;
     long long stride_batch, stride_head, stride_q, stride_k;
     alignas(8) int columns;
@@ -108,7 +131,7 @@ struct alignas(8) TreeMask {
 // Blocks of block_q x block_k: 0 invisible, 1 visible, 2 + n the elements of partial[n].
 template <class Code, bool kPartial>
 struct alignas(8) BlockSparse {
-    static constexpr bool kTiled = true;
+    static constexpr bool kTiled = true, kByElement = false, kBand = false;
     const Code* blocks;
     const unsigned char* partial;
     long long stride_batch, stride_head, stride_q, stride_k;
@@ -140,7 +163,7 @@ struct alignas(8) BlockSparse {
 
 template <class First, class Second>
 struct alignas(8) And {
-    static constexpr bool kTiled = First::kTiled || Second::kTiled;
+    static constexpr bool kTiled = First::kTiled || Second::kTiled, kByElement = false, kBand = false;
     First first;
     Second second;
 

@@ -31,18 +31,34 @@ __device__ __forceinline__ void modify_scores(Tile& s, const Coord& at, int row0
             }
         }
         if constexpr (kChecked) {
-            if (j >= at.seqlen_k || !mask.keep(at, i, j)) s[x] = negative_infinity<Real>();
+            if constexpr (Mask::kBand) {  // the limits of a row against what is known of a column when the kernel is compiled
+                const Range seen = mask.row(at, i);
+                const bool before = Mask::kHasStart && column.step < seen.start - column.start;
+                if (before | (column.step >= seen.stop - column.start)) s[x] = negative_infinity<Real>();
+            } else if constexpr (Mask::kByElement) {  // no branch: all loads are in flight together
+                const bool kept = mask.keep(at, i, min(j, at.seqlen_k - 1));
+                if (!kept | (j >= at.seqlen_k)) s[x] = negative_infinity<Real>();
+            } else {
+                if (j >= at.seqlen_k || !mask.keep(at, i, j)) s[x] = negative_infinity<Real>();
+            }
         }
     }
 }
 
-// Probabilities that dropout removes become 0; the others keep their size (out is rescaled once, at the end).
-template <class Tile>
+// Probabilities that dropout removes become 0; the others keep their size (out is rescaled once, at the end). kAligned: col0 is
+// a multiple of 32, and a thread's columns are pairs eight apart.
+template <bool kAligned = false, class Tile>
 __device__ __forceinline__ void drop_probabilities(Tile& p, const Coord& at, int row0, int col0, unsigned long long seed,
                                                    int threshold) {
 #pragma unroll
     for (int x = 0; x < Tile::kSize; x++) {
-        if (!dropout_keep(seed, threshold, at, row0 + Tile::row(x), col0 + Tile::col(x))) p[x] = 0;
+        const int i = row0 + Tile::row(x);
+        if constexpr (kAligned) {
+            const TileColumn column = {col0 + Tile::col(0), Tile::col(x) - Tile::col(0)};
+            if (!dropout_keep(seed, threshold, at, i, column)) p[x] = 0;
+        } else {
+            if (!dropout_keep(seed, threshold, at, i, col0 + Tile::col(x))) p[x] = 0;
+        }
     }
 }
 

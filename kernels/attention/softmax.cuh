@@ -49,11 +49,12 @@ struct RowResult {
 // `max_log2`: the row's maximum to base 2; `sum` over the whole row; `sink_log2`: -inf without a sink.
 template <class Real>
 __device__ __forceinline__ RowResult<Real> finish_row(Real max_log2, Real sum, Real sink_log2) {
-    const Real top = maximum(max_log2, sink_log2);
-    if (top == negative_infinity<Real>() && !(sum != sum)) return {Real(0), negative_infinity<Real>()};
-    const Real shrink = max_log2 == negative_infinity<Real>() && !(sum != sum) ? Real(0) : exp2_fast(max_log2 - top);
-    const Real total = sum * shrink + (sink_log2 == negative_infinity<Real>() ? Real(0) : exp2_fast(sink_log2 - top));
-    return {shrink / total, top + log2_fast(total)};
+    // NOTE: no branch, so that a loop may hide the latency of all this.
+    const Real none = negative_infinity<Real>(), top = maximum(max_log2, sink_log2);
+    const bool number = !(sum != sum), empty = (top == none) & number;
+    const Real shrink = (max_log2 == none) & number ? Real(0) : exp2_fast(max_log2 - top);
+    const Real total = sum * shrink + (sink_log2 == none ? Real(0) : exp2_fast(sink_log2 - top));
+    return {empty ? Real(0) : shrink * reciprocal_fast(total), empty ? none : top + log2_fast(total)};
 }
 
 // Scores of a warp's rows to probabilities times 2^exponent, in place; rescales what has been accumulated in `o` when a maximum

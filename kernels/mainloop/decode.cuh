@@ -8,12 +8,13 @@
 //
 // Shared memory   sQ (kRows x D) | kStages x { sK (kBlockN x D), sV (kBlockN x Dv) }; at the end of an item the warps' outputs
 //                 lie over the stages
-// Pipeline        cp.async, kStages - 1 blocks ahead; the pages of a block are looked up one block earlier still
-// Loop            wait block; load block + kStages - 1; S = Q K^T; modify, mask; online softmax; O = O * shrink + P V
+// Pipeline        cp.async, kStages - 1 blocks ahead; the pages of a block are looked up one block earlier still, each by one
+// lane Loop            wait block; load block + kStages - 1; S = Q K^T; modify, mask; online softmax; O = O * shrink + P V
 #pragma once
 #include "attention/packed_rows.cuh"
 #include "attention/softmax.cuh"
 #include "mainloop/decode_schedule.cuh"
+#include "ptx/cluster.cuh"
 #include "tile/copy.cuh"
 #include "tile/gemm.cuh"
 #include "tile/reg_tile.cuh"
@@ -36,12 +37,15 @@ struct Decode {
     static_assert(kThreads == 32 * kWarpsM * kWarpsN && kKeys % Mma::kDepth == 0 && kStages >= 2);
 
     using QTile = typename Mma::template QTile<kRows, kHeadDim>;
+    // q as it comes from memory. kNarrows: the products take it as fp16 (MmaByte).
+    static constexpr bool kNarrows = Config::kNarrows;
+    using QLoaded = typename Either<kNarrows, SwizzledTile<Element, kRows, kHeadDim>, QTile>::Type;
     using KTile = typename Mma::template KTile<kBlockN, kHeadDim>;
     using VTile = typename Mma::template VTile<kBlockN, kHeadDimV>;
     // A thread copies the same rows of K and V.
     static constexpr int kLanes = lesser(copy_lanes(KTile::kCopyCols / vec_of<Cache>(Config::kVecK)),
                                          copy_lanes(VTile::kCopyCols / vec_of<Cache>(Config::kVecV)));
-    using QRows = TileRows<kThreads, Config::kVecQ, kLanes, false, QTile>;
+    using QRows = TileRows<kThreads, Config::kVecQ, kLanes, false, QLoaded>;
     using KRows = TileRows<kThreads, Config::kVecK, kLanes, Config::kWholeRows, KTile>;
     using VRows = TileRows<kThreads, Config::kVecV, kLanes, Config::kWholeRows, VTile>;
     static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes;
@@ -49,11 +53,18 @@ struct Decode {
     static_assert(QTile::kBytes + kStages * kStageBytes <= Config::kSmemBytes, "the plan's shared memory is too small");
     static_assert(QTile::kBytes + kWarpsN * kRows * kPitch * sizeof(Real) <= Config::kSmemBytes, "no room for the outputs");
 
+    // A warp loads kWarpRows rows of a block: kRowsAtOnce in each of KRows::kSteps steps. Its lanes look up a row each.
+    static constexpr int kRowsAtOnce = 32 / kLanes, kWarpRows = KRows::kSteps * kRowsAtOnce, kLookUps = (kWarpRows + 31) / 32;
+
+    // Where a lane's rows of a block lie, as the page table says.
+    struct Places {
+        Place at[kLookUps];
+    };
     struct Shared {
-        unsigned schedule[kThreads / 32 + 2];
+        unsigned schedule[Schedule::kWords];
         Real max_log2[kWarpsN][kRows], sum[kWarpsN][kRows];  // of each warp's keys
         Real factor[kRows], lse[kRows];                      // of whole rows
-        bool last;
+        Real q_scale[kNarrows ? kRows : 1];
     };
 
     const DecodeParams& p;
@@ -61,11 +72,15 @@ struct Decode {
     const ScoreMod& score_mod;
     char* smem;
     Shared& shared;
-    int pages[KRows::kSteps], slots[KRows::kSteps];  // of this thread's rows in the block that is loaded next
+    // Fragments of q stay in registers where these and the accumulators take at most half of them.
+    static constexpr int kHeld = kHeadDim / Mma::kGroupK, kAccumulators = 4 * (kN + kNv) * static_cast<int>(sizeof(Real)) / 4;
+    static constexpr bool kHoldsQ = kAccumulators + kHeld * static_cast<int>(sizeof(typename Mma::Q)) / 4 <= 128;
+    typename Mma::Q q[kHoldsQ ? kHeld : 1];
     RegTile<Real, 1, kNv> o;
     RowState<Real> rows[1][2];
 
     __device__ __forceinline__ QTile sQ() const { return {reinterpret_cast<typename QTile::Element*>(smem)}; }
+    __device__ __forceinline__ QLoaded loaded_q() const { return {reinterpret_cast<typename QLoaded::Element*>(smem)}; }
     __device__ __forceinline__ KTile sK(int stage) const {
         return {reinterpret_cast<Cache*>(smem + QTile::kBytes + stage * kStageBytes)};
     }
@@ -91,13 +106,13 @@ struct Decode {
         const int count = rows_of(item);
         const Element* q = static_cast<const Element*>(p.q) + item.seq.token_q * p.q_row;
         if constexpr (!Config::kPacked) q += item.batch * p.q_batch;
-        const unsigned start = QRows::start(sQ());
+        const unsigned start = QRows::start(loaded_q());
 #pragma unroll 1
         for (int step = 0; step < QRows::kSteps; step++) {
             const int row = QRows::row(step), i = rows.query(row);
             const bool exists = row < count;
             const Element* from = exists ? q + i * p.q_row + rows.head(row, i) * p.q_head + QRows::col() : q;
-            QRows::load(sQ(), start, step, from, exists, p.head_dim);
+            QRows::load(loaded_q(), start, step, from, exists, p.head_dim);
         }
     }
 
@@ -111,46 +126,89 @@ struct Decode {
             const int position = min(item.seq.position(rows.query(row)), p.rotary_len - 1);
             const Real cosine = static_cast<Real>(static_cast<const Rotary*>(p.rotary_cos)[position * p.rotary_row + d]);
             const Real sine = static_cast<Real>(static_cast<const Rotary*>(p.rotary_sin)[position * p.rotary_row + d]);
-            auto* first = sQ().at(row, Config::kInterleaved ? 2 * d : d);
-            auto* second = sQ().at(row, Config::kInterleaved ? 2 * d + 1 : d + half);
+            auto* first = loaded_q().at(row, Config::kInterleaved ? 2 * d : d);
+            auto* second = loaded_q().at(row, Config::kInterleaved ? 2 * d + 1 : d + half);
             const Real a = static_cast<Real>(*first), b = static_cast<Real>(*second);
             *first = static_cast<Element>(a * cosine - b * sine);
             *second = static_cast<Element>(a * sine + b * cosine);
         }
     }
 
-    __device__ __forceinline__ void find_pages(const DecodeItem& item, int n) {
+    // q from what was loaded to what the products take. `scale`: of the scores, then of each of the thread's
+    // rows.
+    __device__ __forceinline__ void prepare_q(const DecodeItem& item, Real (&scale)[2]) {
+        if constexpr (Config::kRotary) {
+            rotate_q(item);
+            __syncthreads();
+        }
+        if constexpr (kNarrows) {
+            constexpr int kRowLanes = kThreads / kRows;
+            const int row = threadIdx.x / kRowLanes, lane = threadIdx.x % kRowLanes;
+            const Real factor = Mma::template narrow_row<kRowLanes>(loaded_q(), row, lane);
+            if (lane == 0) shared.q_scale[row] = factor;
+            __syncthreads();
 #pragma unroll
-        for (int step = 0; step < KRows::kSteps; step++) {
-            const int j = n * kBlockN + KRows::row(step), place = item.seq.leftpad + j;
-            const Place at = place_of<Config::kPaged>(p, item.seq, place, j < item.seq.seqlen_k);
-            pages[step] = at.page, slots[step] = at.slot;
+            for (int half = 0; half < 2; half++) {
+                scale[half] *= shared.q_scale[16 * warp_m() + 8 * half + static_cast<int>(threadIdx.x % 32) / 4];
+            }
+        }
+        if constexpr (kHoldsQ) {
+#pragma unroll
+            for (int k = 0; k < kHeadDim; k += Mma::kGroupK) q[k / Mma::kGroupK] = Mma::load_q(sQ(), 16 * warp_m(), k);
         }
     }
-    __device__ __forceinline__ void load_block(const DecodeItem& item, int n, int stage) const {
+
+    __device__ __forceinline__ Places find(const DecodeItem& item, int n) const {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        Places places;
+#pragma unroll
+        for (int x = 0; x < kLookUps; x++) {
+            const int step = x * kLanes + lane / kRowsAtOnce,
+                      row = warp * kRowsAtOnce + lane % kRowsAtOnce + step * KRows::kStep;
+            const int j = n * kBlockN + row;
+            const bool exists = step < KRows::kSteps && j < item.seq.seqlen_k;
+            places.at[x] = place_of<Config::kPaged>(p, item.seq, item.seq.leftpad + j, exists);
+        }
+        return places;
+    }
+    // NOTE: what find() returns is on its way until it is looked at here.
+    __device__ __forceinline__ void load_block(const DecodeItem& item, const Places& places, int stage) const {
         const Cache* k = static_cast<const Cache*>(p.k) + item.head_kv * p.k_head + KRows::col();
         const Cache* v = static_cast<const Cache*>(p.v) + item.head_kv * p.v_head + VRows::col();
         const unsigned to_k = KRows::start(sK(stage)), to_v = VRows::start(sV(stage));
 #pragma unroll
-        for (int step = 0; step < KRows::kSteps; step++) {
-            const bool exists = static_cast<unsigned>(pages[step]) < static_cast<unsigned>(p.pages);
-            const int page = exists ? pages[step] : 0, slot = exists ? slots[step] : 0;
-            const long long at_k = page * p.k_page + slot * p.k_row;
-            const long long at_v = Config::kAlike ? at_k : page * p.v_page + slot * p.v_row;
-            KRows::load(sK(stage), to_k, step, k + at_k, exists, p.head_dim);
-            VRows::load(sV(stage), to_v, step, v + at_v, exists, p.head_dim_v);
+        for (int x = 0; x < kLookUps; x++) {
+            const Place place = places.at[x];
+            const bool inside = static_cast<unsigned>(place.page) < static_cast<unsigned>(p.pages);
+            const unsigned exist = __ballot_sync(0xffffffffu, inside);
+            const long long page = inside ? place.page : 0, slot = inside ? place.slot : 0;
+            const long long own_k = page * p.k_page + slot * p.k_row;
+            const long long own_v = Config::kAlike ? own_k : page * p.v_page + slot * p.v_row;
+#pragma unroll
+            for (int y = 0; y < kLanes && x * kLanes + y < KRows::kSteps; y++) {
+                const int from = y * kRowsAtOnce + static_cast<int>(threadIdx.x) % 32 / kLanes, step = x * kLanes + y;
+                const long long at_k = __shfl_sync(0xffffffffu, own_k, from);
+                const long long at_v = Config::kAlike ? at_k : __shfl_sync(0xffffffffu, own_v, from);
+                const bool exists = exist >> from & 1;
+                KRows::load(sK(stage), to_k, step, k + at_k, exists, p.head_dim);
+                VRows::load(sV(stage), to_v, step, v + at_v, exists, p.head_dim_v);
+            }
         }
     }
 
     // Keys --------------------------------------------------------------------------------------------------------------
 
-    __device__ __forceinline__ void visit_block(const DecodeItem& item, const PackedRows& rows_, Range queries, Real scale,
-                                                int n, int stage) {
+    __device__ __forceinline__ void visit_block(const DecodeItem& item, const PackedRows& rows_, Range queries,
+                                                const Real (&scale)[2], int n, int stage) {
         const int first = warp_n() * kKeys, col0 = n * kBlockN + first;
         const KTile k{sK(stage).at(first, 0)};
         const VTile v{sV(stage).at(first, 0)};
         RegTile<Real, 1, kN> s;
-        gemm_qk<Mma, kHeadDim>(s.data, sQ(), k, 16 * warp_m());
+        if constexpr (kHoldsQ) {
+            gemm_qk_of<Mma, kHeadDim>(s.data, [&](int, int column) { return q[column / Mma::kGroupK]; }, k);
+        } else {
+            gemm_qk<Mma, kHeadDim>(s.data, sQ(), k, 16 * warp_m());
+        }
         const Coord at = item.seq.at(item.batch);
         PackedRows rows_here = rows_;
         rows_here.row0 += 16 * warp_m();
@@ -163,38 +221,41 @@ struct Decode {
         gemm_pv<Mma>(o.data, s.data, v);
     }
 
-    __device__ __forceinline__ void visit_keys(const DecodeItem& item, Range blocks) {
+    // `meanwhile` is called while the first keys are on their way.
+    template <class Meanwhile>
+    __device__ __forceinline__ void visit_keys(const DecodeItem& item, Range blocks, const Meanwhile& meanwhile) {
+        Places places = find(item, blocks.start);
+        load_q(item);
 #pragma unroll
         for (int x = 0; x < o.kSize; x++) o[x] = 0;
         rows[0][0] = rows[0][1] = RowState<Real>{};
-        load_q(item);
-#pragma unroll
+#pragma unroll 1
         for (int s = 0; s < kStages - 1; s++) {
-            if (blocks.start + s < blocks.stop) {
-                find_pages(item, blocks.start + s);
-                load_block(item, blocks.start + s, s);
-            }
+            const Places next = find(item, blocks.start + s + 1);  // on its way while the pages before are waited for
+            if (blocks.start + s < blocks.stop) load_block(item, places, s);
             cp_async_commit_group();
+            places = next;
         }
-        find_pages(item, blocks.start + kStages - 1);
+        meanwhile();
         const Range queries = Schedule::queries(p, item.seq, item.m_block);
         const PackedRows rows_ = packed(item);
-        const Real scale =
+        const Real score_scale =
             static_cast<Real>(p.scale) * cache_scale(p.k_scale, p.k_scale_batch, p.k_scale_head, item.batch, item.head_kv);
+        Real scale[2] = {score_scale, score_scale};
+        cp_async_wait_group<kStages - 2>();
+        __syncthreads();  // q and the first block are there
+        prepare_q(item, scale);
         int stage = 0;
+#pragma unroll 1
         for (int n = blocks.start; n < blocks.stop; n++) {
-            cp_async_wait_group<kStages - 2>();
-            __syncthreads();  // the block is there; nobody reads the stage loaded next
-            if constexpr (Config::kRotary) {
-                if (n == blocks.start) {
-                    rotate_q(item);
-                    __syncthreads();
-                }
+            if (n > blocks.start) {
+                cp_async_wait_group<kStages - 2>();
+                __syncthreads();  // the block is there; nobody reads the stage loaded next
             }
             const int ahead = n + kStages - 1;
-            if (ahead < blocks.stop) load_block(item, ahead, stage == 0 ? kStages - 1 : stage - 1);
+            if (ahead < blocks.stop) load_block(item, places, stage == 0 ? kStages - 1 : stage - 1);
             cp_async_commit_group();
-            if (ahead + 1 < blocks.stop) find_pages(item, ahead + 1);
+            if (ahead + 1 < blocks.stop) places = find(item, ahead + 1);
             visit_block(item, rows_, queries, scale, n, stage);
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }
@@ -225,6 +286,7 @@ struct Decode {
     // lse of every row.
     __device__ __forceinline__ void merge_warps(const DecodeItem& item, bool whole) {
         const int lane = threadIdx.x % 32;
+        const int count = rows_of(item);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             RowState<Real>& row = rows[0][half];
@@ -244,6 +306,7 @@ struct Decode {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int r = 16 * warp_m() + 8 * half + lane / 4;
+            if (r - lane / 4 >= count) break;  // the rows of a warp exist from the first on
             Real top = negative_infinity<Real>(), sum = 0;
 #pragma unroll
             for (int w = 0; w < kWarpsN; w++) top = maximum(top, shared.max_log2[w][r]);
@@ -256,7 +319,7 @@ struct Decode {
             }
             if (warp_n() == 0 && lane % 4 == 0) {
                 const int head = packed_rows.head(r, packed_rows.query(r));
-                const bool exists = r < rows_of(item);
+                const bool exists = r < count;
                 const RowResult<Real> result =
                     finish_row(top, sum, whole && exists ? sink_of(head) : negative_infinity<Real>());
                 shared.factor[r] = result.factor * v_scale;
@@ -270,150 +333,203 @@ struct Decode {
         return max_log2 == negative_infinity<Real>() && sum == Real(0) ? Real(0) : exp2_fast(max_log2 - top);
     }
 
-    // Calls use(row, column, four neighbouring elements of the row's output).
+    // Four neighbouring elements.
+    struct Quad {
+        Real x[4];
+    };
+    __device__ __forceinline__ static Quad read(const float* from) {
+        const float4 quad = *reinterpret_cast<const float4*>(from);
+        return {{quad.x, quad.y, quad.z, quad.w}};
+    }
+    __device__ __forceinline__ static Quad read(const double* from) {
+        const double2 low = reinterpret_cast<const double2*>(from)[0], high = reinterpret_cast<const double2*>(from)[1];
+        return {{low.x, low.y, high.x, high.y}};
+    }
+    // That another CTA has written.
+    __device__ __forceinline__ static Quad read_shared(const float* from) {
+        const float4 quad = __ldcg(reinterpret_cast<const float4*>(from));
+        return {{quad.x, quad.y, quad.z, quad.w}};
+    }
+    __device__ __forceinline__ static Quad read_shared(const double* from) {
+        const double2 low = __ldcg(reinterpret_cast<const double2*>(from)),
+                      high = __ldcg(reinterpret_cast<const double2*>(from) + 1);
+        return {{low.x, low.y, high.x, high.y}};
+    }
+    __device__ __forceinline__ static void write(float* to, const Quad& quad) {
+        *reinterpret_cast<float4*>(to) = make_float4(quad.x[0], quad.x[1], quad.x[2], quad.x[3]);
+    }
+    __device__ __forceinline__ static void write(double* to, const Quad& quad) {
+        reinterpret_cast<double2*>(to)[0] = make_double2(quad.x[0], quad.x[1]);
+        reinterpret_cast<double2*>(to)[1] = make_double2(quad.x[2], quad.x[3]);
+    }
+    __device__ __forceinline__ void write_out(Element* to, int col, const Quad& quad) const {
+        if (Config::kVecOut >= 8 && sizeof(Element) == 2 && col + 4 <= p.head_dim_v) {
+            Element four[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++) four[e] = static_cast<Element>(quad.x[e]);
+            *reinterpret_cast<uint2*>(to + col) = *reinterpret_cast<const uint2*>(four);
+            return;
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            if (col + e < p.head_dim_v) to[col + e] = static_cast<Element>(quad.x[e]);
+        }
+    }
+
+    // Calls use(row, column of a quad).
+    static constexpr int kQuads = kHeadDimV / 4;  // of a row
     template <class Use>
     __device__ __forceinline__ void for_output(int count, const Use& use) const {
-        constexpr int kQuads = kHeadDimV / 4;
+#pragma unroll 1
         for (int x = threadIdx.x; x < count * kQuads; x += kThreads) {
             const int row = x / kQuads, col = x % kQuads * 4;
             if (col < p.head_dim_v) use(row, col);
         }
     }
-    __device__ __forceinline__ void merged(int row, int col, Real (&x)[4]) const {
+    // Of a row, over all warps.
+    __device__ __forceinline__ Quad merged(int row, int col) const {
+        Quad sum = read(staged(0, row) + col);
 #pragma unroll
-        for (int e = 0; e < 4; e++) x[e] = 0;
+        for (int w = 1; w < kWarpsN; w++) {
+            const Quad quad = read(staged(w, row) + col);
 #pragma unroll
-        for (int w = 0; w < kWarpsN; w++) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) x[e] += staged(w, row)[col + e];
+            for (int e = 0; e < 4; e++) sum.x[e] += quad.x[e];
         }
 #pragma unroll
-        for (int e = 0; e < 4; e++) x[e] *= shared.factor[row];
+        for (int e = 0; e < 4; e++) sum.x[e] *= shared.factor[row];
+        return sum;
     }
-    __device__ __forceinline__ void store_quad(Element* to, int col, const Real (&x)[4]) const {
-        if (Config::kVecOut >= 8 && sizeof(Element) == 2 && col + 4 <= p.head_dim_v) {
-            Element quad[4];
-#pragma unroll
-            for (int e = 0; e < 4; e++) quad[e] = static_cast<Element>(x[e]);
-            *reinterpret_cast<uint2*>(to + col) = *reinterpret_cast<const uint2*>(quad);
-            return;
-        }
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            if (col + e < p.head_dim_v) to[col + e] = static_cast<Element>(x[e]);
-        }
-    }
-
     __device__ __forceinline__ void store_final(const DecodeItem& item) const {
         const PackedRows packed_rows = packed(item);
-        const int count = rows_of(item);
-        for_output(count, [&](int row, int col) {
-            Real x[4];
-            merged(row, col, x);
-            store_quad(out_row(item, packed_rows, row), col, x);
+        for_output(rows_of(item), [&](int row, int col) {
+            write_out(out_row(item, packed_rows, row), col, merged(row, col));
+            if (col == 0) store_lse(item, packed_rows, row, shared.lse[row]);
         });
-        for (int row = threadIdx.x; row < count; row += kThreads) store_lse(item, packed_rows, row, shared.lse[row]);
-    }
-    // Four elements that another CTA has written.
-    __device__ __forceinline__ static void load_quad(float (&x)[4], const float* from) {
-        const float4 quad = __ldcg(reinterpret_cast<const float4*>(from));
-        x[0] = quad.x, x[1] = quad.y, x[2] = quad.z, x[3] = quad.w;
-    }
-    __device__ __forceinline__ static void load_quad(double (&x)[4], const double* from) {
-        const double2 low = __ldcg(reinterpret_cast<const double2*>(from)),
-                      high = __ldcg(reinterpret_cast<const double2*>(from) + 1);
-        x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
     }
     // NOTE: the slots of partial results have whole quads of columns.
-    __device__ __forceinline__ Real* partial(int slot, int row) const {
-        return static_cast<Real*>(p.partial_out) + (static_cast<long long>(slot) * kRows + row) * kHeadDimV;
+    __device__ __forceinline__ Real* partial(int slot) const {
+        return static_cast<Real*>(p.partial_out) + static_cast<long long>(slot) * (kRows * kHeadDimV);
     }
     __device__ __forceinline__ Real* partial_lse(int slot) const {
         return static_cast<Real*>(p.partial_lse) + static_cast<long long>(slot) * kRows;
     }
     __device__ __forceinline__ void store_partial(const DecodeItem& item, int slot) const {
-        const int count = rows_of(item);
-        for_output(count, [&](int row, int col) {
-            Real x[4];
-            merged(row, col, x);
-#pragma unroll
-            for (int e = 0; e < 4; e++) partial(slot, row)[col + e] = x[e];
+        Real* to = partial(slot);
+        for_output(rows_of(item), [&](int row, int col) {
+            write(to + row * kHeadDimV + col, merged(row, col));
+            if (col == 0) partial_lse(slot)[row] = shared.lse[row];
         });
-        for (int row = threadIdx.x; row < count; row += kThreads) partial_lse(slot)[row] = shared.lse[row];
     }
 
-    // out = sum over parts of 2^(lse_n - lse) out_n, by the last CTA of an item. The parts' lse, then their weights, lie over
-    // the stages.
-    __device__ __forceinline__ void combine(const Schedule& schedule, const DecodeItem& item, int parts) {
+    // A quad of out = sum over parts of 2^(lse_n - lse) out_n, part by part, so that nobody need know their number beforehand.
+    struct Combined {
+        Real top = negative_infinity<Real>(), sum = 0;
+        Quad x = {};
+
+        template <int kParts>
+        __device__ __forceinline__ void add(const Real (&lse)[kParts], const Quad (&parts)[kParts]) {
+            Real above = top;
+#pragma unroll
+            for (int n = 0; n < kParts; n++) above = maximum(above, lse[n]);
+            const Real shrink = top == negative_infinity<Real>() ? Real(0) : exp2_fast(top - above);
+            sum *= shrink;
+#pragma unroll
+            for (int e = 0; e < 4; e++) x.x[e] *= shrink;
+#pragma unroll
+            for (int n = 0; n < kParts; n++) {
+                if (lse[n] == negative_infinity<Real>()) continue;
+                const Real weight = exp2_fast(lse[n] - above);
+                sum += weight;
+#pragma unroll
+                for (int e = 0; e < 4; e++) x.x[e] += weight * parts[n].x[e];
+            }
+            top = above;
+        }
+    };
+    __device__ __forceinline__ void store_combined(const DecodeItem& item, const PackedRows& packed_rows, int row, int col,
+                                                   Combined& y) const {
+        const RowResult<Real> result = finish_row(y.top, y.sum, sink_of(packed_rows.head(row, packed_rows.query(row))));
+#pragma unroll
+        for (int e = 0; e < 4; e++) y.x.x[e] *= result.factor;
+        write_out(out_row(item, packed_rows, row), col, y.x);
+        if (col == 0) store_lse(item, packed_rows, row, result.lse_log2);
+    }
+
+    // out from the parts of an item, for quads first, first + stride, ... of its rows; out_slot(n) and lse_slot(n) are where
+    // part n lies. What a batch of parts of some quads needs from memory is on its way at once.
+    template <class OutSlot, class LseSlot>
+    __device__ __forceinline__ void combine(const DecodeItem& item, int parts, int first, int stride, const OutSlot& out_slot,
+                                            const LseSlot& lse_slot) const {
+        constexpr int kParts = 8, kAtOnce = 2;
         const PackedRows packed_rows = packed(item);
-        const int count = rows_of(item), lane = threadIdx.x % 32;
-        Real* weights = staged(0, 0);  // (parts, kRows)
-        const int first = schedule.slot(item, 0), second = schedule.slot(item, 1), step = schedule.slot_step();
-        auto slot = [&](int n) { return n == 0 ? first : second + (n - 1) * step; };
-        for (int x = threadIdx.x; x < parts * kRows; x += kThreads) {
-            const int n = x / kRows, row = x % kRows;
-            if (row < count) weights[x] = __ldcg(partial_lse(slot(n)) + row);
+        const int quads = rows_of(item) * kQuads;
+#pragma unroll 1
+        for (int x = first; x < quads; x += kAtOnce * stride) {
+            Combined y[kAtOnce];
+#pragma unroll 1
+            for (int n0 = 0; n0 < parts; n0 += kParts) {
+                Real lse[kAtOnce][kParts];
+                Quad part[kAtOnce][kParts];
+#pragma unroll
+                for (int n = 0; n < kParts; n++) {
+                    const int m = min(n0 + n, parts - 1);
+                    const Real *from = partial(out_slot(m)), *from_lse = partial_lse(lse_slot(m));
+#pragma unroll
+                    for (int i = 0; i < kAtOnce; i++) {
+                        const int quad = min(x + i * stride, quads - 1);
+                        lse[i][n] = __ldcg(from_lse + quad / kQuads);
+                        part[i][n] = read_shared(from + quad * 4);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < kAtOnce; i++) {
+#pragma unroll
+                    for (int n = 0; n < kParts; n++) lse[i][n] = n0 + n < parts ? lse[i][n] : negative_infinity<Real>();
+                    y[i].add(lse[i], part[i]);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++) {
+                const int quad = x + i * stride, row = quad / kQuads, col = quad % kQuads * 4;
+                if (quad < quads && col < p.head_dim_v) store_combined(item, packed_rows, row, col, y[i]);
+            }
         }
-        __syncthreads();
-        for (int row = threadIdx.x / 32; row < count; row += kThreads / 32) {
-            Real top = negative_infinity<Real>(), sum = 0;
-            for (int n = lane; n < parts; n += 32) top = maximum(top, weights[n * kRows + row]);
-#pragma unroll
-            for (int s = 16; s > 0; s /= 2) top = maximum(top, __shfl_xor_sync(0xffffffffu, top, s));
-            for (int n = lane; n < parts; n += 32) {
-                const Real lse = weights[n * kRows + row];
-                if (lse != negative_infinity<Real>()) sum += exp2_fast(lse - top);
-            }
-#pragma unroll
-            for (int s = 16; s > 0; s /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, s);
-            const RowResult<Real> result = finish_row(top, sum, sink_of(packed_rows.head(row, packed_rows.query(row))));
-            for (int n = lane; n < parts; n += 32) {
-                const Real lse = weights[n * kRows + row];
-                weights[n * kRows + row] = lse == negative_infinity<Real>() ? Real(0) : exp2_fast(lse - top) * result.factor;
-            }
-            if (lane == 0) store_lse(item, packed_rows, row, result.lse_log2);
-        }
-        __syncthreads();
-        for_output(count, [&](int row, int col) {
-            Real x[4] = {};
-            const Real* from = partial(0, row) + col;
-#pragma unroll 8
-            for (int n = 0; n < parts; n++) {
-                Real y[4];
-                load_quad(y, from + static_cast<long long>(slot(n)) * (kRows * kHeadDimV));
-                const Real weight = weights[n * kRows + row];
-#pragma unroll
-                for (int e = 0; e < 4; e++) x[e] += weight * y[e];
-            }
-            store_quad(out_row(item, packed_rows, row), col, x);
-        });
-        __syncthreads();  // before the next item is loaded
     }
 
-    __device__ __forceinline__ void process(const Schedule& schedule, const DecodeItem& item, Range blocks, unsigned unit,
-                                            int parts) {
-        visit_keys(item, blocks);
-        merge_warps(item, parts == 1);
-        if (parts == 1) {
-            store_final(item);
-            __syncthreads();  // before the next item overwrites what is read here
-            return;
-        }
-        store_partial(item, schedule.slot(item, schedule.part(item, unit)));
-        __threadfence();
+    // Whether this CTA is the last of `parts`, whose partial results it may then read.
+    __device__ __forceinline__ static bool arrives_last(unsigned long long* ticket, int parts) {
         __syncthreads();
+        bool last = false;
         if (threadIdx.x == 0) {
-            shared.last = Schedule::arrive(p.tickets + schedule.ticket(item), p.call, parts);
+            __threadfence();
+            last = Schedule::arrive(ticket, parts);
             __threadfence();
         }
-        __syncthreads();
-        if (shared.last) combine(schedule, item, parts);
+        return __syncthreads_or(last);
+    }
+
+    __device__ __forceinline__ void process(const Schedule& schedule, DecodeItem& item, Range blocks, unsigned unit) {
+        visit_keys(item, blocks, [&] {
+            schedule.share(item);
+            if (item.parts > 1 && threadIdx.x == 0) Schedule::claim(schedule.ticket(item), p.call);
+        });
+        merge_warps(item, item.parts == 1);
+        if (item.parts == 1) {
+            store_final(item);
+        } else {
+            store_partial(item, schedule.slot(item, schedule.part(item, unit)));
+            if (arrives_last(schedule.ticket(item), item.parts)) {
+                const auto slot = [&](int n) { return schedule.slot(item, n); };
+                combine(item, item.parts, threadIdx.x, kThreads, slot, slot);
+            }
+        }
+        __syncthreads();  // before the next item overwrites what is read here
     }
 
     // Tokens past the last packed sequence: out 0, lse -inf.
     __device__ __forceinline__ void store_tail() const {
-        const int start = p.cu_seqlens_q[p.batch], threads = kThreads * static_cast<int>(gridDim.x);
-        const int thread = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
+        const int start = p.cu_seqlens_q[p.batch], threads = kThreads * static_cast<int>(gridDim.x * gridDim.y);
+        const int thread = static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
         for (int token = start; token < p.total_q; token++) {
             for (int x = thread; x < p.num_heads * p.head_dim_v; x += threads) {
                 const int head = x / p.head_dim_v;
@@ -425,21 +541,83 @@ struct Decode {
         }
     }
 
+    // One sequence: each of its items is divided evenly among the CTAs of some clusters. Those of a cluster merge through
+    // shared memory, each a share of the output; clusters as CTAs do otherwise, with a ticket for each share.
+    __device__ __forceinline__ void run_clusters() {
+        constexpr int kMembers = Config::kCluster;
+        const int part = static_cast<int>(blockIdx.y), cluster = part / kMembers, member = part % kMembers;
+        DecodeItem item;
+        item.batch = 0, item.m_block = static_cast<int>(blockIdx.z), item.head_kv = static_cast<int>(blockIdx.x);
+        item.seq = CachedSequence::of<Config::kPacked>(p, 0);
+        const Range blocks = Schedule::key_blocks(p, mask, item.seq, 0, item.m_block);
+        const int count = blocks.stop - blocks.start, most = static_cast<int>(gridDim.y) / kMembers;
+        const int clusters = max(1, min(most, (count / kMembers) >> p.min_units_log2));
+        if (cluster >= clusters) return;
+        const int each = count / (clusters * kMembers), longer = count - each * (clusters * kMembers);
+        const int start = blocks.start + part * each + min(part, longer);
+        const int number = item.head_kv * p.m_blocks + item.m_block, slot = number * most + cluster;
+        unsigned long long* ticket = p.tickets + number * kMembers + member;
+        visit_keys(item, {start, start + each + (part < longer ? 1 : 0)}, [&] {
+            if (clusters > 1 && threadIdx.x == 0) Schedule::claim(ticket, p.call);
+        });
+        merge_warps(item, false);
+        const int rows = rows_of(item), first = member * kThreads + static_cast<int>(threadIdx.x);
+        for_output(rows, [&](int row, int col) { write(staged(0, row) + col, merged(row, col)); });
+        cluster_arrive();
+        cluster_wait();
+        const PackedRows packed_rows = packed(item);
+#pragma unroll 1
+        for (int x = first; x < rows * kQuads; x += kMembers * kThreads) {
+            const int row = x / kQuads, col = x % kQuads * 4;
+            if (col >= p.head_dim_v) continue;
+            Real lse[kMembers];
+            Quad quads[kMembers];
+#pragma unroll
+            for (int n = 0; n < kMembers; n++) {
+                lse[n] = ld_cluster(cluster_address(smem_address(&shared.lse[row]), n), Real());
+                ld_cluster_v4(quads[n].x, cluster_address(smem_address(staged(0, row) + col), n));
+            }
+            Combined y;
+            y.add(lse, quads);
+            if (clusters == 1) {
+                store_combined(item, packed_rows, row, col, y);
+            } else {
+                const RowResult<Real> result = finish_row(y.top, y.sum, negative_infinity<Real>());
+#pragma unroll
+                for (int e = 0; e < 4; e++) y.x.x[e] *= result.factor;
+                write(partial(slot) + row * kHeadDimV + col, y.x);
+                partial_lse(slot * kMembers + member)[row] = result.lse_log2;  // the same from all threads of a row
+            }
+        }
+        cluster_arrive();
+        if (clusters > 1 && arrives_last(ticket, clusters)) {
+            combine(
+                item, clusters, first, kMembers * kThreads, [&](int n) { return number * most + n; },
+                [&](int n) { return (number * most + n) * kMembers + member; });
+        }
+        cluster_wait();  // nobody leaves while others read what it has
+    }
+
     __device__ __forceinline__ void run() {
+        if constexpr (Config::kCluster > 1) {
+            run_clusters();
+            return;
+        }
         Schedule schedule{p, mask};
         schedule.open(shared.schedule);
         if constexpr (Config::kPacked) store_tail();
         if (schedule.start >= schedule.stop) return;
         DecodeItem item = schedule.first_item();
+#pragma unroll 1
         for (unsigned unit = schedule.start; unit < schedule.stop;) {
             const unsigned end = min(schedule.stop, item.first + item.units);
-            const int parts = schedule.parts(item);
+#pragma unroll 1
             while (unit < end) {
                 // Even division takes all of the CTA's blocks at once, otherwise each part has a softmax of its own.
-                const unsigned next = p.max_parts > 0 ? unit + 1 : end;
+                const unsigned next = Schedule::kParted ? unit + 1 : end;
                 const int from = static_cast<int>(unit - item.first) * item.chunk,
                           to = static_cast<int>(next - item.first) * item.chunk;
-                process(schedule, item, {item.blocks.start + from, min(item.blocks.start + to, item.blocks.stop)}, unit, parts);
+                process(schedule, item, {item.blocks.start + from, min(item.blocks.start + to, item.blocks.stop)}, unit);
                 unit = next;
             }
             if (unit < schedule.stop) schedule.advance(item);

@@ -58,14 +58,13 @@ struct DecodeLatentSm90 {
 
     // What this CTA knows of the schedule once it is open, in shared memory: the loop over the keys has no registers for it.
     struct Share {
-        unsigned total;
-        int teams;
+        unsigned each, longer;
         unsigned start, stop;
         int batch;
         unsigned first;
     };
     struct Shared {
-        unsigned memory[Config::kThreads / 32 + 2];  // of DecodeSchedule::open
+        unsigned memory[Schedule::kWords];
         Share share;
         float max[kConsumers][kRows];  // that the last P of a warpgroup's blocks is relative to
         float sum[kConsumers][kRows];
@@ -94,7 +93,7 @@ struct DecodeLatentSm90 {
 
     __device__ __forceinline__ Schedule schedule() const {
         const Share& s = shared().share;
-        return {params(), arguments.variant.mask, s.total, s.teams, s.start, s.stop, s.batch, s.first};
+        return {params(), arguments.variant.mask, s.each, s.longer, s.start, s.stop, s.batch, s.first};
     }
     // What follows from an item's place again, rather than kept in registers that the loop over the keys needs.
     __device__ __forceinline__ void refresh(DecodeItem& item) const {
@@ -110,7 +109,7 @@ struct DecodeLatentSm90 {
         DecodeItem item = schedule().first_item();
         while (true) {
             const unsigned end = min(shared().share.stop, item.first + item.units);
-            const unsigned next = params().max_parts > 0 ? unit + 1 : end;
+            const unsigned next = Schedule::kParted ? unit + 1 : end;
             const int from = static_cast<int>(unit - item.first) * item.chunk,
                       to = static_cast<int>(next - item.first) * item.chunk;
             visit(item, Range{item.blocks.start + from, min(item.blocks.start + to, item.blocks.stop)}, unit);
@@ -463,10 +462,16 @@ struct DecodeLatentSm90 {
             }
         }
         __device__ __forceinline__ void process(DecodeItem& item, const Range& blocks, unsigned unit) {
+            if (threadIdx.x == 0) {
+                const Schedule schedule = kernel.schedule();
+                schedule.share(item);
+                if (item.parts > 1) Schedule::claim(schedule.ticket(item), params().call);
+            }
             visit_keys(item, blocks);
             kernel.refresh(item);
             const Schedule schedule = kernel.schedule();
-            const int parts = schedule.parts(item), count = kernel.rows_of(item);
+            schedule.share(item);
+            const int parts = item.parts, count = kernel.rows_of(item);
             const PackedRows packed_rows = kernel.packed(item);
             RowResult<float> results[2];
             finish(results);
@@ -499,7 +504,7 @@ struct DecodeLatentSm90 {
             __threadfence();
             bar_sync(kBoth, 128 * kConsumers);
             if (threadIdx.x == 0) {
-                kernel.shared().last = Schedule::arrive(params().tickets + schedule.ticket(item), params().call, parts);
+                kernel.shared().last = Schedule::arrive(schedule.ticket(item), parts);
                 __threadfence();
             }
             bar_sync(kBoth, 128 * kConsumers);
@@ -597,7 +602,7 @@ struct DecodeLatentSm90 {
         Schedule schedule{params(), arguments.variant.mask};
         schedule.open(shared().memory);
         if (threadIdx.x == 0) {
-            shared().share = {schedule.total, schedule.teams, schedule.start, schedule.stop, schedule.batch, schedule.first};
+            shared().share = {schedule.each, schedule.longer, schedule.start, schedule.stop, schedule.batch, schedule.first};
         }
         __syncthreads();
         if (wg == kConsumers) {

@@ -5,14 +5,18 @@
 // same time, so that the whole of a token's keys is read together. To a team, items are numbered with the row tile fastest,
 // then the set of heads, and the sequence slowest.
 //
-//   max_parts == 0   a unit is a tile of keys. Team c of W takes units [c T / W, (c + 1) T / W) of all T, so work is equal to
-//                    within a tile and a CTA shares at most its first and its last item with others.
-//   max_parts > 0    a unit is a part of the item, whose size is a function of this sequence's length alone: what a sequence
-//                    yields does not depend, to the bit, on the others.
+//   even division   a unit is a tile of keys. Of all T, W teams take T / W each, the first T mod W one more: work is equal to
+//                   within a tile, and a CTA shares at most its first and its last item with others.
+//   kParted         a unit is a part of the item, whose size is a function of this sequence's length alone: what a sequence
+//                   yields does not depend, to the bit, on the others.
 //
-// An item that is not done by one CTA leaves partial results in slots: even division, 2 c for an item that CTA c did not begin
-// and 2 c + 1 for one that it did; otherwise item * max_parts + part. A ticket of the item (number c of the CTA that began it,
-// or the item's own) tells the last CTA to arrive, which merges the parts in order.
+// CTA (lane, team) of the grid has number c = team * head_lanes + lane. An item that is not done by one CTA leaves partial
+// results in slots: even division, 2 c for an item that CTA c did not begin and 2 c + 1 for one that it did; otherwise item *
+// max_parts + part. A ticket of the item (number c of the CTA that began it, or the item's own) tells the last CTA to arrive,
+// which merges the parts in order.
+//
+// NOTE: a launch over few keys takes as long as its instructions take to come from memory: loops here stay loops, and what only
+// one kind of division needs is not compiled for the other.
 #pragma once
 #include "attention/kv_cache.cuh"
 #include "attention/mask.cuh"
@@ -28,20 +32,22 @@ struct DecodeItem {
     int chunk;       // of them in a unit
     unsigned first;  // unit
     int units;
+    int owner;  // team that takes the first of them (even division)
+    int parts;
 };
 
 template <class Config>
 struct DecodeSchedule {
     static constexpr int kThreads = Config::kThreads, kRows = 16 * Config::kWarpsM, kBlockN = Config::kBlockN;
+    static constexpr bool kParted = Config::kParted;
     using Mask = typename Config::Mask;
 
     const DecodeParams& p;
     const Mask& mask;
-    unsigned total;        // units
-    int teams;             // of CTAs, that have work
-    unsigned start, stop;  // units of this one
-    int batch;             // the sequence of unit `start`,
-    unsigned first;        // and its first unit
+    unsigned each, longer;  // units of a team, and the number of teams that take one more
+    unsigned start, stop;   // units of this one
+    int batch;              // the sequence of unit `start`,
+    unsigned first;         // and its first unit
 
     __device__ __forceinline__ static int m_blocks(const DecodeParams& p, const CachedSequence& s) {
         return (s.seqlen_q * p.group + kRows - 1) / kRows;
@@ -59,85 +65,75 @@ struct DecodeSchedule {
         return {keys.start / kBlockN, (keys.stop + kBlockN - 1) / kBlockN};
     }
     __device__ __forceinline__ static int chunk_of(const DecodeParams& p, int blocks) {
-        return p.max_parts == 0 ? 1 : max(p.min_part, (blocks + p.max_parts - 1) / p.max_parts);
+        if constexpr (!kParted) return 1;
+        return max(p.min_part, (blocks + p.max_parts - 1) / p.max_parts);
     }
     // At least one unit: rows without keys are written too.
     __device__ __forceinline__ static int units_of(const DecodeParams& p, int blocks) {
+        if constexpr (!kParted) return max(1, blocks);
         const int chunk = chunk_of(p, blocks);
         return max(1, (blocks + chunk - 1) / chunk);
     }
     __device__ __forceinline__ static unsigned head_units(const DecodeParams& p, const Mask& mask, const CachedSequence& s,
                                                           int batch) {
         unsigned sum = 0;
-        for (int m = 0; m < m_blocks(p, s); m++) {
+        const int count = m_blocks(p, s);
+#pragma unroll 1
+        for (int m = 0; m < count; m++) {
             const Range blocks = key_blocks(p, mask, s, batch, m);
             sum += units_of(p, blocks.stop - blocks.start);
         }
         return sum;
     }
-    // Units of the sequence that this thread counts, if there is one.
-    __device__ __forceinline__ unsigned own_units(int base) const {
-        const int b = base + static_cast<int>(threadIdx.x);
-        if (b >= p.batch) return 0;
+    __device__ __forceinline__ unsigned sequence_units(int b) const {
         return head_units(p, mask, CachedSequence::of<Config::kPacked>(p, b), b) * p.head_sets;
     }
-    // (sum over the threads before this one, sum over all)
-    __device__ __forceinline__ static uint2 scan(unsigned x, unsigned* sums) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        unsigned inclusive = x;
+
+    __device__ __forceinline__ unsigned boundary(unsigned team) const { return team * each + min(team, longer); }
+    // The team that takes a unit.
+    __device__ __forceinline__ int owner(unsigned unit) const {
+        const unsigned split = longer * (each + 1);
+        const bool early = unit < split;
+        return static_cast<int>((early ? unit : unit - split) / (early ? each + 1 : each) + (early ? 0 : longer));
+    }
+    __device__ __forceinline__ static int team() { return static_cast<int>(blockIdx.y); }
+    __device__ __forceinline__ static int lane() { return static_cast<int>(blockIdx.x); }
+
+    static constexpr int kWords = kThreads / 32 + 2;  // of shared memory that open() needs
+
+    // Finds this CTA's range. All threads take part; each counts the units of as many neighbouring sequences.
+    __device__ __forceinline__ void open(unsigned* memory) {
+        const int thread = static_cast<int>(threadIdx.x), thread_lane = thread % 32;
+        const int count = (p.batch + kThreads - 1) / kThreads, stop_b = min((thread + 1) * count, p.batch);
+        unsigned own = 0;
+#pragma unroll 1
+        for (int b = thread * count; b < stop_b; b++) own += sequence_units(b);
+        unsigned inclusive = own;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
             const unsigned other = __shfl_up_sync(0xffffffffu, inclusive, step);
-            if (lane >= step) inclusive += other;
+            if (thread_lane >= step) inclusive += other;
         }
-        __syncthreads();  // nobody reads the sums of the scan before
-        if (lane == 31) sums[warp] = inclusive;
+        if (thread_lane == 31) memory[thread / 32] = inclusive;
         __syncthreads();
-        uint2 result{inclusive - x, 0};
+        unsigned before = inclusive - own, total = 0;
 #pragma unroll
         for (int w = 0; w < kThreads / 32; w++) {
-            if (w < warp) result.x += sums[w];
-            result.y += sums[w];
+            if (w < thread / 32) before += memory[w];
+            total += memory[w];
         }
-        return result;
-    }
-
-    // floor(a b / c); the product rarely needs 64 bits, and their division is slow.
-    __device__ __forceinline__ static unsigned scaled(unsigned a, unsigned b, unsigned c, unsigned less) {
-        if (__umulhi(a, b) == 0) return (a * b - less) / c;
-        return static_cast<unsigned>((static_cast<unsigned long long>(a) * b - less) / c);
-    }
-    __device__ __forceinline__ unsigned boundary(int team) const { return scaled(team, total, teams, 0); }
-    // The team that takes a unit: the last one whose boundary is not past it.
-    __device__ __forceinline__ int owner(unsigned unit) const { return static_cast<int>(scaled(unit + 1, teams, total, 1)); }
-    __device__ __forceinline__ int team() const { return static_cast<int>(blockIdx.x) / p.head_lanes; }
-    __device__ __forceinline__ int lane() const { return static_cast<int>(blockIdx.x) % p.head_lanes; }
-
-    // Finds this CTA's range. All threads take part; `memory`: kThreads / 32 + 2 words of shared memory.
-    __device__ __forceinline__ void open(unsigned* memory) {
-        unsigned own = own_units(0);
-        uint2 sums = scan(own, memory);
-        total = sums.y;
-        for (int base = kThreads; base < p.batch; base += kThreads) total += scan(own_units(base), memory).y;
-        teams = static_cast<int>(min(gridDim.x / p.head_lanes, max(1u, total / static_cast<unsigned>(p.min_units))));
+        const int teams = static_cast<int>(min(gridDim.y, max(1u, total >> p.min_units_log2)));
+        each = total / teams, longer = total - each * teams;
         start = team() < teams ? boundary(team()) : total;
         stop = team() < teams ? boundary(team() + 1) : total;
-        unsigned before = 0;
-        for (int base = 0; base < p.batch && start < stop; base += kThreads) {
-            if (p.batch > kThreads) {
-                own = own_units(base);
-                sums = scan(own, memory);
-            }
-            if (before + sums.x <= start && start < before + sums.x + own) {
-                memory[kThreads / 32] = base + threadIdx.x;
-                memory[kThreads / 32 + 1] = before + sums.x;
-            }
-            before += sums.y;
+        if (start < stop && before <= start && start < before + own) {
+            int b = thread * count;
+#pragma unroll 1
+            for (unsigned units; count > 1 && start - before >= (units = sequence_units(b)); b++) before += units;
+            memory[kThreads / 32] = b, memory[kThreads / 32 + 1] = before;
         }
         __syncthreads();
-        batch = static_cast<int>(memory[kThreads / 32]);
-        first = memory[kThreads / 32 + 1];
-        __syncthreads();
+        batch = static_cast<int>(memory[kThreads / 32]), first = memory[kThreads / 32 + 1];
     }
 
     __device__ __forceinline__ void enter(DecodeItem& item) const {
@@ -146,17 +142,29 @@ struct DecodeSchedule {
         item.chunk = chunk_of(p, blocks.stop - blocks.start);
         item.units = units_of(p, blocks.stop - blocks.start);
     }
+    // Who else works on an item: needed once its keys are on their way.
+    __device__ __forceinline__ void share(DecodeItem& item) const {
+        item.owner = 0, item.parts = item.units;
+        if constexpr (kParted) return;
+        item.owner = item.first >= start ? team() : owner(item.first);
+        const unsigned end = item.first + item.units;
+        item.parts = (end <= stop ? team() : owner(end - 1)) - item.owner + 1;
+    }
     // The item of unit `start`.
     __device__ __forceinline__ DecodeItem first_item() const {
         DecodeItem item;
         item.batch = batch;
         item.seq = CachedSequence::of<Config::kPacked>(p, batch);
-        const unsigned each = head_units(p, mask, item.seq, batch);
-        const unsigned set = (start - first) / each;
-        item.head_kv = static_cast<int>(set) * p.head_lanes + lane();
-        item.first = first + set * each;
+        item.head_kv = lane();
+        item.first = first;
+        if (p.head_sets > 1) {
+            const unsigned units = head_units(p, mask, item.seq, batch), set = (start - first) / units;
+            item.head_kv += static_cast<int>(set) * p.head_lanes;
+            item.first += set * units;
+        }
         item.m_block = 0;
         enter(item);
+#pragma unroll 1
         while (start - item.first >= static_cast<unsigned>(item.units)) {
             item.first += item.units;
             item.m_block++;
@@ -174,6 +182,7 @@ struct DecodeSchedule {
         }
         if (item.head_kv >= p.num_heads_kv) {
             item.head_kv = lane();
+#pragma unroll 1
             do {
                 item.batch++;
                 item.seq = CachedSequence::of<Config::kPacked>(p, item.batch);
@@ -186,36 +195,37 @@ struct DecodeSchedule {
     __device__ __forceinline__ int number(const DecodeItem& item) const {
         return (item.batch * p.num_heads_kv + item.head_kv) * p.m_blocks + item.m_block;
     }
-    __device__ __forceinline__ int parts(const DecodeItem& item) const {
-        return p.max_parts > 0 ? item.units : owner(item.first + item.units - 1) - owner(item.first) + 1;
-    }
     // Where part n of an item lies; from part 1 on, slots are slot_step() apart.
     __device__ __forceinline__ int slot(const DecodeItem& item, int n) const {
-        if (p.max_parts > 0) return number(item) * p.max_parts + n;
-        return 2 * ((owner(item.first) + n) * p.head_lanes + lane()) + (n == 0 ? 1 : 0);
+        if constexpr (kParted) return number(item) * p.max_parts + n;
+        return 2 * ((item.owner + n) * p.head_lanes + lane()) + (n == 0 ? 1 : 0);
     }
-    __device__ __forceinline__ int slot_step() const { return p.max_parts > 0 ? 1 : 2 * p.head_lanes; }
+    __device__ __forceinline__ int slot_step() const { return kParted ? 1 : 2 * p.head_lanes; }
     // Which part of its item a unit of this CTA belongs to.
     __device__ __forceinline__ int part(const DecodeItem& item, unsigned unit) const {
-        return p.max_parts > 0 ? static_cast<int>(unit - item.first) : team() - owner(item.first);
+        return kParted ? static_cast<int>(unit - item.first) : team() - item.owner;
     }
-    __device__ __forceinline__ int ticket(const DecodeItem& item) const {
-        return p.max_parts > 0 ? number(item) : owner(item.first) * p.head_lanes + lane();
+    __device__ __forceinline__ unsigned long long* ticket(const DecodeItem& item) const {
+        return p.tickets + (kParted ? number(item) : item.owner * p.head_lanes + lane());
     }
 
-    // Whether this is the last of `parts` arrivals. The memory of a ticket holds anything at all before the first one; the last
-    // one leaves it so that the same launch can be repeated (by a graph). Called by one thread.
-    __device__ __forceinline__ static bool arrive(unsigned long long* ticket, unsigned long long call, int parts) {
-        // The upper 48 bits say whose count the lower 16 are: of a number that no other call has.
+    // A ticket holds anything at all before a call. Whoever shares an item makes it this call's before arriving; that takes as
+    // long as the memory does, and is done while keys are on their way. The upper 48 bits say whose count the lower 16 are: of
+    // a number that no other call has. Both are called by one thread.
+    __device__ __forceinline__ static void claim(unsigned long long* ticket, unsigned long long call) {
         const unsigned long long mine = call << 16;
-        unsigned long long found = 0, count;
+        unsigned long long found = 0;
         while (true) {
-            count = (found & ~0xffffull) == mine ? (found & 0xffffull) + 1 : 1;
-            const unsigned long long next = static_cast<int>(count) == parts ? 0 : mine | count;
-            const unsigned long long seen = atomicCAS(ticket, found, next);
-            if (seen == found) return static_cast<int>(count) == parts;
+            const unsigned long long seen = atomicCAS(ticket, found, mine);
+            if (seen == found || (seen & ~0xffffull) == mine) return;
             found = seen;
         }
+    }
+    // Whether this is the last of `parts` arrivals. It leaves the ticket so that the same launch can be repeated (by a graph).
+    __device__ __forceinline__ static bool arrive(unsigned long long* ticket, int parts) {
+        const bool last = static_cast<int>(atomicAdd(ticket, 1ull) & 0xffffull) + 1 == parts;
+        if (last) atomicExch(ticket, 0ull);
+        return last;
     }
 };
 

@@ -20,7 +20,8 @@
 //                 wait K; issue S = Q K^T; issue O += P V; wait S; release K; modify, mask, maxima; wait O; release V;
 //                 P = exp(S - max), O *= shrink; wait V
 //             The first S of a query tile goes with the last O of the one before. A warpgroup passes over tiles of keys that
-//             none of its rows sees. Without kOverlap, O of a tile follows its softmax, which needs fewer registers.
+//             none of its rows sees. With kScalesFirst, O is scaled between the issue of S and its own instead, and waited for
+//             after the exponentials. Without kOverlap, O of a tile follows its softmax, which needs fewer registers.
 // Maxima      with kKeepsMaxima, a row's maximum is that of the first tile in which it sees a key, unless sums grow too large.
 #pragma once
 #include "attention/scores.cuh"
@@ -73,6 +74,9 @@ struct ForwardSm90 {
     using QSlot = RingSlot<kQStages>;
     // A warpgroup begins its next query tile before the last one's output is done; wider heads leave no registers for that.
     static constexpr bool kCrosses = Config::kOverlap && Config::kPersistent && kHeadDim <= 128 && kHeadDimV <= 128;
+    // O is scaled between the issue of S and its own: an iteration late, while S is multiplied.
+    static constexpr bool kScalesFirst = Config::kOverlap && Config::kScalesFirst;
+    static_assert(!kScalesFirst || (!kCrosses && kStages > 1));
     static constexpr int kTileStages = 2;  // of query tiles: the one being finished and the next
     using TileSlot = RingSlot<kTileStages>;
     // A bias that TMA can load comes in tiles like K; kBiasStages 0: there is none, or it is read from global memory.
@@ -95,6 +99,10 @@ struct ForwardSm90 {
 
     // One buffer for V is not free for the next tile before O is done.
     static constexpr bool kLateWait = Config::kLateWait && kStages > 1;
+
+    // Modifications of a whole tile of raw products.
+    static constexpr bool kWhole = Config::kPositiveScale && WholeTile<ScoreMod>::kExists && kHeadDimV <= 128;
+    using Whole = WholeTile<typename Either<kWhole, ScoreMod, NoScoreMod>::Type>;
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
@@ -225,6 +233,8 @@ struct ForwardSm90 {
         unsigned probabilities[kBlockN / 4];
         WgmmaTile<kHeadDimV> o;
         RowState<float> rows[2];  // max: of the row; sum: over this thread's keys
+        float owed[2];            // what O is still to be multiplied with (kScalesFirst)
+        Whole whole;
 
         __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
         __device__ __forceinline__ const ForwardParams& params() const { return kernel.params(); }
@@ -297,26 +307,30 @@ struct ForwardSm90 {
 
         __device__ __forceinline__ void modify(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n) {
             const auto& score_mod = kernel.arguments.variant.score_mod;
-            if constexpr (kBiasStages > 0) {
+            if constexpr (kWhole) {
+                whole.apply(s, w.at, first_row(w), n * kBlockN);
+                modify_with<true>(s, w, tiles, n, score_mod);
+            } else if constexpr (kBiasStages > 0) {
                 using Reader = PanelReader<typename BiasIn<ScoreMod>::Item, BiasTile>;
                 const Reader reader{kernel.smem + kOffsetBias + bias.stage * BiasTile::kBytes + 64 * wg * 128};
                 mbarrier_wait(kernel.bias_full(bias.stage), bias.parity);
-                modify_with(s, w, tiles, n, BiasIn<ScoreMod>::stage(score_mod, reader, first_row(w), n * kBlockN));
+                modify_with<Config::kFoldScale>(s, w, tiles, n,
+                                                BiasIn<ScoreMod>::stage(score_mod, reader, first_row(w), n * kBlockN));
                 __syncwarp();
                 release_bias();
             } else {
-                modify_with(s, w, tiles, n, score_mod);
+                modify_with<Config::kFoldScale>(s, w, tiles, n, score_mod);
             }
         }
-        template <class Mod>
+        template <bool kFoldScale, class Mod>
         __device__ __forceinline__ void modify_with(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n,
                                                     const Mod& score_mod) const {
             const Mask& mask = kernel.arguments.variant.mask;
             const float scale = static_cast<float>(params().scale);
             if (tiles.full(mask, w.at, n)) {
-                modify_scores<Config::kFoldScale, false>(s, w.at, first_row(w), n * kBlockN, scale, mask, score_mod);
+                modify_scores<kFoldScale, false>(s, w.at, first_row(w), n * kBlockN, scale, mask, score_mod);
             } else {
-                modify_scores<Config::kFoldScale, true>(s, w.at, first_row(w), n * kBlockN, scale, mask, score_mod);
+                modify_scores<kFoldScale, true>(s, w.at, first_row(w), n * kBlockN, scale, mask, score_mod);
             }
         }
         // Takes the maximum of a tile into a row; returns what O and the sums before it are to be multiplied with.
@@ -389,8 +403,8 @@ struct ForwardSm90 {
             exponentiate<true>(s, probabilities, shrink, w, n, [](float) {});
         }
         // Scores to probabilities as operands; the sums; and, 16 columns at a time in between, O times `shrink`: the
-        // multiplications fit into the issue slots that the exponentials leave. `when_free` is called with a sum, which is
-        // never negative, before anything is written to `probabilities`, kEarly columns after the start.
+        // multiplications fit into the issue slots that the exponentials leave. `when_free` is called with the sum so far,
+        // which is never negative, before anything is written to `probabilities`, kEarly columns after the start.
         template <bool kShrink, int kEarly = 0, class WhenFree>
         __device__ __forceinline__ void exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
                                                      const float (&shrink)[2], const Work& w, int n, WhenFree when_free) {
@@ -398,12 +412,13 @@ struct ForwardSm90 {
             float sum[4] = {rows[0].sum, 0.0f, rows[1].sum, 0.0f};
             constexpr int kSteps = kBlockN / 8, kSizeO = kHeadDimV / 2, kEach = (kSizeO + kSteps - 1) / kSteps;
 #pragma unroll
-            for (int u = 0; u < kSteps; u++) {
+            for (int u = 0; u <= kSteps; u++) {
                 if (u == kEarly / 8) {
-                    when_free(sum[0]);
+                    when_free((sum[0] + sum[1]) + (sum[2] + sum[3]));
 #pragma unroll
                     for (int early = 0; early < u && !Config::kDropout; early++) pack(s, probabilities, early);
                 }
+                if (u == kSteps) break;
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     s[4 * u + e] = exp2_fast(s[4 * u + e] * factor - offset[e / 2]);
@@ -418,7 +433,8 @@ struct ForwardSm90 {
             rows[0].sum = sum[0] + sum[1];
             rows[1].sum = sum[2] + sum[3];
             if constexpr (Config::kDropout) {
-                drop_probabilities(s, w.at, first_row(w), n * kBlockN, params().seed, params().dropout_threshold);
+                drop_probabilities<kBlockN % 32 == 0>(s, w.at, first_row(w), n * kBlockN, params().seed,
+                                                      params().dropout_threshold);
 #pragma unroll
                 for (int u = 0; u < kSteps; u++) pack(s, probabilities, u);
             }
@@ -478,8 +494,18 @@ struct ForwardSm90 {
             release_k();
             modify(s, at.w, at.tiles, at.n);
             shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+            if constexpr (kScalesFirst) owed[0] = owed[1] = 1.0f;  // O is 0
             exponentiate<false>(s, probabilities, shrink, at.w, at.n, [](float) {});
             wait_v(v, at.w, at.n, false);
+        }
+        // O times `owed`, before the next product adds to it.
+        __device__ __forceinline__ void scale_output() {
+            if constexpr (kScalesFirst) {
+#pragma unroll
+                for (int x = 0; x < kHeadDimV / 2; x++) o[x] *= owed[x % 4 / 2];
+                wgmma_pin(o.data);
+                wgmma_fence();
+            }
         }
         // Scores and probabilities of `at`, and the output of the keys before. kCross: those belong to the query tile before,
         // whose output is stored then; `skipped` tiles of V lie between the two.
@@ -494,6 +520,7 @@ struct ForwardSm90 {
             wgmma_pin(probabilities);
             wgmma_fence();
             issue_s(s);
+            scale_output();
             issue_o(probabilities);
             pass_turn();
             wgmma_wait_group<1>();
@@ -521,6 +548,17 @@ struct ForwardSm90 {
             modify(s, at.w, at.tiles, at.n);
             const RowState<float> done[2] = {rows[0], rows[1]};
             if constexpr (kCross) rows[0] = rows[1] = RowState<float>();
+            if constexpr (kScalesFirst) {
+                owed[0] = take_maximum(s, 0), owed[1] = take_maximum(s, 1);
+                exponentiate<false, kBlockN>(s, probabilities, owed, at.w, at.n, [&](float sum) {
+                    wait_v(next_v(), at.w, at.n, sum < 0.0f);
+                    wgmma_wait_group<0>();
+                    wgmma_pin(o.data);
+                    wgmma_pin(probabilities);
+                    release_v();
+                });
+                return;
+            }
             shrink[0] = take_maximum(s, 0);  // the dependency, so that the second row's maximum hides the latency of it
             if constexpr (kLateWait) {
                 if constexpr (kCross) {  // this one has come; the next may need the buffer that O still reads
@@ -601,6 +639,7 @@ struct ForwardSm90 {
         __device__ __forceinline__ void store(const Work& w, const RowState<float> (&state)[2]) {
             const ForwardParams& p = params();
             if (w.m_block * kBlockM >= w.at.seqlen_q) return;
+            __syncwarp();
             Element* out = static_cast<Element*>(p.out) + w.seq.out + w.at.head * p.out_head;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -620,6 +659,10 @@ struct ForwardSm90 {
         const Schedule schedule = Schedule::of(p);
         Consumer consumer{*this, wg};
         consumer.factor = exponent_factor<Config, float>(p);
+        if constexpr (kWhole) {
+            consumer.factor =
+                Whole::unit(arguments.variant.score_mod, static_cast<float>(p.scale)) * static_cast<float>(kLog2e);
+        }
         consumer.desc_q = QTile::k_major(base + wg * QTile::kBytes);
         consumer.desc_k = KTile::k_major(base + kOffsetK);
         consumer.desc_v = VTile::mn_major(base + kOffsetV);
@@ -628,6 +671,7 @@ struct ForwardSm90 {
         auto arrive = [&](const QueryTile& tile) {
             const Work w = schedule.work(p, tile);
             if constexpr (kForeignRows) store_padding<Element, float, kBlockM, 128 * kConsumers>(p, w, p.head_dim_v);
+            if constexpr (kWhole) consumer.whole = Whole::of(arguments.variant.score_mod, w.at, static_cast<float>(p.scale));
             return consumer.visit(w);
         };
         QueryTile tile = consumer.receive_tile(consumer.tile);
@@ -673,7 +717,7 @@ struct ForwardSm90 {
                     }
                 }
             }
-            if (pending) consumer.drain();
+            if (pending) consumer.scale_output(), consumer.drain();
             if (passed) {
                 consumer.skip_v(at.after);
             } else {

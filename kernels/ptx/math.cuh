@@ -46,6 +46,8 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
     return y;
 }
 
+__device__ __forceinline__ double reciprocal_fast(double x) { return 1.0 / x; }
+
 __device__ __forceinline__ float log2_fast(float x) { return __log2f(x); }
 __device__ __forceinline__ double log2_fast(double x) { return log2(x); }
 

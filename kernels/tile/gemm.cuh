@@ -3,9 +3,9 @@
 
 namespace cuattn {
 
-// s[m][u] = q[16 m + row ...] . k[8 u ...], over kHeadDim.
-template <class Mma, int kHeadDim, int kM, int kN, class QTile, class KTile>
-__device__ __forceinline__ void gemm_qk(typename Mma::Accum (&s)[kM][kN][4], const QTile& sQ, const KTile& sK, int row) {
+// s[m][u] = q[m] . k[8 u ...], over kHeadDim; load(m, column) yields a fragment of q.
+template <class Mma, int kHeadDim, int kM, int kN, class Load, class KTile>
+__device__ __forceinline__ void gemm_qk_of(typename Mma::Accum (&s)[kM][kN][4], const Load& load, const KTile& sK) {
     static_assert(kHeadDim % Mma::kGroupK == 0 && kN % Mma::kTilesK == 0, "tiles must be whole fragments");
 #pragma unroll
     for (int m = 0; m < kM; m++) {
@@ -20,7 +20,7 @@ __device__ __forceinline__ void gemm_qk(typename Mma::Accum (&s)[kM][kN][4], con
     for (int k = 0; k < kHeadDim; k += Mma::kGroupK) {
         typename Mma::Q q[kM];
 #pragma unroll
-        for (int m = 0; m < kM; m++) q[m] = Mma::load_q(sQ, row + 16 * m, k);
+        for (int m = 0; m < kM; m++) q[m] = load(m, k);
 #pragma unroll
         for (int u = 0; u < kN; u += Mma::kTilesK) {
             const typename Mma::K b = Mma::load_k(sK, 8 * u, k);
@@ -34,6 +34,12 @@ __device__ __forceinline__ void gemm_qk(typename Mma::Accum (&s)[kM][kN][4], con
             }
         }
     }
+}
+
+// The same with q in shared memory, from a row on.
+template <class Mma, int kHeadDim, int kM, int kN, class QTile, class KTile>
+__device__ __forceinline__ void gemm_qk(typename Mma::Accum (&s)[kM][kN][4], const QTile& sQ, const KTile& sK, int row) {
+    gemm_qk_of<Mma, kHeadDim>(s, [&](int m, int k) { return Mma::load_q(sQ, row + 16 * m, k); }, sK);
 }
 
 // o[m][u] += p[m] . v, over the 8 kN keys of the tile, summed apart from o: the tensor core truncates into a small sum, and o

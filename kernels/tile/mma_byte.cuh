@@ -1,5 +1,6 @@
-// Warp products of 16-bit q and P with keys and values of 8 bits, which become 16-bit numbers on their way from shared memory
-// to the fragments: exactly, for both formats fit into fp16 and bf16. Interface of MmaHalf.
+// Warp products of fp16 q and P with keys and values of 8 bits, which become fp16 on their way from shared memory to the
+// fragments: exactly, for both formats fit into it. Interface of MmaHalf. Queries in bf16 become fp16 too, times a power of two
+// for each row (narrow_row): e4m3 has a conversion to fp16 alone.
 //
 // ldmatrix moves pairs of bytes. A lane that would get 16-bit elements 2 t and 2 t + 1 of a key thus gets bytes 4 t ... 4 t +
 // 3, so the columns of q are taken in that order too; and of a transposed pair of keys it gets two neighbouring columns of v
@@ -10,9 +11,10 @@
 
 namespace cuattn {
 
-template <class Element_, class Byte>
+// kConverts: see ptx/bytes.cuh.
+template <class Byte, bool kConverts>
 struct MmaByte {
-    using Element = Element_;
+    using Element = __half;
     using Accum = float;
     static constexpr int kGroupK = 32, kTilesK = 2, kDepth = 16, kTilesV = 4;
     static constexpr int kParts = 1, kProducts = 2;
@@ -35,6 +37,36 @@ struct MmaByte {
     template <int kRows, int kCols>
     using VTile = KTile<kRows, kCols>;
 
+    // A row of bf16 becomes fp16 in place, by kLanes neighbouring lanes: times the power of two that brings its largest element
+    // to [2^14, 2^15), so that nothing above 2^-32 of it is rounded. Returns the power's reciprocal.
+    template <int kLanes, class Tile>
+    __device__ __forceinline__ static float narrow_row(const Tile& tile, int row, int lane) {
+        constexpr unsigned kMagnitude = 0x7fff7fffu;
+        unsigned top = 0;
+#pragma unroll 1
+        for (int col = 8 * lane; col < Tile::kCols; col += 8 * kLanes) {
+            const uint4 x = *reinterpret_cast<const uint4*>(tile.at(row, col));
+            top = __vmaxu2(
+                top, __vmaxu2(__vmaxu2(x.x & kMagnitude, x.y & kMagnitude), __vmaxu2(x.z & kMagnitude, x.w & kMagnitude)));
+        }
+        top = max(top & 0xffffu, top >> 16);
+#pragma unroll
+        for (int s = 1; s < kLanes; s *= 2) top = max(top, __shfl_xor_sync(0xffffffffu, top, s));
+        const unsigned exponent = max(top >> 7, 16u);  // biased; both powers below are normal numbers
+        const float factor = __uint_as_float((268 - exponent) << 23);
+#pragma unroll 1
+        for (int col = 8 * lane; col < Tile::kCols; col += 8 * kLanes) {
+            uint4& x = *reinterpret_cast<uint4*>(tile.at(row, col));
+            unsigned pairs[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                const float2 pair = unpack_pair<__nv_bfloat16>(pairs[n]);
+                pairs[n] = pack_pair<__half>(pair.x * factor, pair.y * factor);
+            }
+            x = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+        return __uint_as_float((exponent - 14) << 23);
+    }
     template <class Tile>
     __device__ __forceinline__ static Q load_q(const Tile& tile, int row, int k) {
         const int lane = threadIdx.x % 32;
@@ -56,7 +88,7 @@ struct MmaByte {
         ldmatrix_x4(r, Tile::moved(tile.address(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 16), row, k));
         K b;
 #pragma unroll
-        for (int x = 0; x < 4; x++) widen<Element>(r[x], b.r[x], Byte());
+        for (int x = 0; x < 4; x++) widen<kConverts>(r[x], b.r[x], Byte());
         return b;
     }
     // Of accumulator tile i, keys 0 ... 7 in r[i][0] and 8 ... 15 in r[i][1].
@@ -69,7 +101,7 @@ struct MmaByte {
 #pragma unroll
         for (int x = 0; x < 4; x++) {
             unsigned wide[2];
-            widen<Element>(swap_middle_bytes(r[x]), wide, Byte());
+            widen<kConverts>(swap_middle_bytes(r[x]), wide, Byte());
             b.r[x / 2 * 2][x % 2] = wide[0], b.r[x / 2 * 2 + 1][x % 2] = wide[1];
         }
         return b;

@@ -183,6 +183,20 @@ template <class Element, int kVecBytes, int kN>
 __device__ __forceinline__ void store_row(const WgmmaTile<kN>& o, int half, float factor, Element* target, int cols,
                                           bool inside) {
     const int lane = static_cast<int>(threadIdx.x % 4);
+    if (kVecBytes == 16 && kN % 32 == 0 && cols == kN) {  // no branch: all that follows may overlap
+#pragma unroll
+        for (int u = 0; u < kN / 8; u += 4) {
+            unsigned pairs[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int x = 4 * (u + i) + 2 * half;
+                pairs[i] = pack_pair<Element>(o.data[x] * factor, o.data[x + 1] * factor);
+            }
+            transpose_quad(pairs);
+            if (inside) *reinterpret_cast<uint4*>(target + 8 * (u + lane)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+        return;
+    }
 #pragma unroll
     for (int u = 0; u < kN / 8; u += 4) {  // 32 columns at a time
         unsigned pairs[4];
