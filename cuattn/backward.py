@@ -617,9 +617,9 @@ L2_BYTES = 32 << 20
 """Of an H200's 50 MB, what may be counted on."""
 
 
-LEAST_WINDOW = 256
-"""Keys of a window from which its few query tiles a key tile outweigh what a CTA costs before and after them. Below it are CTAs
-of one consumer warpgroup, two on an SM, that take several key tiles one after the other.
+NARROW_WINDOW = 256
+"""Keys of a window up to which its few query tiles do not repay what a CTA costs before and after them. A CTA then has one
+consumer warpgroup, shares its SM with another, and takes several key tiles one after the other.
 """
 
 
@@ -651,8 +651,8 @@ def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
         reasons.append("sums a bias over queries for head dimensions to 128")
     reasons += _bias_obstacles(backward)
     window = _window(p)
-    if window is not None and window < LEAST_WINDOW and widest > 128:
-        reasons.append(f"does not repay its start in windows of less than {LEAST_WINDOW} keys, got {window}")
+    if window is not None and window <= NARROW_WINDOW and widest > 128:
+        reasons.append(f"does not repay its start in windows to {NARROW_WINDOW} keys, got {window}")
     if not reasons and not sm90_candidates(backward, device):
         reasons.append("has no registers or shared memory left for these modifications")
     return reasons
@@ -735,7 +735,7 @@ _SM90 = {  # by the wider head dimension; warps include the producer's four
     256: (Tiles(64, 64, 2, 12, max_weight=17),),
 }
 _SM90_NARROW = {64: (Tiles(64, 64, 2, 8, 2, max_weight=5),), 128: (Tiles(32, 64, 2, 8, 2, max_weight=5),)}
-"""Where a window shows less than `LEAST_WINDOW` keys."""
+"""Where a window shows no more than `NARROW_WINDOW` keys."""
 
 
 def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles]:
@@ -747,7 +747,7 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     weight += backward.deterministic + 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
     widest = max(sm90_dims(problem))
     window = _window(problem)
-    narrow = window is not None and window < LEAST_WINDOW
+    narrow = window is not None and window <= NARROW_WINDOW
     table = {**_SM90, **_SM90_NARROW} if narrow else _SM90
     tiles = next((tiles for limit, tiles in table.items() if widest <= limit), ())
     # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they

@@ -74,12 +74,12 @@ def test_deterministic(cupy_backend: Any, case: Case) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize(("head_dim", "least"), [(64, 0), (64, 256), (128, 0), (128, 256), (256, 0)])
+@pytest.mark.parametrize(("head_dim", "narrow"), [(64, 0), (64, 256), (128, 0), (128, 256), (256, 0)])
 def test_narrow_windows(
-    cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, head_dim: int, least: int, deterministic: bool
+    cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, head_dim: int, narrow: int, deterministic: bool
 ) -> None:
     """As wide ones, and by CTAs that take several key tiles."""
-    monkeypatch.setattr(backward, "LEAST_WINDOW", least)
+    monkeypatch.setattr(backward, "NARROW_WINDOW", narrow)
     monkeypatch.setattr(backward, "_run", lambda *_: 3)
     case = Case("bfloat16", "ieee", 3, 410, 520 + 8 * deterministic, 4, 2, head_dim, mask="window")
     check(cupy_backend, case, deterministic=deterministic)

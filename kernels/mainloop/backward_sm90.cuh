@@ -261,7 +261,7 @@ struct BackwardSm90 {
         for_places(w, [&](const Tiles& tiles, Place here) {
             const int row = w.seq.token_q + here.m * kBlockM, head = w.at.head + here.head;
             const int row_k = w.seq.token_k + tiles.n * kBlockN;
-            const bool first = tiles.n != loaded;
+            const bool first = kRuns ? tiles.n != loaded : loaded < 0;
             if (first) {
                 if (kRuns) mbarrier_wait(k_empty(keys.stage), keys.parity ^ 1);
                 KTile::load(base + keys.stage * KTile::kBytes, arguments.maps[kBackwardMapK], k_full(keys.stage), 0, row_k,
@@ -316,7 +316,7 @@ struct BackwardSm90 {
             float* to = stats(slot.stage) + stats_place(lane);
 #pragma unroll
             for (int x = 0; x < kBlockM / 32; x++) to[32 * x] = own[x].lse, to[32 * x + kBlockM] = own[x].delta;
-            publish({here.head, here.m, full, tiles.n, slab, 0});
+            publish({here.head, here.m, full, kRuns ? tiles.n : 0, slab, 0});
         });
         mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
         publish({0, -1, 0, 0, 0, 0});
@@ -877,7 +877,9 @@ struct BackwardSm90 {
             if (Consumer::leads()) cp_async_bulk_wait();
         }
         if constexpr (kForeignRows && !Config::kQuerySplit) {
-            for (int n = w.n; n < w.stop && n < grads().n_blocks; n++) store_padding(w, n);
+            // NOTE: worked out again, or it would live in registers that the loop needs.
+            const Work again = Work::of(p, grads());
+            for (int n = again.n; n < again.stop && n < grads().n_blocks; n++) store_padding(again, n);
         }
     }
 
