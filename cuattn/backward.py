@@ -615,7 +615,7 @@ def sm90_smem_bytes(problem: Problem, tiles: Tiles) -> int:
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
     bulk = 4 * m * dim if tiles.bulk else 0
     through = 2 if n == 64 else 1  # dS, and P where the warpgroups share their keys
-    return 2 * n * (dim + dim_v) + stages * stage + through * 2 * 2 * m * n + bulk + 8 * (2 + 6 * stages) + 1024
+    return 2 * n * (dim + dim_v) + stages * stage + through * 2 * 2 * m * n + bulk + 8 * (2 + 7 * stages) + 1024
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four
@@ -639,7 +639,7 @@ def sm90_candidates(backward: BackwardProblem) -> Sequence[Tiles]:
     tiles = next((tiles for limit, tiles in _SM90.items() if widest <= limit), ())
     # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
     # spread by themselves, and at 256 there is no shared memory left to stage them.
-    bulk = widest == 128 or (widest == 64 and isinstance(problem.mask, Full))
+    bulk = widest == 128 or (widest == 64 and (isinstance(problem.mask, Full) or backward.deterministic))
     # The rows that a window shows to 128 keys begin and end at multiples of 64 more often than of 96.
     rows = 128 if _window(problem) is None else 64
     return [replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight and t.block_m <= rows]
