@@ -634,7 +634,8 @@ def sm90_candidates(backward: BackwardProblem) -> Sequence[Tiles]:
     """Tiles that fit the registers, best first."""
     problem = backward.forward
     weight = register_weight(problem) + 4 * any(isinstance(mod, Bias) for mod in problem.mods) + 4 * bool(problem.mods)
-    weight += backward.deterministic + 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
+    weight += 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
+    weight += backward.deterministic and weight > 0  # of what is heavy already
     widest = max(sm90_dims(problem))
     tiles = next((tiles for limit, tiles in _SM90.items() if widest <= limit), ())
     # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
