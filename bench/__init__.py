@@ -1,4 +1,4 @@
-"""Benchmarks of cuattn beside its peers: `python -m bench forward | backward | host | jit | memory | ceilings | report`.
+"""Benchmarks of cuattn beside its peers: `python -m bench --help` lists the parts.
 
 Method. Inputs are standard normal, rotated through more than three times the L2 cache where they would otherwise fit it.
 The contenders of a case run in interleaved rounds, so that clocks and temperature treat all of them alike; a number is the

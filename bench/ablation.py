@@ -10,6 +10,7 @@ from unittest import mock
 from bench.cases import Case
 from bench.forward import free_memory, l2_bytes, ours
 from bench.inputs import Inputs, best_arrays
+from bench.progress import within
 from bench.timing import Contender, Deadline, first_line, measure
 from cuattn import call, registry
 from cuattn.plan import Plan, make_plan
@@ -69,10 +70,7 @@ def contender(name: str, changes: dict[str, Any], inputs: Inputs) -> Contender:
 def run(cases: Sequence[Case], rounds: int, deadline: Deadline) -> None:
     """Print TFLOP/s of each variant of each case, and relative to the plan."""
     arrays = best_arrays()
-    for case in cases:
-        if deadline.passed:
-            print(f"time limit: {case} not run")
-            return
+    for case in within(deadline, cases):
         inputs = Inputs.of(case, arrays, l2_bytes())
         contenders = []
         for name, changes in VARIANTS.items():

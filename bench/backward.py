@@ -13,8 +13,10 @@ import numpy as np
 from bench.baselines import BASELINES, Baseline
 from bench.cases import Case
 from bench.ceilings import Ceilings
-from bench.forward import DISAGREE, OURS, difference, l2_bytes, line
-from bench.inputs import Arrays, HostArrays, Inputs
+from bench.forward import DISAGREE, OURS, difference, explained, l2_bytes, line
+from bench.forward import plan as forward_plan
+from bench.forward import sources as forward_sources
+from bench.inputs import Arrays, Inputs
 from bench.results import Row, make_row
 from bench.timing import Contender, first_line, measure
 from cuattn.backward import BackwardPlan
@@ -148,37 +150,15 @@ def run_case(
 
 def plans(case: Case, arch: str | None = None) -> tuple[Plan, BackwardPlan]:
     """The plans of a case's forward and backward; with `arch` for a typical GPU of it, else for the current one."""
-    import cuattn
-
-    inputs = Inputs.of(case, HostArrays())
-    q, k, v = inputs.sets[0]
-    options = {**inputs.options(), "return_lse": True, "arch": arch}
-    forward = cuattn.explain(q, k, v, *inputs.packing(), **options)
-    out = np.empty((*q.shape[:-1], case.head_dim_v), q.dtype)
-    backward = cuattn.explain(q, k, v, *inputs.packing(), backward=True, out=out, **options)
-    assert isinstance(forward, Plan) and isinstance(backward, BackwardPlan)
-    return forward, backward
+    backward = explained(case, arch, backward=True)
+    assert isinstance(backward, BackwardPlan)
+    return forward_plan(case, arch), backward
 
 
 def sources(case: Case, arch: str | None = None) -> list[tuple[str, str]]:
     """(source, architecture) of every kernel that a case needs."""
-    from cuattn.codegen import backward_units, units
+    from cuattn.codegen import backward_units
 
     forward, backward = plans(case, arch)
-    found = [*units(forward).values(), *backward_units(backward).values()]
-    return [(unit.source, forward.device.arch) for unit in found]
-
-
-def prewarm(cases: Sequence[Case]) -> None:
-    """Compile what the cases need on all cores at once; a kernel that does not compile is reported by its case."""
-    from cuattn import jit
-
-    jobs: dict[tuple[str, str], None] = {}
-    for case in cases:
-        try:
-            jobs.update(dict.fromkeys(sources(case)))
-        except Exception as error:
-            print(f"  ! {case}: {first_line(error)}")
-    with contextlib.suppress(jit.CompileError):
-        jit.compile_many(jobs)
-    print(f"{len(jobs)} kernels compiled or in the cache", flush=True)
+    units = backward_units(backward).values()
+    return [*forward_sources(case, arch), *((unit.source, forward.device.arch) for unit in units)]

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.cases import BLOCK, DROPOUT, SOFTCAP, WINDOWS, Case, user_mod
+from bench.cases import BLOCK, COMPILED, DROPOUT, SOFTCAP, WINDOWS, Case, user_mod
 from bench.inputs import Inputs, torch_on_gpu
 from bench.timing import Call, Contender, first_line
 
@@ -204,8 +204,8 @@ class Flex(Baseline):
 
     def declines(self, case: Case) -> str:
         unserved = {"packed", "dropout", "deterministic"} & set(case.mods)
-        special = case.mask not in ("full", "causal") or bool(case.mods)
-        served = case.dtype in ("bfloat16", "float16") and special and not unserved
+        special = case.mask not in ("full", "causal") or bool(case.mods) or case in COMPILED
+        served = case.dtype in HALF and special and not unserved
         return "" if served else "not a mask or score modification that it serves"
 
     def calls(self, inputs: Inputs) -> list[Call]:
@@ -375,6 +375,38 @@ class FlashInfer(Baseline):
         return [functools.partial(attend, *(x[0] for x in qkv), causal=causal) for qkv in inputs.sets]
 
 
+class XFormers(Baseline):
+    """`xformers.ops.memory_efficient_attention`, which chooses among kernels of its own and those of FlashAttention."""
+
+    name, title, no_gradient = "xformers", "xFormers", ""
+
+    def absent(self) -> str:
+        if needs_torch():
+            return needs_torch()
+        try:
+            import xformers.ops  # noqa: F401
+        except Exception as error:
+            return f"xformers does not import: {first_line(error)}"
+        return ""
+
+    def declines(self, case: Case) -> str:
+        served = case.dtype in (*HALF, "float32") and case.num_heads == case.num_heads_kv and not set(case.mods) - {"bias"}
+        return "" if served and case.mask in ("full", "causal", *WINDOWS) else "dtype, grouped heads, mask or mods"
+
+    def calls(self, inputs: Inputs) -> list[Call]:
+        from xformers.ops import memory_efficient_attention
+        from xformers.ops.fmha.attn_bias import LocalAttentionFromBottomRightMask, LowerTriangularFromBottomRightMask
+
+        case, bias = inputs.case, None
+        if case.mask == "causal":
+            bias = LowerTriangularFromBottomRightMask()
+        elif case.window is not None:
+            bias = LocalAttentionFromBottomRightMask(window_left=case.window, window_right=0)
+        elif inputs.bias is not None:
+            bias = inputs.bias.expand(case.batch, -1, -1, -1)
+        return [functools.partial(memory_efficient_attention, *qkv, attn_bias=bias) for qkv in inputs.sets]
+
+
 class Jax(Baseline):
     """`jax.nn.dot_product_attention` under jit with its cuDNN implementation; on the host clock, for its stream is its own."""
 
@@ -419,6 +451,7 @@ BASELINES: tuple[Baseline, ...] = (
     Flex(),
     FlashAttention3(),
     FlashAttention4(),
+    XFormers(),
     FlashInfer(),
     Jax(),
 )

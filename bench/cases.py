@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,11 +29,15 @@ def user_mod(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
     return s - 0.25 * (1 + abs(i - j)).log()
 
 
+BACKWARD_PARTS = ("backward", "matrix/backward")
+"""Parts whose time is that of the gradients alone."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One row of a benchmark. `mask` names an entry of MASKS; `mods` name score modifications and other options.
 
-    `bench` is the part it belongs to: FLOPs and bytes of "backward" are those of the gradients alone.
+    `bench` is the part it belongs to: FLOPs and bytes of those in BACKWARD_PARTS are those of the gradients alone.
     """
 
     bench: str
@@ -101,7 +106,7 @@ class Case:
 
     @property
     def backward(self) -> bool:
-        return self.bench == "backward"
+        return self.bench in BACKWARD_PARTS
 
     @property
     def biased(self) -> bool:
@@ -153,8 +158,8 @@ def visible_pairs(name: str, seqlen_q: int, seqlen_k: int) -> int:
 
 def dense(dtype: str, head_dim: int, batch: int, num_heads: int, seqlen: int, **options: Any) -> Case:
     """A forward case with as many queries as keys and as many KV heads as query heads, unless `options` says otherwise."""
-    sizes = {"head_dim_v": head_dim, "num_heads_kv": num_heads, "seqlen_q": seqlen, "seqlen_k": seqlen}
-    return Case(bench="forward", dtype=dtype, head_dim=head_dim, batch=batch, num_heads=num_heads, **{**sizes, **options})
+    sizes = {"head_dim_v": head_dim, "num_heads_kv": num_heads, "seqlen_q": seqlen, "seqlen_k": seqlen, "bench": "forward"}
+    return Case(dtype=dtype, head_dim=head_dim, batch=batch, num_heads=num_heads, **{**sizes, **options})
 
 
 def paper(*seqlens: int) -> list[Case]:
@@ -173,10 +178,19 @@ def featured(**options: Any) -> Case:
     return dense("bfloat16", 128, 4, 16, 4096, **options)
 
 
+CELLS = (512, 1024, 2048, 4096, 8192, 16384)
+"""Sequence lengths of the papers' tables."""
 LENGTHS = (512, 3584, 1024, 2560, 1536, 4096, 1000, 2072)
 """Sequences of the packed case; 16,384 tokens."""
 PACKED = Case("forward", "bfloat16", 128, 128, 16, 16, len(LENGTHS), max(LENGTHS), max(LENGTHS), mask="causal",
               mods=("packed",), lengths=LENGTHS)  # fmt: skip
+UNEVEN = tuple(int(n) for n in np.random.default_rng(0).integers(512, 4097, 16))
+"""Sequences of random length."""
+UNEVEN_PACKED = replace(PACKED, batch=len(UNEVEN), seqlen_q=max(UNEVEN), seqlen_k=max(UNEVEN), lengths=UNEVEN)
+GROUPED = [dense("bfloat16", 128, 2, 64, 8192, num_heads_kv=8, mask=m) for m in ("full", "causal")]
+UNEQUAL = dense("bfloat16", 192, 2, 16, 8192, head_dim_v=128)
+"""More columns of queries and keys than of values."""
+WINDOWED = dense("bfloat16", 64, 2, 32, 8192, mask="window 128")
 SPLIT = dense("bfloat16", 128, 1, 16, 128, seqlen_k=65536)
 """One query tile: too few blocks to fill a GPU unless the keys are split."""
 
@@ -184,11 +198,15 @@ FEATURES = [
     *(featured(mask=m) for m in ("window", "boolean", "blocks")),
     *(featured(mods=(m,)) for m in ("bias", "alibi", "softcap", "user", "dropout")),
     dense("bfloat16", 128, 4, 32, 4096, num_heads_kv=8, mask="causal"),
+    *GROUPED,
+    UNEQUAL,
+    WINDOWED,
     PACKED,
+    UNEVEN_PACKED,
     SPLIT,
 ]
 HALF = dense("float16", 128, 2, 16, 8192, mask="causal")
-FORWARD = [*paper(4096, 8192, 16384), HALF, *wide(64, 128), *FEATURES]
+FORWARD = [*paper(4096, 8192, 16384), *paper(512, 1024, 2048), HALF, *wide(64, 128), *FEATURES]
 QUICK = [*paper(4096), HALF, *wide(128), FEATURES[0], FEATURES[3], PACKED, SPLIT]
 
 
@@ -197,21 +215,26 @@ def gradients(*cases: Case) -> list[Case]:
     return [replace(case, bench="backward") for case in cases]
 
 
-MASKED = ("full", "causal")
+def deterministic(*cases: Case) -> list[Case]:
+    """The same, bit for bit from run to run."""
+    return [replace(case, mods=(*case.mods, "deterministic")) for case in cases]
+
+
 BACKWARD = gradients(
     *paper(4096),
     *(dense("float32", d, 2, 16, 4096, precision=p) for p in ("ieee", "tf32x3") for d in (64, 128)),
     *(dense("float64", d, 2, 16, 4096) for d in (64, 128)),
     *(featured(mods=(m,)) for m in ("bias", "key bias")),
-    *(dense("bfloat16", 128, 16384 // s, 16, s, mask=m, mods=("deterministic",)) for s in (4096, 16384) for m in MASKED),
-    *paper(8192, 16384),
-    dense("bfloat16", 128, 2, 64, 8192, num_heads_kv=8, mask="causal"),
-    dense("bfloat16", 192, 2, 16, 8192, head_dim_v=128),
+    *paper(512, 1024, 2048, 8192, 16384),
+    *GROUPED,
+    UNEQUAL,
+    WINDOWED,
     PACKED,
+    UNEVEN_PACKED,
+    *deterministic(*paper(*CELLS)),
     featured(mods=("dropout",)),
-    *(dense("bfloat16", 128, 16384 // s, 16, s, mask=m) for s in (128, 512, 1024, 2048) for m in MASKED),
+    *(dense("bfloat16", 128, 128, 16, 128, mask=m) for m in ("full", "causal")),
     *(featured(mods=(m,)) for m in ("alibi", "softcap", "user")),
-    dense("bfloat16", 64, 2, 32, 8192, mask="window 128"),
 )
 """The most telling first; what only FlexAttention has besides us, which compiles for seconds, last."""
 BACKWARD_QUICK = [
@@ -221,6 +244,31 @@ BACKWARD_QUICK = [
 ]  # fmt: skip
 
 ABLATION = paper(1024, 8192)
+
+
+def matrix(head_counts: Sequence[int], seqlens: Sequence[int]) -> list[Case]:
+    """One causal sequence for each length, head size and number of heads."""
+    grid = itertools.product(head_counts, (128, 64), seqlens)
+    return [dense("bfloat16", d, 1, h, s, mask="causal", bench="matrix") for h, d, s in grid]
+
+
+MATRIX_LENGTHS = (1024, 2048, 4096, 8192, 16384)
+COMPILED = [dense("bfloat16", 128, 1, 16, 4096, mask="causal", bench=bench) for bench in ("matrix", "matrix/backward")]
+"""Plain cells that a peer joins which compiles for ten seconds at every shape."""
+MATRIX_FORWARD = matrix((16, 32, 8), MATRIX_LENGTHS)
+MATRIX = sorted(
+    [*MATRIX_FORWARD, *(replace(case, bench="matrix/backward") for case in MATRIX_FORWARD)], key=COMPILED.__contains__
+)
+MATRIX_QUICK = [case for case in MATRIX if case.num_heads == 16 and case not in COMPILED]
+
+ERROR = [
+    *(dense("bfloat16", d, 1, 4, 2048, mask=m, bench="error") for m in ("causal", "full") for d in (128, 64, 256)),
+    dense("float16", 128, 1, 4, 2048, mask="causal", bench="error"),
+    *(dense("float32", 128, 1, 4, 2048, mask="causal", bench="error", precision=p) for p in ("ieee", "tf32x3", "tf32")),
+]
+ERROR_QUICK = ERROR[:3]
+LATENCY = [dense("bfloat16", 128, 1, 16, s, mask="causal", bench="latency") for s in (128, 512, 1024, 4096, 16384)]
+LATENCY_QUICK = LATENCY[:4]
 
 HOST = dense("float16", 64, 1, 4, 64, mask="causal")
 """So small that the GPU waits for the host."""
@@ -238,3 +286,9 @@ MEMORY_BACKWARD = [
     )
 ]
 """Forward and backward together."""
+MEMORY_LENGTHS = [
+    dense("bfloat16", 128, 1, 16, 1024 << n, mask="causal", bench=bench)
+    for bench in ("memory", "memory/backward")
+    for n in range(7)
+]
+"""One sequence that grows, beside peers."""

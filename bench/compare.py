@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.results import Row, key, label, load
+from bench.results import Row, key, load
+from bench.tables import label
 
 TOLERANCE = 5.0
 """Percent by which a time or a memory may grow; the spread of a case from run to run is of this size."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from bench.progress import within
 from bench.results import Row, Store
 from bench.timing import Deadline, first_line
 
@@ -73,6 +74,8 @@ CASES = (
     DecodeCase(32, 8192, (32, 32), page_size=64),
     DecodeCase(128, 8192, cache="int8"),
 )
+LENGTHS = tuple(DecodeCase(batch, 1024 << n) for batch in (1, 32) for n in range(0, 7, 2))
+"""Bandwidth against length."""
 
 
 class Inputs(NamedTuple):
@@ -226,6 +229,11 @@ def run_case(case: DecodeCase, peers: Sequence[str], rounds: int, env: Row) -> R
     print(f"{case!s:48} {us:9.1f} us | {case.bytes() / us * 1e-3:6.0f} GB/s | {others}", flush=True)
     del graphs, x
     torch.cuda.empty_cache()
+    return row(case, us, times, env)
+
+
+def row(case: DecodeCase, us: float, peers: Mapping[str, float], env: Row) -> Row:
+    """What is stored of a case."""
     mods = [f"page {case.page_size}"] + [f"cache {case.cache}"] * (case.cache != "bfloat16")
     return {
         "bench": "decode",
@@ -244,17 +252,14 @@ def run_case(case: DecodeCase, peers: Sequence[str], rounds: int, env: Row) -> R
         "tflops": None,
         "gbps": round(case.bytes() / us * 1e-3, 1),
         "bound_pct": None,
-        "peers": {name: round(t, 2) for name, t in times.items()},
+        "peers": {name: round(t, 2) for name, t in peers.items()},
         **env,
     }
 
 
 def run(cases: Sequence[DecodeCase], peers: Sequence[str], rounds: int, store: Store, env: Row, deadline: Deadline) -> None:
     """Measure the cases in order until the deadline, storing every row as it comes."""
-    for done, case in enumerate(cases):
-        if deadline.passed:
-            print(f"time limit: {len(cases) - done} of {len(cases)} cases not run, from {case}")
-            return
+    for case in within(deadline, cases):
         try:
             store.add(run_case(case, peers, rounds, env))
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -12,9 +13,11 @@ import numpy as np
 from bench.baselines import Baseline
 from bench.cases import Case
 from bench.ceilings import Ceilings
-from bench.inputs import Arrays, Inputs, best_arrays
+from bench.inputs import Arrays, HostArrays, Inputs, best_arrays
+from bench.progress import within
 from bench.results import Row, Store, make_row
 from bench.timing import Contender, Deadline, Timing, first_line, measure
+from cuattn.plan import Plan
 
 OURS = "cuattn"
 DISAGREE = 0.1
@@ -129,10 +132,7 @@ def run(
 ) -> None:
     """Measure the cases in order until the deadline, each by `run_case`, storing every row as it comes."""
     arrays = best_arrays()
-    for done, case in enumerate(cases):
-        if deadline.passed:
-            print(f"time limit: {len(cases) - done} of {len(cases)} cases not run, from {case}")
-            return
+    for case in within(deadline, cases):
         try:
             row = run_case(case, baselines, arrays, rounds, env, ceilings)
         except Exception as error:
@@ -141,3 +141,48 @@ def run(
         if row is not None:
             store.add(row)
         free_memory(arrays)
+
+
+# Kernels ahead of time ------------------------------------------------------------------------------------------------
+
+
+def explained(case: Case, arch: str | None, backward: bool = False) -> Any:
+    """The plan of a case's forward, as its backward needs it, or of that backward; on `arch`, or on the current GPU."""
+    import cuattn
+
+    inputs = Inputs.of(case, HostArrays())
+    q, k, v = inputs.sets[0]
+    options = {**inputs.options(), "return_lse": case.backward, "arch": arch}
+    if backward:
+        options |= {"backward": True, "out": np.empty((*q.shape[:-1], case.head_dim_v), q.dtype)}
+    return cuattn.explain(q, k, v, *inputs.packing(), **options)
+
+
+def plan(case: Case, arch: str | None = None) -> Plan:
+    """The plan of a case's forward; with `arch` for a typical GPU of it, else for the current one."""
+    found = explained(case, arch)
+    assert isinstance(found, Plan)
+    return found
+
+
+def sources(case: Case, arch: str | None = None) -> list[tuple[str, str]]:
+    """(source, architecture) of every kernel that the forward of a case needs."""
+    from cuattn.codegen import units
+
+    chosen = plan(case, arch)
+    return [(unit.source, chosen.device.arch) for unit in units(chosen).values()]
+
+
+def prewarm(cases: Sequence[Case], sources: Callable[[Case], list[tuple[str, str]]] = sources) -> None:
+    """Compile what the cases need on all cores at once; a kernel that does not compile is reported by its case."""
+    from cuattn import jit
+
+    jobs: dict[tuple[str, str], None] = {}
+    for case in cases:
+        try:
+            jobs.update(dict.fromkeys(sources(case)))
+        except Exception as error:
+            print(f"  ! {case}: {first_line(error)}")
+    with contextlib.suppress(jit.CompileError):
+        jit.compile_many(jobs)
+    print(f"{len(jobs)} kernels compiled or in the cache", flush=True)

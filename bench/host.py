@@ -12,12 +12,14 @@ from bench.baselines import Baseline
 from bench.cases import HOST
 from bench.forward import OURS, ours
 from bench.inputs import Arrays, CupyArrays, Inputs, TorchArrays, torch_on_gpu
+from bench.progress import within
 from bench.results import Row, Store, make_row
 from bench.timing import Contender, Deadline, first_line, measure_host
 
 CALLS = 4000
 QUICK_CALLS = 2000
 CORE, EMPTY, EMPTY_JIT = "core", "an empty autograd.Function", "an empty jit"
+BARE = "an autograd.Function of the core calls"
 PEERS = ("cudnn", "flash", "fa3", "fa4")
 """Those whose host path is worth a comparison, on the tensors they take."""
 
@@ -40,8 +42,35 @@ def backward_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[C
     return [backward.ours(inputs, douts), *peers]
 
 
+def decode_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Contender]:
+    """One new token of each sequence over a cache that holds the others."""
+    import numpy as np
+
+    import cuattn
+
+    q, k, v = inputs.sets[0]
+    lengths = inputs.arrays.put(np.full(HOST.batch, HOST.seqlen_k - 1, np.int32))
+    step = functools.partial(cuattn.attention_with_kvcache, cache_seqlens=lengths, causal=True)
+    return [Contender(OURS, [functools.partial(step, q[:, -1:], k, v, k[:, -1:], v[:, -1:])])]
+
+
+def recorded_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Contender]:
+    """A forward that autograd records, the core call that it makes, and what PyTorch takes for a function that does nothing."""
+    import cuattn
+
+    (qkv, *_), options = inputs.sets, inputs.options()
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    recorded = functools.partial(cuattn.attention, *leaves, **options)
+    core = functools.partial(cuattn.attention, *qkv, return_lse=True, **options)
+    empty = functools.partial(_empty_function(inputs.cotangents()[0]).apply, *leaves)
+    return [Contender(OURS, [recorded]), Contender(CORE, [core]), Contender(EMPTY, [empty])]
+
+
 def autograd_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Contender]:
-    """Forward and backward through autograd, the two core calls, and what PyTorch takes for a function that does nothing."""
+    """Forward and backward through autograd, the two core calls, and what PyTorch takes for other functions.
+
+    These are one that does nothing, one that does nothing but the core calls, and peers' forward and backward.
+    """
     import torch
 
     import cuattn
@@ -53,12 +82,34 @@ def autograd_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[C
         out, lse = cuattn.attention(*qkv, return_lse=True, **options)
         return cuattn.attention_backward(dout, *qkv, out, lse, **options)
 
-    def recorded() -> Any:
-        return torch.autograd.grad(cuattn.attention(*leaves, **options), leaves, dout)
+    class Bare(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+            out, lse = cuattn.attention(q, k, v, return_lse=True, **options)
+            ctx.save_for_backward(q, k, v, out, lse)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, dout: Any) -> Any:
+            return cuattn.attention_backward(dout, *ctx.saved_tensors, **options)[:3]
+
+    def through_autograd(function: Callable[..., Any]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(function(*leaves), leaves, dout)
+
+    mine = [
+        Contender(OURS, [through_autograd(functools.partial(cuattn.attention, **options))]),
+        Contender(CORE, [core]),
+        Contender(EMPTY, [through_autograd(_empty_function(dout).apply)]),
+        Contender(BARE, [through_autograd(Bare.apply)]),
+    ]
+    return [*mine, *(_both(b, inputs, leaves, dout) for b in baselines if not b.declines_gradient(HOST))]
+
+
+def _empty_function(dout: Any) -> Any:
+    """Takes and returns as many tensors as attention does."""
+    import torch
 
     class Empty(torch.autograd.Function):
-        """Takes and returns as many tensors as attention does."""
-
         @staticmethod
         def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
             ctx.save_for_backward(q, k, v)
@@ -68,10 +119,21 @@ def autograd_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[C
         def backward(ctx: Any, dout: Any) -> Any:
             return ctx.saved_tensors
 
-    def empty() -> Any:
-        return torch.autograd.grad(Empty.apply(*leaves), leaves, dout)
+    return Empty
 
-    return [Contender(OURS, [recorded]), Contender(CORE, [core]), Contender(EMPTY, [empty])]
+
+def _both(baseline: Baseline, inputs: Inputs, leaves: Sequence[Any], dout: Any) -> Contender:
+    """A peer's forward and backward."""
+    import torch
+
+    forward = baseline.calls(dataclasses.replace(inputs, sets=[tuple(leaves)]))[0]
+    dout = dout.transpose(-3, -2) if baseline.heads_first else dout
+
+    def both() -> Any:
+        result = forward()
+        return torch.autograd.grad(result[0] if isinstance(result, (tuple, list)) else result, leaves, dout)
+
+    return Contender(baseline.name, [both], context=baseline.context)
 
 
 def flash_attn_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Contender]:
@@ -116,8 +178,9 @@ def jax_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Conten
 
 
 Build = Callable[[Inputs, Sequence[Baseline]], list[Contender]]
-PARTS: dict[str, Build] = {"": forward_contenders, "/backward": backward_contenders}
+PARTS: dict[str, Build] = {"": forward_contenders, "/backward": backward_contenders, "/decode": decode_contenders}
 TORCH_PARTS: dict[str, Build] = {
+    "/recorded": recorded_contenders,
     "/autograd": autograd_contenders,
     "/flash_attn": flash_attn_contenders,
     "/sdpa": sdpa_contenders,
@@ -133,11 +196,12 @@ def run(baselines: Sequence[Baseline], calls: int, store: Store, env: Row, deadl
     jax = [b for b in baselines if b.name == "jax"]
     if jax:
         jobs.append((CupyArrays(), "/jax", jax_contenders, jax))
-    for arrays, part, build, peers in jobs:
-        name = f"host, {arrays.name} arrays{part.replace('/', ', ')}"
-        if deadline.passed:
-            print(f"time limit: {name} not measured")
-            return
+
+    def title(job: tuple[Arrays, str, Build, list[Baseline]]) -> str:
+        return f"host, {job[0].name} arrays{job[1].replace('/', ', ')}"
+
+    for job in within(deadline, jobs, title):
+        (arrays, part, build, peers), name = job, title(job)
         case = dataclasses.replace(HOST, bench=f"host/{arrays.name}{part}")
         try:
             times = measure_host(build(Inputs.of(case, arrays), peers), calls)

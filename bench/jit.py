@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 
 from bench.cases import Case
+from bench.progress import within
 from bench.results import ROOT, Row, Store, make_row
 from bench.timing import Deadline
 
@@ -34,11 +35,11 @@ def seconds(case: Case, folder: str) -> float:
 
 def run(cases: Sequence[Case], rounds: int, store: Store, env: Row, deadline: Deadline) -> None:
     """Median over `rounds` pairs of processes: a cold one, then a warm one on the same folder."""
-    for case in cases:
+    for case in within(deadline, cases):
         samples: dict[str, list[float]] = {"cold": [], "warm": []}
         try:
             for _ in range(rounds):
-                if deadline.passed:
+                if deadline.passed and samples["warm"]:
                     break
                 with tempfile.TemporaryDirectory() as folder:
                     for kind in samples:
@@ -46,9 +47,6 @@ def run(cases: Sequence[Case], rounds: int, store: Store, env: Row, deadline: De
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             print(f"first call, {case}: {error}")
             continue
-        if not samples["warm"]:
-            print(f"time limit: first call of {case} not measured")
-            return
         medians = {kind: statistics.median(values) for kind, values in samples.items()}
         spread = " ".join(f"{min(v):.3f}-{max(v):.3f}" for v in samples.values())
         print(f"first call, {case}: cold {medians['cold']:.3f} s, warm {medians['warm']:.3f} s ({spread})", flush=True)

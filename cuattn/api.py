@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cuattn import arrays, call, decode_call, jit
-from cuattn.arrays import View, library_of
+from cuattn.arrays import View, contiguous_strides, library_of
 from cuattn.backward import BackwardPlan, make_backward_plan, make_backward_problem
 from cuattn.decode import Scalars
 from cuattn.masks import Mask
 from cuattn.plan import Plan, make_plan
-from cuattn.problem import contiguous_strides, parse_mask, parse_mods
+from cuattn.problem import parse_mask, parse_mods
 from cuattn.registry import DEVICES
 from cuattn.score_mods import Bias, ScoreMod, UserMod
 
@@ -171,7 +171,7 @@ def _mask_of(causal: Any, window: Any, mask: Any) -> Mask:
 def attention_with_kvcache(
     q: Any,
     k_cache: Any,
-    v_cache: Any,
+    v_cache: Any = None,
     k: Any = None,
     v: Any = None,
     *,
@@ -187,6 +187,7 @@ def attention_with_kvcache(
     num_splits: int = 0,
     k_scale: Any = None,
     v_scale: Any = None,
+    head_dim_v: int | None = None,
     scale: float | None = None,
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
@@ -207,6 +208,9 @@ def attention_with_kvcache(
       `attention_varlen`. Any number of tokens; built for one to a few dozen.
     k_cache, v_cache: (rows, seqlen, num_heads_kv, head_dim or head_dim_v), or with page_table (pages, page_size, num_heads_kv,
       ...). Of q's dtype, or under 16-bit q of 8 bits: float8_e4m3fn, uint8 that holds its bits, or int8.
+    head_dim_v: without a v_cache, values are the first head_dim_v columns of the keys, which are read once. Multi-head latent
+      attention in its absorbed form, over 512 columns of a latent and 64 rotated ones, has k_cache (..., 1, 576) and head_dim_v
+      512; such models have a scale of their own. New tokens are k alone, and rotary_cos is None.
     k, v: (batch, tokens, num_heads_kv, ...), packed (total_q, num_heads_kv, ...): new tokens, written into the cache behind
       what it holds. None: the cache holds everything already.
     cache_seqlens: (batch,) int32 or one integer: tokens in the cache before the new ones, padding on the left included. They
@@ -259,7 +263,9 @@ def attention_with_kvcache(
         named,
         _mask_of(causal, window, mask),
         parse_mods(softcap, alibi_slopes, bias, score_mod),
-        Scalars(scale, return_lse, bool(deterministic), num_splits, bool(rotary_interleaved), max_seqlen_q, precision),
+        Scalars(
+            scale, return_lse, bool(deterministic), num_splits, bool(rotary_interleaved), max_seqlen_q, precision, head_dim_v
+        ),
     )
 
 

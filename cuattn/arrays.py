@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import operator
 import sys
 import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -42,6 +44,16 @@ class View(NamedTuple):
     """in elements, not bytes; 0 along a broadcast axis"""
     dtype: str
     """NumPy's (and ml_dtypes') name: float16, bfloat16, float32, float64, bool, uint8, int32, ..."""
+
+
+class Gathered(NamedTuple):
+    """Arrays of a call."""
+
+    addresses: list[int]
+    kinds: Hashable
+    """everything else that a plan depends on, and where each array is"""
+    needs_grad: bool
+    """whether one of them does (`Library.needs_grad`)"""
 
 
 _view = tuple.__new__  # half the time of View(...): that one packs its arguments twice
@@ -88,6 +100,21 @@ class Library:
         """An uninitialised C-contiguous array that a computation on `device` can write, allocated on the current stream."""
         return np.empty(shape, numpy_dtype(dtype)) if device[0] == "cpu" else CUPY.empty(shape, dtype, device)
 
+    def maker(self, shape: tuple[int, ...], dtype: str, device: Device) -> Callable[[], Any]:
+        """What makes such arrays as `empty` does, in less time, whenever `device` is the current one."""
+        return functools.partial(self.empty, shape, dtype, device)
+
+    def gather(self, named: dict[str, Any]) -> Gathered:
+        """What a warm call must know of its arrays. Native libraries alone have this and `address`, for arrays on a GPU.
+
+        Some exception for an array that is not of this library, or that `view` refuses.
+        """
+        raise NotImplementedError
+
+    def address(self, x: Any) -> int:
+        """Of an array that `maker` made."""
+        raise NotImplementedError
+
     def stream(self, device: Device) -> int:
         """The caller's current stream on `device` as a driver handle: 0 is the legacy default stream, 2 the per-thread one."""
         return 0 if device[0] == "cpu" else CUPY.stream(device)
@@ -107,6 +134,10 @@ class Library:
     def to_cupy(self, x: Any) -> Any:
         """A CuPy array over a CUDA array's memory; CuPy's current stream waits for what its producer has queued."""
         return _cupy().from_dlpack(x)
+
+    def results(self, device: Device) -> Library:
+        """The library of the arrays that `give_back` and `from_host` return; a call takes those beside arrays of its own."""
+        return self
 
     def give_back(self, x: Any, out: Any = None) -> Any:
         """A CuPy result as this library's kind, ordered after CuPy's current stream; `out` receives it where supported."""
@@ -128,8 +159,8 @@ class Library:
         """Whether `x` may be written as `out=`."""
         return self.supports_out
 
-    def needs_grad(self, x: Any) -> bool:
-        """Whether the library would have to record this call in order to differentiate it with respect to `x`."""
+    def needs_grad(self, arrays: Iterable[Any]) -> bool:
+        """Whether the library would have to record a call in order to differentiate it with respect to one of `arrays`."""
         return False
 
     def autocasts(self, inputs: tuple[Any, ...], device: Device) -> bool:
@@ -205,14 +236,29 @@ class CuPy(Library):
             raise _misaligned(name, ptr, dtype)
         return _view(View, (ptr, x.shape, strides, dtype))
 
+    _kind = staticmethod(operator.attrgetter("dtype", "shape", "strides", "data.device_id"))
+
+    def gather(self, named: dict[str, Any]) -> Gathered:
+        addresses: list[int] = []
+        kinds: list[Hashable] = [*named]
+        for x in named.values():
+            ptr = x.data.ptr
+            addresses.append(ptr)
+            kinds += (ptr & 15, self._kind(x))
+        return _view(Gathered, (addresses, tuple(kinds), False))
+
+    def address(self, x: Any) -> int:
+        return int(x.data.ptr)
+
     def device(self, x: Any, name: str = "array") -> Device:
         return ("cuda", x.data.device_id)
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Any:
-        if self._current_device() == device[1]:
-            return self._ndarray(shape, numpy_dtype(dtype))
-        with _cupy().cuda.Device(device[1]):
-            return self._ndarray(shape, numpy_dtype(dtype))
+        with self.guard(device):
+            return self.maker(shape, dtype, device)()
+
+    def maker(self, shape: tuple[int, ...], dtype: str, device: Device) -> Callable[[], Any]:
+        return functools.partial(self._ndarray, shape, numpy_dtype(dtype))
 
     def stream(self, device: Device) -> int:
         return int(self._current_stream(device[1]).ptr)
@@ -293,8 +339,36 @@ class Torch(Library):
             return CPU
         raise TypeError(f"{name}: got a tensor on device {x.device}, expected cpu or cuda")
 
+    def gather(self, named: dict[str, Any]) -> Gathered:
+        addresses: list[int] = []
+        kinds: list[Hashable] = [*named]
+        needs_grad = False
+        for name, x in named.items():
+            if _BY_TYPE.get(type(x)) is not self:
+                raise TypeError(f"{name}: got {type(x)}")
+            ptr, strides = x.data_ptr(), x.stride()
+            if not ptr or (strides and strides[-1] != 1):
+                self._inspect(x, name)
+            if x.requires_grad:
+                needs_grad = True
+            addresses.append(ptr)
+            kinds += (ptr & 15, x.dtype, x.shape, strides, x.get_device())
+        if needs_grad and not self._torch.is_grad_enabled():
+            needs_grad = False
+        if getattr(self._forward_ad, "_current_level", 0) >= 0:
+            needs_grad = self.needs_grad(named.values())
+        return _view(Gathered, (addresses, tuple(kinds), needs_grad))
+
+    def address(self, x: Any) -> int:
+        return int(x.data_ptr())
+
     def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Any:
-        return self._torch.empty(shape, dtype=_torch_dtype(dtype), device=_torch_device(device))
+        return self.maker(shape, dtype, device)()
+
+    def maker(self, shape: tuple[int, ...], dtype: str, device: Device) -> Callable[[], Any]:
+        # PyTorch reads its arguments in less time than those of torch.empty.
+        function, strides = self._torch.empty_strided, contiguous_strides(shape)
+        return functools.partial(function, shape, strides, dtype=_torch_dtype(dtype), device=_torch_device(device))
 
     def stream(self, device: Device) -> int:
         return 0 if device[0] == "cpu" else int(self._raw_stream(device[1]))
@@ -329,12 +403,16 @@ class Torch(Library):
     def cast(self, x: Any, dtype: str) -> Any:
         return x.to(_torch_dtype(dtype))
 
-    def needs_grad(self, x: Any) -> bool:
-        """True for a tensor that requires grad while grad mode is on, and for a dual tensor of forward-mode differentiation."""
-        if x.requires_grad:
-            return bool(self._torch.is_grad_enabled())
+    def needs_grad(self, arrays: Iterable[Any]) -> bool:
+        """True for tensors that require grad while grad mode is on, and for dual tensors of forward-mode differentiation."""
+        if self._torch.is_grad_enabled():
+            for x in arrays:
+                if x.requires_grad:
+                    return True
         forward_ad = self._forward_ad
-        return getattr(forward_ad, "_current_level", 0) >= 0 and forward_ad.unpack_dual(x).tangent is not None
+        if getattr(forward_ad, "_current_level", 0) < 0:
+            return False
+        return any(forward_ad.unpack_dual(x).tangent is not None for x in arrays)
 
     def autocasts(self, inputs: tuple[Any, ...], device: Device) -> bool:
         if not self._torch.is_autocast_enabled(device[0]):
@@ -345,7 +423,7 @@ class Torch(Library):
         return any(x.dtype in CASTABLE and x.dtype != dtype for x in inputs if isinstance(x, self._torch.Tensor))
 
     def writable(self, x: Any) -> bool:
-        return not self.needs_grad(x)
+        return not self.needs_grad((x,))
 
 
 class Jax(Library):
@@ -373,10 +451,13 @@ class DLPack(Library):
 
     name = "dlpack"
 
+    def results(self, device: Device) -> Library:
+        return NUMPY if device[0] == "cpu" else CUPY
+
     def host(self, x: Any) -> Array:
         if self.device(x)[0] == "cuda":
             return CUPY.host(self.to_cupy(x))
-        return np.from_dlpack(x)
+        return x if isinstance(x, np.ndarray) else np.from_dlpack(x)
 
     def from_host(self, x: Array, like: Any) -> Any:
         device = self.device(like)
@@ -384,6 +465,19 @@ class DLPack(Library):
             return x
         with CUPY.guard(device):
             return upload(x)
+
+
+class CudaInterface(DLPack):
+    """Arrays with `__cuda_array_interface__` and no `__dlpack__`, Numba's for one. Results are CuPy arrays."""
+
+    name = "cuda_array_interface"
+
+    def device(self, x: Any, name: str = "array") -> Device:
+        return CUPY.device(self.to_cupy(x))
+
+    def to_cupy(self, x: Any) -> Any:
+        """A CuPy array over the same memory, after waiting for the stream that the interface names, if it names one."""
+        return _cupy().asarray(x)
 
 
 def traced(x: Any) -> bool:
@@ -395,7 +489,7 @@ def traced(x: Any) -> bool:
     return bool(torch.compiler.is_dynamo_compiling() or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__)
 
 
-NUMPY, CUPY, TORCH, JAX, DLPACK = NumPy(), CuPy(), Torch(), Jax(), DLPack()
+NUMPY, CUPY, TORCH, JAX, DLPACK, CUDA_INTERFACE = NumPy(), CuPy(), Torch(), Jax(), DLPack(), CudaInterface()
 _BY_TYPE: dict[type, Library] = {np.ndarray: NUMPY}
 
 
@@ -431,9 +525,14 @@ def _identify(x: Any, name: str) -> Library:
                 "traced ones are for cuattn.jax.attention"
             )
         return JAX
-    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__") and not isinstance(x, type):
+    if isinstance(x, type):
+        pass
+    elif hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         return DLPACK
-    raise TypeError(f"{name}: got {kind}, expected a NumPy, CuPy, PyTorch or JAX array, or one with __dlpack__")
+    elif hasattr(x, "__cuda_array_interface__"):
+        return CUDA_INTERFACE
+    others = "or one with __dlpack__ or __cuda_array_interface__"
+    raise TypeError(f"{name}: got {kind}, expected a NumPy, CuPy, PyTorch or JAX array, {others}")
 
 
 @functools.cache
@@ -456,6 +555,15 @@ def _elements(strides: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[tuple[int
     # A size that is no power of two (a structured or string dtype) is refused by its name; here it only must not divide.
     low_bits = size - 1 if size & (size - 1) == 0 else 0
     return tuple(stride // size for stride in strides), dtype.name, low_bits
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Element strides of a C-contiguous array."""
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
 
 
 def _misaligned(name: str, ptr: int, dtype: str) -> ValueError:

@@ -13,7 +13,7 @@ from cuattn.plan import SPLIT_PARTS
 from cuattn.problem import Problem, vector_bytes
 from cuattn.registry import Device, Tiles, register_weight, round_up
 from cuattn.score_mods import Bias, UserMod
-from cuattn.tma import tma_obstacles
+from cuattn.tma import tma_bias, tma_obstacles
 
 POINTERS = (
     "dout",
@@ -234,7 +234,7 @@ class BackwardPlan:
     """deterministic: CTAs that take the key tiles of a head in turn, each with a dq of its own"""
     bias_kind: BiasKind
     staged_bias: Operand | None
-    """the bias whose tiles come with the queries"""
+    """the bias whose tiles come with the queries, or one that does not vary along them and stays with the keys"""
     map_words: int
     map_batches: int
     map_heads: int
@@ -263,8 +263,25 @@ class BackwardPlan:
     @property
     def early(self) -> bool:
         """backward_sm90: dv is multiplied before dp is there."""
-        p = self.problem
-        return not p.mods and p.scale > 0 and p.dropout == 0 and not p.mask.tiled
+        return _early(self.problem)
+
+    @property
+    def tma_bias(self) -> Operand | None:
+        """backward_sm90: the bias whose tiles the copy engine brings, as (batch, query, head, key)."""
+        staged = self.staged_bias
+        return tma_bias(staged) if self.uses_tma and staged is not None and not one_row(staged) else None
+
+    @property
+    def tma_bias_sums(self) -> Operand | None:
+        """backward_sm90: what the copy engine stores the gradients of such tiles to, or adds them to: dbias or bias_sum."""
+        backward, bias = self.backward, self.backward.bias
+        if self.tma_bias is None or bias is None:
+            return None
+        stores = self.bias_kind is STORE
+        batches, heads, rows, cols = (1, 1, 1, 1, *bias.shape)[-4:] if stores else self.sum_shape[1:]
+        strides = (heads * rows * cols, cols, rows * cols, 1)
+        dtype, slot = (bias.dtype, backward.slot("dbias")) if stores else ("float32", backward.slot("bias_sum"))
+        return Operand(slot, (batches, rows, heads, cols), strides, dtype)
 
     @property
     def takes_turns(self) -> bool:
@@ -363,7 +380,7 @@ class BackwardPlan:
         if self.bias_kind is ROWS:
             return (self.dq_splits, p.batch, p.num_heads, p.seqlen_q, 1)
         batches, heads, rows, cols = (1, 1, 1, 1, *bias.shape)[-4:]
-        return (1, batches, heads, rows, round_up(cols, 2))
+        return (1, batches, heads, rows, round_up(cols, 4))
 
     @property
     def workspace(self) -> tuple[int, ...]:
@@ -562,6 +579,8 @@ L2_BYTES = 32 << 20
 """Of an H200's 50 MB, what may be counted on."""
 
 
+MOST_FEW_ROWS = 4096
+"""Queries of a causal call up to which tiles of 64 rows were no slower than of 96, at 64 columns."""
 LEAST_WINDOW = 256
 """Keys of a window from which its few query tiles a key tile outweigh what a CTA costs before and after them."""
 
@@ -592,13 +611,43 @@ def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
         reasons.append("does not sum a bias over keys")
     if _bias_kind(backward) is COLUMNS and widest > 128:
         reasons.append("sums a bias over queries for head dimensions to 128")
-    if bias_to_stage(p) is not None:
-        reasons.append("reads a bias element by element, not in tiles")
+    reasons += _bias_obstacles(backward)
     window = _window(p)
     if window is not None and window < LEAST_WINDOW:
         reasons.append(f"does not repay its start in windows of less than {LEAST_WINDOW} keys, got {window}")
-    if not reasons and not sm90_candidates(backward):
-        reasons.append("has no registers left for these modifications")
+    if not reasons and not sm90_candidates(backward, device):
+        reasons.append("has no registers or shared memory left for these modifications")
+    return reasons
+
+
+def sm90_bias(problem: Problem) -> Operand | None:
+    """The one bias that backward_sm90 does not read element by element: it does not vary along the queries, or comes by TMA."""
+    found = [ops[0] for mod, ops in zip(problem.mods, problem.mod_operands, strict=True) if isinstance(mod, Bias)]
+    return found[0] if len(found) == 1 and (one_row(found[0]) or tma_bias(found[0]) is not None) else None
+
+
+def _early(problem: Problem) -> bool:
+    """Whether probabilities and gradients of scores can be found one after the other: a bias moves scores, no gradient."""
+    p = problem
+    folded = not p.mods and p.scale > 0
+    return (folded or (len(p.mods) == 1 and sm90_bias(p) is not None)) and p.dropout == 0 and not p.mask.tiled
+
+
+def _bias_obstacles(backward: BackwardProblem) -> list[str]:
+    """Why backward_sm90 would read a bias element by element, or could not sum its gradient, where backward.cu stages it."""
+    p = backward.forward
+    staged = sm90_bias(p)
+    if staged is None:
+        return ["reads a bias element by element, not in tiles"] if bias_to_stage(p) is not None else []
+    if one_row(staged):
+        return []
+    reasons = []
+    if max(p.head_dim, p.head_dim_v) > 128:
+        reasons.append("has no shared memory left for tiles of a bias beyond head dimensions of 128")
+    if backward.deterministic and _bias_kind(backward) is CELLS:
+        reasons.append("adds up tiles of a bias in no fixed order")
+    if _bias_kind(backward) is STORE and staged.shape[-1] % 8:
+        reasons.append(f"stores the gradient of a bias in units of 8 keys, got {staged.shape[-1]} keys")
     return reasons
 
 
@@ -608,14 +657,18 @@ def sm90_dims(problem: Problem) -> tuple[int, int]:
     return round_up(problem.head_dim, unit), round_up(problem.head_dim_v, unit)
 
 
-def sm90_smem_bytes(problem: Problem, tiles: Tiles) -> int:
+def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     """kernels/mainloop/backward_sm90.cuh, which asserts that it suffices."""
-    dim, dim_v = sm90_dims(problem)
+    dim, dim_v = sm90_dims(backward.forward)
     m, n, stages = tiles.block_m, tiles.block_n, tiles.stages
+    staged, sums = sm90_bias(backward.forward), {CELLS: 2 * 4, STORE: 2 * 2}.get(_bias_kind(backward), 0)
+    bias = (2 * stages + sums) * m * n if staged is not None and not one_row(staged) else 0
+    # Of each consumer warp's 16 keys, and each consumer's two.
+    bias += 4 * 8 * 16 * (staged is not None and one_row(staged)) + 4 * 256 * 2 * (_bias_kind(backward) is COLUMNS)
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
     bulk = 4 * m * dim if tiles.bulk else 0
     through = 2 if n == 64 else 1  # dS, and P where the warpgroups share their keys
-    return 2 * n * (dim + dim_v) + stages * stage + through * 2 * 2 * m * n + bulk + 8 * (2 + 7 * stages) + 1024
+    return 2 * n * (dim + dim_v) + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (2 + 7 * stages) + 1024
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four
@@ -630,20 +683,26 @@ _SM90 = {  # by the wider head dimension; warps include the producer's four
 }
 
 
-def sm90_candidates(backward: BackwardProblem) -> Sequence[Tiles]:
-    """Tiles that fit the registers, best first."""
+def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles]:
+    """Tiles that fit shared memory and registers, best first."""
     problem = backward.forward
-    weight = register_weight(problem) + 4 * any(isinstance(mod, Bias) for mod in problem.mods) + 4 * bool(problem.mods)
+    weight = register_weight(problem)
+    if problem.mods and not _early(problem):
+        weight += 4 + 4 * any(isinstance(mod, Bias) for mod in problem.mods)
     weight += 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
-    weight += backward.deterministic and weight > 0  # of what is heavy already
+    weight += 2 * (backward.deterministic and weight > 0)  # the doormen, beside what is heavy already
     widest = max(sm90_dims(problem))
     tiles = next((tiles for limit, tiles in _SM90.items() if widest <= limit), ())
     # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
     # spread by themselves, and at 256 there is no shared memory left to stage them.
     bulk = widest == 128 or (widest == 64 and (isinstance(problem.mask, Full) or backward.deterministic))
-    # The rows that a window shows to 128 keys begin and end at multiples of 64 more often than of 96.
-    rows = 128 if _window(problem) is None else 64
-    return [replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight and t.block_m <= rows]
+    # The rows that a band shows to 128 keys begin and end at multiples of 64 more often than of 96, which counts where they
+    # are few.
+    band = isinstance(problem.mask, SlidingWindow) and not problem.packed and not backward.deterministic
+    few = _window(problem) is not None or (band and problem.seqlen_q <= MOST_FEW_ROWS)
+    rows = 64 if few else 128
+    tiles = tuple(replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight and t.block_m <= rows)
+    return [t for t in tiles if sm90_smem_bytes(backward, t) <= device.smem_per_block]
 
 
 def _sm90_gemm(problem: Problem) -> Gemm:
@@ -680,16 +739,16 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
     declined = sm90_declines(backward, device)
     hopper = not declined
     gemm = _sm90_gemm(p) if hopper else gemm_of(p, device)
-    tiles = (sm90_candidates(backward) if hopper else candidates(p, device, backward.deterministic))[0]
+    tiles = (sm90_candidates(backward, device) if hopper else candidates(p, device, backward.deterministic))[0]
     longest_q, longest_k = min(p.seqlen_q, p.total_q), min(p.seqlen_k, p.total_k)
     m_blocks, n_blocks = -(-longest_q // tiles.block_m), max(1, -(-longest_k // tiles.block_n))
     if p.packed:
         m_blocks = max(m_blocks, 1)
     dims = sm90_dims(p) if hopper else padded_dims(p)
-    staged = None if hopper else bias_to_stage(p)
-    if staged is not None and smem_bytes(p, tiles, gemm, staged) > device.smem_per_block:
+    staged = sm90_bias(p) if hopper else bias_to_stage(p)
+    if not hopper and staged is not None and smem_bytes(p, tiles, gemm, staged) > device.smem_per_block:
         staged = None
-    smem = sm90_smem_bytes(p, tiles) if hopper else smem_bytes(p, tiles, gemm, staged)
+    smem = sm90_smem_bytes(backward, tiles) if hopper else smem_bytes(p, tiles, gemm, staged)
     resident = max(1, min(tiles.min_blocks, device.smem_per_sm // (smem + 1024)))
     slots, heads = resident * device.num_sms, max(1, p.num_heads_kv * p.batch)
     dq_splits = 1

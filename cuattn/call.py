@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import itertools
 import math
 import os
@@ -9,15 +11,14 @@ import secrets
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cuattn import arrays, jit
 from cuattn.arrays import Device as ArrayDevice
-from cuattn.arrays import Library, View, library_of
+from cuattn.arrays import Gathered, Library, View, library_of
 from cuattn.backward import POINTERS as BACKWARD_POINTERS
 from cuattn.backward import (
     STORE,
@@ -30,12 +31,12 @@ from cuattn.backward import (
 from cuattn.codegen import BIAS_THREADS, COMBINE_THREADS, PREPARE_THREADS, Unit, backward_units, bias_is_wide, units
 from cuattn.decode import DecodePlan
 from cuattn.fields import ITEMSIZE
-from cuattn.launch import BackwardParameters, DecodeParameters, Parameters
+from cuattn.launch import Launch, backward_struct, forward_struct
 from cuattn.masks import Mask
 from cuattn.plan import WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan, make_plan
 from cuattn.problem import POINTERS, SLOT, Problem, make_problem
 from cuattn.registry import Device
-from cuattn.score_mods import ScoreMod, UserMod
+from cuattn.score_mods import Bias, ScoreMod
 
 
 class Options(NamedTuple):
@@ -74,6 +75,21 @@ class Call(NamedTuple):
     """arrays of the mask, then of the modifications"""
     options: Options
     seed: int
+    gathered: Gathered | None = None
+    """where kernels use the arrays in place"""
+
+    def with_lse(self) -> Call:
+        """The same call, that returns lse too."""
+        options = self.options
+        if options.return_lse:
+            return self
+        both: Options = new(Options, (*options[:3], True, *options[4:]))
+        return new(Call, (*self[:6], both, *self[7:]))
+
+    def over(self, present: dict[str, Any]) -> Call:
+        """The same call over other arrays of the same library and device, of which some may have other dtypes."""
+        gathered = gather(self.library, self.device, present, self.own, self.mask, self.mods)
+        return self._replace(present=present, gathered=gathered)
 
     @property
     def on_cpu(self) -> bool:
@@ -89,17 +105,20 @@ def forward(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], optio
         from cuattn.torch import trace
 
         return trace(named, mask, mods, options, seed)
-    call, needs_grad = _resolve(named, mask, mods, options, seed)
+    call, needs_grad = resolve(named, mask, mods, options, seed)
     if needs_grad or call.library.autocasts((named["q"], named["k"], named["v"]), call.device):
-        from cuattn.torch import record
-
-        return record(call)
+        return _torch().record(call, needs_grad)
     return execute(call)
+
+
+@functools.cache
+def _torch() -> Any:
+    return importlib.import_module("cuattn.torch")
 
 
 def execute(call: Call) -> Any:
     """`forward` of checked arguments, with nothing recorded for differentiation."""
-    if call.device[0] == "cuda" and call.library.native:
+    if call.gathered is not None:
         return _launch(call)
     if call.on_cpu:
         return _on_cpu(call)
@@ -125,32 +144,66 @@ def backward(
         from cuattn.torch import trace_backward
 
         return trace_backward(named, mask, mods, options, seed, wanted)
-    call, _ = _resolve(named, mask, mods, options, seed)
+    call = resolve(named, mask, mods, options, seed)[0]
     if wanted is None:
         wanted = tuple([bool(mod.differentiable) for mod in mods])
-    if call.device[0] == "cuda" and call.library.native:
+    if call.gathered is not None:
         return _launch_backward(call, wanted)
     if call.on_cpu:
         return _backward_on_cpu(call, wanted)
     return _backward_through_cupy(call, wanted)
 
 
-def _resolve(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], options: Options, seed: int) -> tuple[Call, bool]:
+def resolve(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], options: Options, seed: int) -> tuple[Call, bool]:
     """The call, and whether its library wants to record it for differentiation."""
     q = named["q"]
     library = library_of(q, "q")
     device = library.device(q, "q")
     present = {name: x for name, x in named.items() if x is not None}
+    mask, own = own_arrays(mask, mods, library, q, device)
+    gathered = gather(library, device, present, own, mask, mods)
+    if "out" in present and "dout" not in present:
+        check_writable(library, present["out"])
+    needs_grad = check_kinds(library, device, present, mask, mods) if gathered is None else gathered[2]
+    if type(seed) is not int or seed < 0 or seed >> 64:
+        seed = _seed(seed)
+    return new(Call, (library, device, present, mask, mods, own, options, seed, gathered)), needs_grad
+
+
+def own_arrays(
+    mask: Mask, mods: tuple[ScoreMod, ...], library: Library, q: Any, device: ArrayDevice
+) -> tuple[Mask, tuple[Any, ...]]:
+    """The mask, over arrays that are where q is, and the arrays of mask and modifications."""
     own = mask.arrays
     if own:
         mask = _place_blocks(mask, library, q, device)
         own = mask.arrays
     if mods:
-        own += tuple(a for mod in mods for a in mod.arrays)
-    needs_grad = _check_kinds(library, device, present, mask, mods)
-    if type(seed) is not int or seed < 0 or seed >> 64:
-        seed = _seed(seed)
-    return Call(library, device, present, mask, mods, own, options, seed), needs_grad
+        own += tuple([a for mod in mods for a in mod.arrays])
+    return mask, own
+
+
+def gather(
+    library: Library,
+    device: ArrayDevice,
+    present: dict[str, Any],
+    own: tuple[Any, ...],
+    mask: Mask,
+    mods: tuple[ScoreMod, ...],
+) -> Gathered | None:
+    """What a warm call must know of its arrays. None if kernels cannot use them in place."""
+    if not library.native or device[0] != "cuda":
+        return None
+    try:
+        return library.gather({**present, **{f"array {n}": x for n, x in enumerate(own)}} if own else present)
+    except Exception:  # let the checks name the array
+        check_kinds(library, device, present, mask, mods)
+        for name, x in present.items():
+            library.view(x, name)
+        raise
+
+
+new = tuple.__new__  # half the time of Call(...): that one packs its arguments twice
 
 
 def _seed(seed: Any) -> int:
@@ -161,27 +214,23 @@ def _seed(seed: Any) -> int:
     return int(seed.__index__())
 
 
-def _check_kinds(
-    library: Library, device: ArrayDevice, present: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...]
-) -> bool:
+def check_kinds(library: Library, device: ArrayDevice, present: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...]) -> bool:
     """Every array is of one kind and on one device. Returns whether a gradient by one of them may be asked for later."""
-    kind, needs_grad = type(present["q"]), library.needs_grad
-    wants = False
     for name, x in present.items():
-        if type(x) is not kind or library.device(x, name) != device:
-            _check_kind(library, device, name, x)
-        wants = wants or (name != "out" and needs_grad(x))
+        _check_kind(library, device, name, x)
     for x in mask.arrays:
         _check_kind(library, device, "mask", x)
     for mod in mods:
         for x in mod.arrays:
             _check_kind(library, device, _MOD_NAMES.get(type(mod).__name__, "score_mod"), x)
-            wants = wants or needs_grad(x)
-    out = present.get("out")
-    if out is not None and "dout" not in present and not library.writable(out):
+    return library.needs_grad(present.values()) or any([library.needs_grad(mod.arrays) for mod in mods])
+
+
+def check_writable(library: Library, out: Any) -> None:
+    """Raise for an `out` that cannot be written."""
+    if library_of(out, "out") is library and not library.writable(out):
         reason = "a read-only array" if library.supports_out else f"a {library.name} array, which cannot be written"
         raise ValueError(f"out: got {reason}, expected a writable array")
-    return wants
 
 
 _MOD_NAMES = {"Alibi": "alibi_slopes", "Bias": "bias"}
@@ -189,7 +238,7 @@ _MOD_NAMES = {"Alibi": "alibi_slopes", "Bias": "bias"}
 
 def _check_kind(library: Library, device: ArrayDevice, name: str, x: Any) -> None:
     other = library_of(x, name)
-    if other is not library:
+    if other is not library and other is not library.results(device):
         raise TypeError(f"{name}: got {other.name} array, expected {library.name} as q is")
     where = library.device(x, name)
     if where != device:
@@ -217,7 +266,7 @@ def _place_blocks(mask: Mask, library: Library, like: Any, device: ArrayDevice) 
     return by_place[library.name, device]
 
 
-def _bind_mods(mods: tuple[ScoreMod, ...], own: Sequence[Any]) -> tuple[ScoreMod, ...]:
+def bind_mods(mods: tuple[ScoreMod, ...], own: Sequence[Any]) -> tuple[ScoreMod, ...]:
     """`mods` over other arrays, given one after the other."""
     bound, position = [], 0
     for mod in mods:
@@ -235,12 +284,12 @@ def _on_cpu(call: Call) -> Any:
     library, present = call.library, call.present
     problem, host, own_host, dense3 = _host_arguments(call, present)
     count = len(call.mask.arrays)
-    _debug(problem, "numpy backend")
+    debug(problem, "numpy backend")
     out, lse = cpu.forward(
         **host,
         scale=problem.scale,
         mask=call.mask.bind(own_host[:count]),
-        mods=_bind_mods(call.mods, own_host[count:]),
+        mods=bind_mods(call.mods, own_host[count:]),
         dropout=problem.dropout,
         seed=call.seed,
     )
@@ -265,7 +314,7 @@ def _backward_on_cpu(call: Call, wanted: tuple[bool, ...]) -> Raw:
         **host,
         scale=problem.scale,
         mask=call.mask.bind(own_host[:count]),
-        mods=_bind_mods(call.mods, own_host[count:]),
+        mods=bind_mods(call.mods, own_host[count:]),
         dropout=problem.dropout,
         seed=call.seed,
     )
@@ -377,8 +426,65 @@ def _lend(call: Call, device: ArrayDevice, left_out: tuple[str, ...]) -> Call:
     to_cupy, count = call.library.to_cupy, len(call.mask.arrays)
     present = {name: to_cupy(x) for name, x in call.present.items() if name not in left_out}
     own = tuple(to_cupy(x) for x in call.own)
-    mask, mods = call.mask.bind(own[:count]), _bind_mods(call.mods, own[count:])
-    return Call(arrays.CUPY, device, present, mask, mods, own, call.options, call.seed)
+    mask, mods = call.mask.bind(own[:count]), bind_mods(call.mods, own[count:])
+    gathered = gather(arrays.CUPY, device, present, own, mask, mods)
+    return Call(arrays.CUPY, device, present, mask, mods, own, call.options, call.seed, gathered)
+
+
+class Result(NamedTuple):
+    """An array that a call makes."""
+
+    slot: int
+    shape: tuple[int, ...]
+    dtype: str
+    cleared: int = 0
+    """bytes to clear because kernels add to it"""
+
+
+class Layout(NamedTuple):
+    """What a call brings and makes, in order: its words. By slot, where a kernel's struct is concerned."""
+
+    given: tuple[int, ...]
+    """slots of addresses and numbers that the caller brings"""
+    results: tuple[Result, ...]
+    workspace: tuple[tuple[int, int], ...]
+    """(slot, bytes) of each part that is not empty"""
+    zeroed: int = 0
+    """bytes at the start of the workspace to which kernels add"""
+
+    @property
+    def position(self) -> dict[int, int]:
+        """Of a slot among the words."""
+        slots = (*self.given, *[result.slot for result in self.results], *[slot for slot, _ in self.workspace])
+        return {slot: n for n, slot in enumerate(slots)}
+
+    @property
+    def workspace_bytes(self) -> int:
+        return sum(size for _, size in self.workspace)
+
+
+class Prepared:
+    """Steps 2 to 4 of a call, done: what is left is to make its arrays and to launch."""
+
+    def __init__(self, plan: Plan | BackwardPlan | DecodePlan, layout: Layout, launches: Sequence[Launch]) -> None:
+        self.plan, self.results, self._launches = plan, layout.results, launches
+        self.workspace_bytes = layout.workspace_bytes if launches else 0
+        starts = itertools.accumulate([size for _, size in layout.workspace], initial=0)
+        self._starts = tuple(itertools.islice(starts, len(layout.workspace))) if launches else ()
+        first = len(layout.given)
+        cleared = [(first + n, result.cleared) for n, result in enumerate(layout.results)]
+        if launches:
+            cleared.append((first + len(layout.results), layout.zeroed))
+        self._cleared = tuple((position, size) for position, size in cleared if size)
+
+    def launch(self, words: list[int], workspace: int, stream: int) -> None:
+        """Everything that the GPU has to do, in the order of the stream. words: as `Layout`, without the workspace."""
+        words += [workspace + start for start in self._starts]
+        for position, size in self._cleared:
+            runtime().memsetAsync(words[position], 0, size, stream)
+        handle = _stream(stream)
+        for launch in self._launches:
+            launch(words, handle)
 
 
 class _Stream(NamedTuple):
@@ -387,145 +493,132 @@ class _Stream(NamedTuple):
     ptr: int
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One kernel of a call, ready to launch."""
-
-    function: Any
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    smem_bytes: int
-    parameters: Parameters | BackwardParameters | DecodeParameters
+_stream = functools.lru_cache(64)(_Stream)
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """Steps 2 to 4 of a call, done."""
-
-    plan: Plan
-    steps: tuple[_Step, ...]
-    out_shape: tuple[int, ...]
-    lse_shape: tuple[int, ...]
-    workspace: tuple[tuple[int, int], ...]
-    """(slot, bytes) of each part; () where there is none"""
+@functools.cache
+def runtime() -> Any:
+    """CUDA's runtime, as CuPy has it."""
+    return importlib.import_module("cupy.cuda").runtime
 
 
-_prepared: dict[Any, Any] = {}
+class Makers(NamedTuple):
+    """How a library makes the arrays of a prepared call on its device, which is the current one."""
+
+    results: tuple[Callable[[], Any], ...]
+    workspace: Callable[[], Any] | None
+
+    @staticmethod
+    def of(prepared: Prepared, library: Library, device: ArrayDevice) -> Makers:
+        size = prepared.workspace_bytes
+        results = tuple(library.maker(result.shape, result.dtype, device) for result in prepared.results)
+        return Makers(results, library.maker((size,), "uint8", device) if size else None)
+
+
+_prepared: dict[Hashable, tuple[Prepared, Makers]] = {}
 _prepare_lock = threading.Lock()
 _MAX_PREPARED = 4096
 
 
-def _launch(call: Call) -> Any:
-    library, device, present, mask, mods, own, options, seed = call
-    view = library.view
-    views = {name: view(x, name) for name, x in present.items()}
-    own_views = [view(x) for x in own] if own else ()
-    signature: tuple[Any, ...] = tuple([(name, *v[1:], v[0] & 15) for name, v in views.items()])
-    if own:
-        signature += tuple([(*v[1:], v[0] & 15) for v in own_views])
-    key = (device, signature, mask.key(), tuple([m.key() for m in mods]) if mods else (), options)
-    with library.guard(device):
-        try:
-            prepared = _prepared.get(key)
-        except TypeError:  # an option that cannot be hashed is not a valid one either: let the checks name it
-            prepared = None
-        if prepared is None:
-            prepared = _prepare(key, views, mask, mods, own_views, options, device)
-        plan = prepared.plan
-        out = present.get("out")
-        if out is None:
-            out = library.empty(prepared.out_shape, plan.problem.dtype, device)
-        lse = library.empty(prepared.lse_shape, plan.problem.real, device) if options.return_lse else None
-        if plan.empty:
-            return out if lse is None else (out, lse)
-        pointers = _NO_POINTERS.copy()
-        for name, v in views.items():
-            pointers[SLOT[name]] = v[0]
-        if "out" not in views:
-            pointers[_OUT] = view(out)[0]
-        pointers[_LSE] = 0 if lse is None else view(lse)[0]
-        pointers[_SEED] = seed
-        pointers[_CALL] = next(_calls)
-        if own:
-            pointers += [v[0] for v in own_views]
-        workspace = _allocate(library, device, prepared.workspace, plan, pointers) if prepared.workspace else None
-        stream = _Stream(library.stream(device))
-        for step in prepared.steps:
-            packed = np.void(step.parameters.pack(pointers))
-            step.function(step.grid, step.block, (packed,), step.smem_bytes, stream)
-        del workspace  # its memory is reused in stream order
-    return out if lse is None else (out, lse)
-
-
-_NO_POINTERS = [0] * len(POINTERS)
-_OUT, _LSE, _SEED, _CALL, _WORKSPACE = (SLOT[name] for name in ("out", "lse", "seed", "call", "partial_out"))
-_calls = itertools.count(secrets.randbits(62))
-"""Numbers of calls (kernels/params.cuh)."""
-
-
-def _allocate(
-    library: Library,
-    device: ArrayDevice,
-    parts: tuple[tuple[int, int], ...],
-    plan: Plan | BackwardPlan | DecodePlan,
-    pointers: list[int],
-) -> Any:
-    """One allocation for the whole workspace, parts of it as (slot, bytes); their addresses go into `pointers`."""
-    total = sum(size for _, size in parts)
+def known(key: Hashable) -> tuple[Prepared, Makers] | None:
+    """What an earlier call of the same key has prepared."""
     try:
-        workspace = library.empty((total,), "uint8", device)
-    except Exception as error:
-        raise MemoryError(f"no room for a workspace of {total} bytes: {error}\nneeded by {plan}") from error
-    address = library.view(workspace)[0]
-    for slot, size in parts:
-        pointers[slot] = address if size else 0
-        address += size
-    return workspace
+        return _prepared.get(key)
+    except TypeError:  # an option that cannot be hashed is not a valid one either: let the checks name it
+        return None
 
 
-def _prepare(
-    key: Any,
-    views: dict[str, View],
-    mask: Mask,
-    mods: tuple[ScoreMod, ...],
-    own_views: Sequence[View],
-    options: Options,
-    device: ArrayDevice,
-) -> _Prepared:
-    """Problem, plan and kernels of a call seen for the first time; the device is current."""
-    # What is kept must not keep the caller's arrays alive: masks and mods are bound to descriptions of them.
-    mask, mods = mask.bind(own_views[: len(mask.arrays)]), _bind_mods(mods, own_views[len(mask.arrays) :])
-    problem = problem_of(views, mask, mods, own_views, options)
-    plan = make_plan(problem, device_of(device[1]))
-    _debug(problem, plan)
-    steps = tuple(_step(role, unit, plan) for role, unit in units(plan).items()) if not plan.empty else ()
-    q = views["q"].shape
-    rows = (q[1], q[0]) if problem.packed or len(q) == 3 else (q[0], q[2], q[1])
-    workspace = tuple((_WORKSPACE + n, size) for n, size in enumerate(plan.workspace)) if any(plan.workspace) else ()
-    prepared = _Prepared(plan, steps, (*q[:-1], problem.head_dim_v), rows, workspace)
-    _remember(key, prepared)
-    return prepared
-
-
-def _remember(key: Any, prepared: Any) -> None:
+def remember(key: Hashable, prepared: Prepared, library: Library, device: ArrayDevice) -> tuple[Prepared, Makers]:
+    """Both, also for later calls of this key."""
+    made = prepared, Makers.of(prepared, library, device)
     with _prepare_lock:
         if len(_prepared) >= _MAX_PREPARED:
             _prepared.clear()
-        _prepared[key] = prepared
+        _prepared[key] = made
+    return made
 
 
-def _load(unit: Unit, plan: Plan | BackwardPlan | DecodePlan) -> Any:
+def run(library: Library, device: ArrayDevice, prepared: Prepared, makers: Makers, words: list[int]) -> list[Any]:
+    """Step 5: the results of a call. `words`: those that the caller brings. The device is current."""
+    results = [make() for make in makers.results]
+    words += [library.address(x) for x in results]
+    workspace, address = None, 0
+    if makers.workspace is not None:
+        try:
+            workspace = makers.workspace()
+        except Exception as error:
+            size = prepared.workspace_bytes
+            raise MemoryError(f"no room for a workspace of {size} bytes: {error}\nneeded by {prepared.plan}") from error
+        address = library.address(workspace)
+    prepared.launch(words, address, library.stream(device))
+    del workspace  # its memory is reused in stream order
+    return results
+
+
+numbers = itertools.count(secrets.randbits(62))
+"""Numbers of calls (kernels/params.cuh)."""
+
+
+def _launch(call: Call) -> Any:
+    library, device, present, mask, mods, _, options, seed, gathered = call
+    assert gathered is not None
+    addresses, kinds, _ = gathered
+    key = ("forward", library.name, kinds, mask.key(), tuple([m.key() for m in mods]) if mods else (), options)
+    with library.guard(device):
+        prepared, makers = known(key) or remember(key, prepare(call), library, device)
+        results = run(library, device, prepared, makers, [*addresses, seed, next(numbers)])
+    return in_order(present.get("out"), results, options.return_lse)
+
+
+def in_order(out: Any, results: list[Any], return_lse: bool) -> Any:
+    """out, or (out, lse), from an `out` of the caller's if there is one, and what was made."""
+    if out is None:
+        return tuple(results) if return_lse else results[0]
+    return (out, *results) if return_lse else out
+
+
+def _describe(call: Call) -> tuple[dict[str, View], Mask, tuple[ScoreMod, ...], list[View]]:
+    """Descriptions of a call's arrays, and its mask and modifications over them: these keep no array of the caller's alive."""
+    view, count = call.library.view, len(call.mask.arrays)
+    own_views = [view(x) for x in call.own]
+    mask, mods = call.mask.bind(own_views[:count]), bind_mods(call.mods, own_views[count:])
+    return {name: view(x, name) for name, x in call.present.items()}, mask, mods, own_views
+
+
+def prepare(call: Call) -> Prepared:
+    """Problem, plan and kernels of a call seen for the first time; the device is current.
+
+    A call brings the addresses of its arrays and of those of mask and modifications, the seed, and its number.
+    """
+    views, mask, mods, own_views = _describe(call)
+    problem = problem_of(views, mask, mods, own_views, call.options)
+    plan = make_plan(problem, device_of(call.device[1]))
+    debug(problem, plan)
+    q = views["q"].shape
+    rows = (q[1], q[0]) if problem.packed or len(q) == 3 else (q[0], q[2], q[1])
+    results = [Result(SLOT["out"], (*q[:-1], problem.head_dim_v), problem.dtype)] if "out" not in views else []
+    results += [Result(SLOT["lse"], rows, problem.real)] if call.options.return_lse else []
+    slots = (*[SLOT[name] for name in views], *range(len(POINTERS), len(POINTERS) + len(own_views)), _SEED, _CALL)
+    workspace = tuple((_WORKSPACE + n, size) for n, size in enumerate(plan.workspace) if size)
+    layout = Layout(slots, tuple(results), workspace)
+    launches = [] if plan.empty else [_launch_of(role, unit, plan, layout.position) for role, unit in units(plan).items()]
+    return Prepared(plan, layout, launches)
+
+
+_SEED, _CALL, _WORKSPACE = (SLOT[name] for name in ("seed", "call", "partial_out"))
+
+
+def load(unit: Unit, plan: Plan | BackwardPlan | DecodePlan) -> Any:
     """The kernel of a translation unit, built if need be."""
     try:
         cubin = jit.build(unit.source, plan.device.arch)
     except jit.CompileError as error:
         raise jit.CompileError(f"{error}\nwhile building {unit.entry} for {plan}") from None
-    _debug(f"{unit.entry}: {cubin.path or 'in memory'}")
+    debug(f"{unit.entry}: {cubin.path or 'in memory'}")
     return jit.load(cubin, unit)
 
 
-def _step(role: str, unit: Unit, plan: Plan) -> _Step:
-    function = _load(unit, plan)
+def _launch_of(role: str, unit: Unit, plan: Plan, position: Mapping[int, int]) -> Launch:
     grid = plan.grid
     if role == "tile_map":
         grid = -(-plan.map_batches * plan.map_heads * plan.m_blocks * plan.map_words // WARPS_PER_TILE_MAP)
@@ -533,139 +626,70 @@ def _step(role: str, unit: Unit, plan: Plan) -> _Step:
         grid = plan.split_grid
     elif role == "combine":
         grid = -(-plan.partial_rows // WARPS_PER_COMBINE)
-    with_mods = role == "forward"
-    return _Step(function, (grid, 1, 1), (unit.threads, 1, 1), unit.smem_bytes, Parameters(plan, with_mods))
+    return Launch(load(unit, plan), grid, unit.threads, unit.smem_bytes, forward_struct(plan, role == "forward"), position)
 
 
 # Backward on the GPU --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _PreparedBackward:
-    """Steps 2 to 4 of a backward, done."""
-
-    plan: BackwardPlan
-    steps: tuple[_Step, ...]
-    workspace: tuple[tuple[int, int], ...]
-    """(slot, bytes) of each part"""
-    zeroed: int
-    """bytes at the start of the workspace to which kernels add"""
-    slots: dict[str, int]
-    """of every pointer that the backward's own struct has, and of those that the forward's has too"""
-    pointers: tuple[int, ...]
-    """none yet"""
-    gradients: tuple[tuple[str, int, tuple[int, ...], str, int], ...]
-    """(name, slot, shape, dtype, bytes to clear because kernels add to it) of each result"""
-
-
 def _launch_backward(call: Call, wanted: tuple[bool, ...]) -> Raw:
-    library, device, present, mask, mods, own, options, seed = call
-    view = library.view
-    views = {name: view(x, name) for name, x in present.items()}
-    own_views = [view(x) for x in own]
-    signature: tuple[Any, ...] = tuple([(name, *v[1:], v[0] & 15) for name, v in views.items()])
-    signature += tuple([(*v[1:], v[0] & 15) for v in own_views])
-    key = ("backward", device, signature, mask.key(), tuple([m.key() for m in mods]), options, wanted)
+    library, device, _, mask, mods, _, options, seed, gathered = call
+    assert gathered is not None
+    addresses, kinds, _ = gathered
+    key = ("backward", library.name, kinds, mask.key(), tuple([m.key() for m in mods]) if mods else (), options, wanted)
     with library.guard(device):
-        try:
-            prepared = _prepared.get(key)
-        except TypeError:
-            prepared = None
-        if prepared is None:
-            prepared = _prepare_backward(key, views, mask, mods, own_views, options, wanted, device)
-        pointers, slots = [*prepared.pointers], prepared.slots
-        for name, v in views.items():
-            pointers[slots[name]] = v[0]
-        pointers[_SEED] = seed
-        for n, v in enumerate(own_views):
-            pointers[len(POINTERS) + n] = v[0]
-        stream = _Stream(library.stream(device))
-        results = {}
-        for name, slot, shape, dtype, cleared in prepared.gradients:
-            results[name] = x = library.empty(shape, dtype, device)
-            pointers[slot] = view(x)[0]
-            _clear(pointers[slot], cleared, stream)
-        if prepared.steps:
-            workspace = _allocate(library, device, prepared.workspace, prepared.plan, pointers)
-            _clear(pointers[prepared.workspace[0][0]], prepared.zeroed, stream)
-            for step in prepared.steps:
-                packed = np.void(step.parameters.pack(pointers))
-                step.function(step.grid, step.block, (packed,), step.smem_bytes, stream)
-            del workspace  # its memory is reused in stream order
+        prepared, makers = known(key) or remember(key, prepare_backward(call, wanted), library, device)
+        results = run(library, device, prepared, makers, [*addresses, seed])
         return _raw(call, wanted, results)
 
 
 _FORWARD_NAMES = frozenset(POINTERS) - {"lse"}
 
 
-def _clear(address: int, size: int, stream: _Stream) -> None:
-    """Zero so many bytes, in stream order."""
-    if size:
-        from cupy.cuda import runtime
-
-        runtime.memsetAsync(address, 0, size, stream.ptr)
-
-
-def _raw(call: Call, wanted: tuple[bool, ...], results: dict[str, Any]) -> Raw:
-    """Results by name, as the caller gets them; gradients of user parameters come in float64."""
-    dmods: list[tuple[Any, ...]] = []
-    parameters = (x for name, x in results.items() if name.startswith(_PARAMETER))
-    for mod, want in zip(call.mods, wanted, strict=True):
-        if not want or not mod.differentiable:
-            dmods.append(())
-        elif isinstance(mod, UserMod):
-            dtypes = [call.library.view(mod.arrays[n])[3] for n in mod.differentiable]
-            dmods.append(tuple([call.library.cast(next(parameters), dtype) for dtype in dtypes]))
-        else:
-            dmods.append((results["dbias"],))
-    return Raw(results["dq"], results["dk"], results["dv"], tuple(dmods), results.get("dsinks"))
+def _raw(call: Call, wanted: tuple[bool, ...], results: list[Any]) -> Raw:
+    """Results in the order of `prepare_backward`, as the caller gets them; those of user parameters come in float64."""
+    dq, dk, dv, *rest = results
+    dsinks = rest.pop(0) if "sinks" in call.present else None
+    dmods: list[tuple[Any, ...]] = [()] * len(call.mods)
+    if rest:
+        for is_bias in (True, False):
+            for n, (mod, want) in enumerate(zip(call.mods, wanted, strict=True)):
+                if want and isinstance(mod, Bias) == is_bias:
+                    dtypes = [call.library.view(mod.arrays[m])[3] for m in mod.differentiable]
+                    dmods[n] = tuple([call.library.cast(rest.pop(0), dtype) for dtype in dtypes])
+    return Raw(dq, dk, dv, tuple(dmods), dsinks)
 
 
-_PARAMETER = "parameter "
-"""What names of gradients of user parameters start with."""
-
-
-def _prepare_backward(
-    key: Any,
-    views: dict[str, View],
-    mask: Mask,
-    mods: tuple[ScoreMod, ...],
-    own_views: Sequence[View],
-    options: Options,
-    wanted: tuple[bool, ...],
-    device: ArrayDevice,
-) -> _PreparedBackward:
-    mask, mods = mask.bind(own_views[: len(mask.arrays)]), _bind_mods(mods, own_views[len(mask.arrays) :])
-    problem = problem_of({n: v for n, v in views.items() if n in _FORWARD_NAMES}, mask, mods, own_views, options)
-    lse, dlse = views["lse"], views.get("dlse")
-    backward = make_backward_problem(problem, views["dout"], lse, dlse, views["out"], wanted, options.deterministic)
-    plan = make_backward_plan(backward, device_of(device[1]))
-    _debug(backward, plan)
-    gradients = [(f"d{name}", views[name].shape, problem.dtype, plan.empty) for name in ("q", "k", "v")]
+def prepare_backward(call: Call, wanted: tuple[bool, ...]) -> Prepared:
+    """`prepare` of the gradients: of q, k, v, sinks, the bias and user parameters, in this order."""
+    views, mask, mods, own_views = _describe(call)
+    problem = problem_of({n: v for n, v in views.items() if n in _FORWARD_NAMES}, mask, mods, own_views, call.options)
+    lse, dlse, deterministic = views["lse"], views.get("dlse"), call.options.deterministic
+    backward = make_backward_problem(problem, views["dout"], lse, dlse, views["out"], wanted, deterministic)
+    plan = make_backward_plan(backward, device_of(call.device[1]))
+    debug(backward, plan)
+    slot_of = {**SLOT, **{name: backward.slot(name) for name in BACKWARD_POINTERS}}
+    results = [_gradient(slot_of[f"d{name}"], views[name].shape, problem.dtype, plan.empty) for name in ("q", "k", "v")]
     if "sinks" in views:
-        gradients.append(("dsinks", views["sinks"].shape, views["sinks"].dtype, plan.empty))
-    bias = backward.bias
-    if bias is not None:
-        gradients.append(("dbias", bias.shape, bias.dtype, plan.empty or plan.bias_kind is STORE))
-    slots = {**SLOT, **{name: backward.slot(name) for name in BACKWARD_POINTERS}}
+        results.append(_gradient(slot_of["dsinks"], views["sinks"].shape, views["sinks"].dtype, plan.empty))
+    if backward.bias is not None:
+        bias = backward.bias
+        results.append(_gradient(slot_of["dbias"], bias.shape, bias.dtype, plan.empty or plan.bias_kind is STORE))
     start = backward.first_slot + len(BACKWARD_POINTERS)
-    for n, operand in enumerate(backward.parameters):
-        slots[f"{_PARAMETER}{n}"] = start + n
-        gradients.append((f"{_PARAMETER}{n}", operand.shape, "float64", True))
-    prepared = _PreparedBackward(
-        plan,
-        () if plan.empty else _backward_steps(plan),
-        tuple((slots[name], size) for name, size in zip(WORKSPACE, plan.workspace, strict=True)),
-        sum(plan.workspace[: len(ZEROED)]),
-        slots,
-        (0,) * (start + len(backward.parameters)),
-        tuple((n, slots[n], shape, dtype, added * ITEMSIZE[dtype] * math.prod(shape)) for n, shape, dtype, added in gradients),
-    )
-    _remember(key, prepared)
-    return prepared
+    results += [_gradient(start + n, operand.shape, "float64", True) for n, operand in enumerate(backward.parameters)]
+    slots = (*[slot_of[name] for name in views], *range(len(POINTERS), len(POINTERS) + len(own_views)), _SEED)
+    sizes = zip(WORKSPACE, plan.workspace, strict=True)
+    workspace = tuple((slot_of[name], size) for name, size in sizes if size)
+    layout = Layout(slots, tuple(results), workspace, sum(plan.workspace[: len(ZEROED)]))
+    return Prepared(plan, layout, [] if plan.empty else _backward_launches(plan, layout.position))
 
 
-def _backward_steps(plan: BackwardPlan) -> tuple[_Step, ...]:
+def _gradient(slot: int, shape: tuple[int, ...], dtype: str, added: bool) -> Result:
+    """added: kernels add to it, or none writes it."""
+    return Result(slot, shape, dtype, added * ITEMSIZE[dtype] * math.prod(shape))
+
+
+def _backward_launches(plan: BackwardPlan, position: Mapping[int, int]) -> list[Launch]:
     p, bias = plan.problem, plan.backward.bias
     grids = {
         "magnitude": plan.split_grid,
@@ -678,18 +702,16 @@ def _backward_steps(plan: BackwardPlan) -> tuple[_Step, ...]:
         "bias": 0 if bias is None else -(-math.prod(bias.shape) // (1 if bias_is_wide(plan) else BIAS_THREADS)),
     }
     whole = (0, 0, plan.batches, p.num_heads_kv)
-    steps = []
+    launches = []
     for role, unit in backward_units(plan).items():
-        function, block = _load(unit, plan), (unit.threads, 1, 1)
-        if role == "tile_map":
-            steps.append(_Step(function, (grids[role], 1, 1), block, unit.smem_bytes, Parameters(plan, False)))
-            continue
-        for launch in plan.launches if role == "backward" else (whole,):
-            grid = plan.grid(*launch[2:]) if role == "backward" else grids[role]
+        function = load(unit, plan)
+        for part in plan.launches if role == "backward" else (whole,):
+            grid = plan.grid(*part[2:]) if role == "backward" else grids[role]
+            attends = role == "backward"
+            struct = forward_struct(plan, False) if role == "tile_map" else backward_struct(plan, part, attends)
             if grid:
-                parameters = BackwardParameters(plan, launch, role == "backward")
-                steps.append(_Step(function, (grid, 1, 1), block, unit.smem_bytes, parameters))
-    return tuple(steps)
+                launches.append(Launch(function, grid, unit.threads, unit.smem_bytes, struct, position))
+    return launches
 
 
 # The device -----------------------------------------------------------------------------------------------------------
@@ -700,9 +722,7 @@ _devices: dict[int, Device] = {}
 def device_of(index: int) -> Device:
     """What plans need to know of a GPU, asked once."""
     if index not in _devices:
-        from cupy.cuda import runtime
-
-        properties = runtime.getDeviceProperties(index)
+        properties = runtime().getDeviceProperties(index)
         number = 10 * properties["major"] + properties["minor"]
         _devices[index] = Device(
             f"sm_{number}a" if number == 90 else f"sm_{number}",
@@ -713,7 +733,8 @@ def device_of(index: int) -> Device:
     return _devices[index]
 
 
-def _debug(*parts: object) -> None:
+def debug(*parts: object) -> None:
+    """Print them under CUATTN_DEBUG=1."""
     if os.environ.get("CUATTN_DEBUG"):
         for part in parts:
             print(f"cuattn: {part}", file=sys.stderr)

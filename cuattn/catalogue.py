@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from cuattn.arrays import View
+from cuattn.arrays import View, contiguous_strides
 from cuattn.backward import BackwardPlan, BackwardProblem, declines, make_backward_plan, make_backward_problem
 from cuattn.decode import DecodePlan, DecodeProblem, Scalars, declines_decode, make_decode_plan, make_decode_problem
 from cuattn.masks import BlockSparse, BooleanMask, Full, Mask, SlidingWindow, TreeMask
 from cuattn.plan import Plan, make_plan
-from cuattn.problem import Problem, contiguous_strides, make_problem
+from cuattn.problem import Problem, make_problem
 from cuattn.registry import DEVICES, FORWARD, Device
 from cuattn.score_mods import Alibi, Bias, ScoreMod, SoftCap, UserMod
 
@@ -154,9 +154,13 @@ def backward_plans(arch: str, everything: bool = False) -> list[BackwardPlan]:
 def _hopper_plans(device: Device) -> Iterator[BackwardPlan]:
     """Every option at every width of backward_sm90, and deterministic calls."""
     for dtype, dims in itertools.product(("float16", "bfloat16"), ((64, 64), (128, 128), (256, 256), (192, 128))):
-        # Biases that are not aligned, which keeps them on this kernel.
-        biases = [Bias(view(shape, dtype, 2)) for shape in ((1, 16, 4096, 4096), (16, 1, 4096))]
-        more = [{"mods": (bias,)} for bias in biases] + [{"mask": SlidingWindow(1024, 0)}]
+        causal, shapes = SlidingWindow(None, 0), ((1, 16, 4096, 4096), (4, 16, 4096, 4096), (16, 1, 4096))
+        biases = [Bias(view(shape, dtype)) for shape in shapes]
+        more: list[dict[str, Any]] = []
+        more += [{"mods": (bias,), "mask": mask, "extras": ("kv_lens",)} for bias in biases for mask in (Full(), causal)]
+        more += [{"mods": (SoftCap(30.0), bias)} for bias in biases] + [{"mods": (biases[2],)}]
+        # One that is not aligned is read element by element.
+        more += [{"mods": (Bias(view(shapes[0], dtype, 2)),)}, {"mask": SlidingWindow(1024, 0)}]
         problems = [(problem_of(dtype, dims=dims, mask=mask), True) for mask in (Full(), SlidingWindow(None, 0))]
         problems += [(problem_of(dtype, dims=dims, **options), False) for options in ({}, *_features(dtype), *more)]
         for problem, deterministic in problems:
@@ -192,24 +196,30 @@ def decode_problem_of(
     rotary_dim: int = 0,
     sinks: bool = False,
     misaligned: bool = False,
+    latent: bool = False,
     **options: Any,
 ) -> DecodeProblem:
-    """A call over a cache that need not exist: four sequences of up to 4096 tokens, contiguous where page_size is 0."""
+    """A call over a cache that need not exist: four sequences of up to 4096 tokens, contiguous where page_size is 0.
+
+    latent: values are columns of the keys.
+    """
     batch, length, ptr = 4, 4096, 2 if misaligned else 0
     cache = (batch * length // page_size, page_size) if page_size else (batch, length)
     lead = (batch * seqlen_q,) if packed else (batch, seqlen_q)
     views = {
         "q": view((*lead, heads[0], dims[0]), dtype, ptr),
         "k_cache": view((*cache, heads[1], dims[0]), cache_dtype or dtype, ptr),
-        "v_cache": view((*cache, heads[1], dims[1]), cache_dtype or dtype, ptr),
         "cache_seqlens": view((batch,), "int32"),
     }
+    if not latent:
+        views["v_cache"] = view((*cache, heads[1], dims[1]), cache_dtype or dtype, ptr)
     if page_size:
         views["page_table"] = view((batch, length // page_size), "int32")
     if packed:
         views["cu_seqlens_q"] = view((batch + 1,), "int32")
     if appends:
-        views.update({name: view((*lead, heads[1], dim), dtype) for name, dim in zip(("k", "v"), dims, strict=True)})
+        new = ("k",) if latent else ("k", "v")
+        views.update({name: view((*lead, heads[1], dim), dtype) for name, dim in zip(new, dims, strict=False)})
     if rotary_dim:
         views.update({name: view((length, rotary_dim // 2), "float32") for name in ("rotary_cos", "rotary_sin")})
     if sinks:
@@ -217,7 +227,8 @@ def decode_problem_of(
     mask = mask or SlidingWindow(None, 0)
     own = [*mask.arrays, *(a for mod in mods for a in mod.arrays)]
     scalars = Scalars(None, True, False, 0, True, seqlen_q if packed else None, "tf32" if dtype == "float32" else "ieee")
-    return make_decode_problem(views, mask, mods, own, scalars._replace(**options))
+    scalars = scalars._replace(head_dim_v=dims[1] if latent else None, **options)
+    return make_decode_problem(views, mask, mods, own, scalars)
 
 
 def decode_plans(arch: str, everything: bool = False) -> list[DecodePlan]:
@@ -237,5 +248,15 @@ def decode_plans(arch: str, everything: bool = False) -> list[DecodePlan]:
             decode_problem_of(dims=(100, 72), misaligned=True),
             decode_problem_of("float32", dims=(256, 256), seqlen_q=8),
             decode_problem_of("float64", seqlen_q=8),
+        ]
+        for dtype, page_size, heads in (("bfloat16", 64, 128), ("float16", 16, 16), ("bfloat16", 1, 128), ("float16", 0, 64)):
+            options: dict[str, Any] = {"page_size": page_size, "heads": (heads, 1), "mask": SlidingWindow(1024, 0)}
+            problems.append(decode_problem_of(dtype, dims=(576, 512), latent=True, **options))
+        problems += [
+            decode_problem_of(dims=(576, 512), page_size=64, heads=(32, 1), mask=Full(), latent=True, appends=True),
+            decode_problem_of(dims=(576, 512), heads=(16, 1), seqlen_q=4, latent=True, packed=True, mods=(SoftCap(30.0),)),
+            decode_problem_of("float16", "int8", (576, 512), heads=(128, 1), latent=True),
+            decode_problem_of("float32", dims=(576, 512), heads=(128, 1), latent=True),
+            decode_problem_of(dims=(512, 512), heads=(32, 8)),
         ]
     return [make_decode_plan(problem, device) for problem in problems if not declines_decode(problem, device)]

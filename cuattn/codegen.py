@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from cuattn.backward import CELLS, COLUMNS, STORE, BackwardPlan, one_row
-from cuattn.decode import APPEND_THREADS, CACHE_DTYPES, DecodePlan, decode_words
+from cuattn.decode import APPEND_THREADS, CACHE_DTYPES, DecodePlan, LatentPlan
 from cuattn.fields import CTYPES, ITEMSIZE, Operand
-from cuattn.launch import backward_parameter_bytes, parameter_bytes
+from cuattn.launch import backward_parameter_bytes, decode_struct, parameter_bytes
 from cuattn.plan import SPLIT_THREADS, WARPS_PER_COMBINE, WARPS_PER_TILE_MAP, Plan
 from cuattn.score_mods import ScoreMod
 
@@ -301,14 +301,14 @@ def bias_is_wide(plan: BackwardPlan) -> bool:
 
 
 def decode_units(plan: DecodePlan) -> dict[str, Unit]:
-    """By role, in launch order: append (if there are new keys), decode."""
+    """By role, in launch order: append (if there are new keys), decode (once for each piece of the columns)."""
     p = plan.problem
     result = {"append": _decode_unit(plan, "append", APPEND_THREADS, 0)} if p.appends else {}
-    return {**result, "decode": _decode_unit(plan, "decode", plan.threads, plan.smem_bytes)}
+    return {**result, "decode": _decode_unit(plan, plan.kernel, plan.threads, plan.smem_bytes)}
 
 
 def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -> Unit:
-    p, attends = plan.problem, kernel == "decode"
+    p, attends = plan.problem, kernel == plan.kernel
     sinks, rotary = p.operand("sinks"), p.operand("rotary_cos")
     types = {
         "Element": CTYPES[p.dtype],
@@ -322,7 +322,7 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
     flags = {"kPacked": p.packed, "kPaged": p.paged, "kRotary": rotary is not None}
     flags["kInterleaved"] = p.rotary_interleaved and rotary is not None
     if attends:
-        types |= {"Sink": CTYPES[sinks.dtype if sinks is not None else p.real], "Mma": plan.mma}
+        types |= {"Sink": CTYPES[sinks.dtype if sinks is not None else p.real]} | ({"Mma": plan.mma} if plan.mma else {})
         constants |= {
             "kHeadDim": plan.head_dim,
             "kHeadDimV": plan.head_dim_v,
@@ -333,9 +333,14 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
             **{f"kVec{name}": n for name, n in zip(("Q", "K", "V", "Out"), p.vectors, strict=True)},
         }
         flags["kSinks"] = sinks is not None
-        flags["kWholeRows"] = (p.head_dim, p.head_dim_v) == (plan.head_dim, plan.head_dim_v)
+        flags["kWholeRows"] = (p.head_dim, p.head_dim_v) == (plan.head_dim, plan.pieces * plan.head_dim_v)
         caches = [p.operand(name) for name in ("k_cache", "v_cache")]
         flags["kAlike"] = len({op.strides for op in caches if op is not None}) == 1
+    arguments = "DecodeArguments"
+    if attends and isinstance(plan, LatentPlan):
+        arguments = "LatentArguments"
+        constants["kBoxRows"] = plan.box_rows
+        flags["kFoldScale"] = not p.mods and p.scale > 0
     definitions = _definitions(plan, kernel) if attends else []
-    size = 8 * decode_words(plan, attends)
-    return _source(kernel, "DecodeArguments", size, CTYPES[p.real], definitions, types, constants, flags)
+    size = len(decode_struct(plan, attends).image)
+    return _source(kernel, arguments, size, CTYPES[p.real], definitions, types, constants, flags)

@@ -1,7 +1,7 @@
 """Problem and plan of attention over a KV cache: what problem.py, registry.py and plan.py are for the forward.
 
-Kernels: kernels/append.cu writes new keys and values into the cache, kernels/decode.cu attends. Both find lengths and pages on
-the device; nothing here depends on them.
+Kernels: kernels/append.cu writes new keys and values into the cache, kernels/decode.cu attends, or decode_latent_sm90.cu where
+values are columns of the keys. All find lengths and pages on the device; nothing here depends on them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from cuattn.arrays import View
 from cuattn.fields import CTYPES, ITEMSIZE, Field, Operand
@@ -27,6 +27,7 @@ from cuattn.problem import (
 )
 from cuattn.registry import Device, round_up
 from cuattn.score_mods import ScoreMod
+from cuattn.tma import tma_obstacles
 
 POINTERS = (
     "q",
@@ -55,6 +56,8 @@ POINTERS = (
 """The first words of DecodeParams, rewritten on every call; arrays of masks and score modifications take the slots after."""
 SLOT = {name: slot for slot, name in enumerate(POINTERS)}
 WORKSPACE = ("partial_out", "partial_lse", "tickets")
+SHARED = {"v_cache": "k_cache", "v": "k", "v_scale": "k_scale"}
+"""What is the same array as what, where values are the first columns of the keys."""
 
 CACHE_DTYPES = {"float8_e4m3fn": "E4M3", "uint8": "E4M3", "int8": "Int8"}
 """8-bit elements of a cache and their names in kernels/; CuPy has no e4m3, so uint8 holds its bits."""
@@ -71,6 +74,8 @@ class Scalars(NamedTuple):
     rotary_interleaved: bool
     max_seqlen_q: int | None
     precision: str
+    head_dim_v: int | None = None
+    """values are the first columns of the keys, so many"""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ class DecodeProblem:
     num_heads_kv: int
     head_dim: int
     head_dim_v: int
+    latent: bool
+    """values are the first head_dim_v columns of the keys"""
     packed: bool
     pages: int
     page_size: int
@@ -154,6 +161,7 @@ class DecodeProblem:
     def __str__(self) -> str:
         cache = f"{self.pages} pages of {self.page_size}" if self.paged else f"{self.page_size} tokens"
         dims = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
+        dims += " latent" if self.latent else ""
         kind = self.dtype + (f" over {self.cache_dtype}" if self.cache_dtype != self.dtype else "")
         kind += " packed" if self.packed else ""
         extras = [str(self.mask), *(type(m).__name__ for m in self.mods)]
@@ -170,6 +178,9 @@ def make_decode_problem(
 ) -> DecodeProblem:
     """Check a call and bring it into canonical form. views: by name in `POINTERS`; own_views: of the mask, then of mods."""
     packed = "cu_seqlens_q" in views
+    latent = scalars.head_dim_v is not None
+    if latent:
+        views = _with_values(views, scalars.head_dim_v)
     q = canonical("q", views["q"], packed)
     if q.dtype not in FLOATS:
         raise TypeError(f"q: got dtype {q.dtype}, expected one of {', '.join(FLOATS)}")
@@ -226,6 +237,7 @@ def make_decode_problem(
         num_heads_kv=num_heads_kv,
         head_dim=q.shape[3],
         head_dim_v=v_cache.shape[3],
+        latent=latent,
         packed=packed,
         pages=pages,
         page_size=page_size,
@@ -243,6 +255,24 @@ def make_decode_problem(
         operands=_operands(named, own_views),
         vectors=(vector_bytes(q), vector_bytes(k_cache), vector_bytes(v_cache), vector_bytes(out)),
     )
+
+
+def _with_values(views: dict[str, View], head_dim_v: Any) -> dict[str, View]:
+    """The views with those of values, which are columns of what holds the keys."""
+    for name, source in SHARED.items():
+        if name in views:
+            raise ValueError(f"{name}: got it with head_dim_v, expected None: values are columns of {source}")
+    if "rotary_cos" in views:
+        raise ValueError("rotary_cos: got it with head_dim_v, expected None: it would rotate the columns that are values")
+    dim = views["k_cache"].shape[-1] if views["k_cache"].shape else 0
+    if isinstance(head_dim_v, bool) or not isinstance(head_dim_v, int) or not 1 <= head_dim_v <= dim:
+        raise ValueError(f"head_dim_v: got {head_dim_v!r}, expected an integer from 1 to {dim}, the head_dim of k_cache")
+    values = {}
+    for name, source in SHARED.items():
+        if source in views:
+            view = views[source]
+            values[name] = view if source == "k_scale" else view._replace(shape=(*view.shape[:-1], head_dim_v))
+    return {**views, **values}
 
 
 def _cache(name: str, view: View, q: View) -> View:
@@ -362,7 +392,7 @@ IDLE = 0.96
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Everything that is decided before a launch of kernels/decode.cu."""
+    """Everything that is decided before the launches of kernels/decode.cu, one for each piece of the columns of out."""
 
     problem: DecodeProblem
     device: Device
@@ -378,10 +408,27 @@ class DecodePlan:
     head_dim: int
     """compiled"""
     head_dim_v: int
+    """of a piece"""
     smem_bytes: int
     bytes_q: int
     """of them, for q"""
     min_keys: int = MIN_KEYS
+
+    kernel: ClassVar[str] = "decode"
+
+    @property
+    def pieces(self) -> int:
+        """Launches, which find the scores anew: a warp's registers hold 256 columns of out."""
+        return -(-self.problem.head_dim_v // self.head_dim_v)
+
+    @property
+    def num_heads_kv(self) -> int:
+        """that the kernel sees"""
+        return self.problem.num_heads_kv
+
+    @property
+    def group(self) -> int:
+        return self.problem.num_heads // self.num_heads_kv
 
     @property
     def threads(self) -> int:
@@ -394,12 +441,12 @@ class DecodePlan:
 
     @property
     def m_blocks(self) -> int:
-        return -(-self.problem.seqlen_q * self.problem.group // self.rows)
+        return -(-self.problem.seqlen_q * self.group // self.rows)
 
     @property
     def head_lanes(self) -> int:
         """KV heads that are read side by side: the most that leave few CTAs without a team."""
-        slots, heads = self.device.num_sms * self.min_blocks, self.problem.num_heads_kv
+        slots, heads = self.device.num_sms * self.min_blocks, self.num_heads_kv
         fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n <= slots]
         return max(n for n in fitting if n == 1 or slots // n * n >= IDLE * slots)
 
@@ -429,7 +476,7 @@ class DecodePlan:
 
     @property
     def items(self) -> int:
-        return self.problem.batch * self.problem.num_heads_kv * self.m_blocks
+        return self.problem.batch * self.num_heads_kv * self.m_blocks
 
     @property
     def workspace(self) -> tuple[int, ...]:
@@ -448,9 +495,88 @@ class DecodePlan:
     def __str__(self) -> str:
         return (
             f"DecodePlan({self.device.arch}: {self.rows} rows x {self.block_n} keys x {self.stages}, "
-            f"d{self.head_dim}/{self.head_dim_v}, {self.warps_m}x{self.warps_n} warps, {self.smem_bytes} B shared, "
+            f"d{self.head_dim}/{self.head_dim_v}{f' x {self.pieces}' if self.pieces > 1 else ''}, "
+            f"{self.warps_m}x{self.warps_n} warps, {self.smem_bytes} B shared, "
             f"grid {self.grid}, workspace {sum(self.workspace)} B)"
         )
+
+
+LATENT_DIMS = (576, 512)
+"""Columns of keys and of values that decode_latent_sm90.cu is compiled for."""
+LATENT_MIN_KEYS = 512
+
+
+@dataclass(frozen=True)
+class LatentPlan(DecodePlan):
+    """Everything that is decided before a launch of kernels/decode_latent_sm90.cu."""
+
+    kernel: ClassVar[str] = "decode_latent_sm90"
+
+    @property
+    def num_heads_kv(self) -> int:
+        """The heads of one latent count as several KV heads in one place, so that a team reads it at the same time."""
+        heads = self.problem.num_heads
+        return heads // self.rows if self.problem.num_heads_kv == 1 and heads % self.rows == 0 else self.problem.num_heads_kv
+
+    @property
+    def threads(self) -> int:
+        return 384
+
+    @property
+    def box_rows(self) -> int:
+        """Tokens that are loaded at once: neighbours in every page."""
+        return math.gcd(self.problem.page_size, self.block_n) if self.problem.paged else self.block_n
+
+    @property
+    def merged_parts(self) -> int:
+        return self.bytes_q // (4 * self.rows)
+
+    def __str__(self) -> str:
+        return super().__str__().replace("DecodePlan", "LatentPlan")
+
+
+def declines_latent(problem: DecodeProblem, device: Device) -> list[str]:
+    """Reasons why decode_latent_sm90.cu does not serve a problem, none if it does."""
+    p, reasons = problem, []
+    if device.arch != "sm_90a":
+        reasons.append(f"needs sm_90a, got {device.arch}")
+    if not p.latent:
+        reasons.append("reads values from the columns of keys, got a v_cache")
+    if p.dtype not in ("float16", "bfloat16") or p.cache_dtype != p.dtype:
+        reasons.append(f"multiplies float16 and bfloat16, got {p.dtype} over {p.cache_dtype}")
+    if (p.head_dim, p.head_dim_v) != LATENT_DIMS:
+        dims = f"{p.head_dim} and {p.head_dim_v}"
+        reasons.append(f"serves {LATENT_DIMS[0]} columns of keys and {LATENT_DIMS[1]} of values, got {dims}")
+    if p.mods or p.mask.arrays or p.operand("sinks") is not None:
+        reasons.append("has no score modification, sinks or mask that reads memory")
+    if p.packed:
+        reasons.append("takes queries with a batch axis, got packed ones")
+    if p.paged and p.operand("cache_leftpad") is not None:
+        reasons.append("begins at the start of a page, got cache_leftpad with a page_table")
+    if p.paged and math.gcd(p.page_size, LATENT_BLOCK) < LATENT_BOX:
+        reasons.append(f"loads {LATENT_BOX} tokens of a page at once, got pages of {p.page_size}")
+    if p.vectors[0] < 16:
+        reasons.append(f"needs rows of q aligned to 16 bytes, got {p.vectors[0]}")
+    cache = p.operand("k_cache")
+    assert cache is not None
+    if 0 in cache.shape:
+        reasons.append(f"needs a cache with tokens, got {cache.shape}")
+    return reasons + tma_obstacles("k_cache", cache, p.vectors[1])
+
+
+LATENT_BLOCK = 64
+LATENT_BOX = 8
+"""Least tokens of a copy: the rows of a swizzle's period."""
+LATENT_SLACK = 3072
+"""Shared memory beside q and two blocks: barriers, statistics, alignment."""
+
+
+def _latent_plan(problem: DecodeProblem, device: Device) -> LatentPlan:
+    head_dim, head_dim_v = LATENT_DIMS
+    tile = 2 * LATENT_BLOCK * head_dim
+    return LatentPlan(
+        problem, device, "", 4, 1, LATENT_BLOCK, 2, 1, head_dim, head_dim_v, 3 * tile + LATENT_SLACK, tile, LATENT_MIN_KEYS
+    )
 
 
 def declines_decode(problem: DecodeProblem, device: Device) -> list[str]:
@@ -460,12 +586,17 @@ def declines_decode(problem: DecodeProblem, device: Device) -> list[str]:
         reasons.append(f"needs sm_80 or newer, got {device.arch}")
     if problem.dtype == "float32" and problem.precision != "tf32":
         reasons.append(f"multiplies float32 as tf32, got precision {problem.precision}")
-    widest = 128 if problem.dtype == "float64" else 256
+    widest = 128 if problem.dtype == "float64" else WIDEST
     if max(problem.head_dim, problem.head_dim_v) > widest:
         reasons.append(
             f"serves head dimensions to {widest} of {problem.dtype}, got {problem.head_dim} and {problem.head_dim_v}"
         )
     return reasons
+
+
+WIDEST = 576
+WIDEST_PIECE = 256
+"""Columns of out that a warp holds."""
 
 
 def _mma(problem: DecodeProblem, device: Device) -> tuple[str, int, int]:
@@ -507,11 +638,16 @@ TILES = tuple(
 
 def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
     """The plan of a call. Raises NotImplementedError with the kernel's reasons when it does not serve the problem."""
+    latent = declines_latent(problem, device)
+    if not latent:
+        return _latent_plan(problem, device)
     declined = declines_decode(problem, device)
     if declined:
-        raise NotImplementedError(f"no kernel serves {problem} on {device.arch}:\n  decode: {'; '.join(declined)}")
+        reasons = [f"decode: {'; '.join(declined)}"] + [f"decode_latent_sm90: {'; '.join(latent)}"] * problem.latent
+        raise NotImplementedError("\n  ".join([f"no kernel serves {problem} on {device.arch}:", *reasons]))
     mma, multiple, multiple_v = _mma(problem, device)
-    head_dim, head_dim_v = round_up(problem.head_dim, multiple), round_up(problem.head_dim_v, multiple_v)
+    head_dim = round_up(problem.head_dim, multiple)
+    head_dim_v = round_up(-(-problem.head_dim_v // -(-problem.head_dim_v // WIDEST_PIECE)), multiple_v)
     rows = max(1, problem.seqlen_q * problem.group)
     pitch_q, pitch_k, pitch_v = _pitches(problem, head_dim, head_dim_v)
     step = 16 if ITEMSIZE[problem.dtype] == 2 else 8
@@ -545,9 +681,15 @@ def divisor(n: int) -> tuple[int, int]:
     return -(-(1 << shift) // max(1, n)), shift
 
 
-def decode_fields(plan: DecodePlan) -> list[tuple[str, int | float]]:
-    """Members of DecodeParams after its pointers, in order, as (struct code, value)."""
+def decode_fields(plan: DecodePlan, attends: bool, piece: int = 0) -> list[tuple[str, int | float]]:
+    """Members of DecodeParams after its pointers, in order, as (struct code, value).
+
+    `piece` of the columns of out, if the kernel attends.
+    """
     p = plan.problem
+    heads_kv, group, dim_v = p.num_heads_kv, p.group, p.head_dim_v
+    if attends:
+        heads_kv, group, dim_v = plan.num_heads_kv, plan.group, min(plan.head_dim_v, dim_v - piece * plan.head_dim_v)
 
     def rows(name: str) -> list[int]:  # batch or page, row, head
         operand = p.operand(name)
@@ -573,14 +715,16 @@ def decode_fields(plan: DecodePlan) -> list[tuple[str, int | float]]:
         *scales("k_scale"),
         *scales("v_scale"),
     ]
-    (group_multiplier, group_shift), (page_multiplier, page_shift) = divisor(p.group), divisor(p.page_size)
+    if heads_kv != p.num_heads_kv:
+        longs[5] = longs[8] = 0  # one head of the cache in several places
+    (group_multiplier, group_shift), (page_multiplier, page_shift) = divisor(group), divisor(p.page_size)
     sizes: list[tuple[str, int | float]] = [("i4x", n) for n in (p.batch, p.seqlen_q, p.total_q, p.seqlen_new)]
-    sizes += [("i4x", n) for n in (p.num_heads, p.num_heads_kv, p.group)]
+    sizes += [("i4x", n) for n in (p.num_heads, heads_kv, group)]
     sizes += [("I4x", group_multiplier), ("i4x", group_shift)]
-    sizes += [("i4x", n) for n in (p.head_dim, p.head_dim_v, p.pages, p.page_size)]
+    sizes += [("i4x", n) for n in (p.head_dim, dim_v, p.pages, p.page_size)]
     sizes += [("I4x", page_multiplier), ("i4x", page_shift)]
     sizes += [("i4x", n) for n in (p.table_rows, p.max_pages, p.rotary_dim, p.rotary_len, plan.m_blocks, plan.head_lanes)]
-    sizes += [("i4x", n) for n in (p.num_heads_kv // plan.head_lanes, plan.min_units, plan.max_parts, plan.min_part)]
+    sizes += [("i4x", n) for n in (heads_kv // plan.head_lanes, plan.min_units, plan.max_parts, plan.min_part)]
     return [*(("q", n) for n in longs), ("d", p.scale), *sizes]
 
 
@@ -597,7 +741,7 @@ def decode_variant(plan: DecodePlan, attends: bool) -> list[Field]:
 
 def decode_words(plan: DecodePlan, attends: bool) -> int:
     """8-byte words of a kernel's parameter struct."""
-    return len(POINTERS) + len(decode_fields(plan)) + len(decode_variant(plan, attends))
+    return len(POINTERS) + len(decode_fields(plan, attends)) + len(decode_variant(plan, attends))
 
 
 def lse_shape(problem: DecodeProblem, shape_q: tuple[int, ...]) -> tuple[int, ...]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cuattn import arrays, call
 from cuattn.arrays import Device as ArrayDevice
-from cuattn.arrays import Library, View
+from cuattn.arrays import Gathered, Library, View
 from cuattn.codegen import decode_units
 from cuattn.decode import (
     APPEND_THREADS,
     CACHE_DTYPES,
     POINTERS,
+    SHARED,
     SLOT,
     WORKSPACE,
     DecodePlan,
@@ -26,7 +26,7 @@ from cuattn.decode import (
     make_decode_plan,
     make_decode_problem,
 )
-from cuattn.launch import DecodeParameters
+from cuattn.launch import Launch, decode_struct
 from cuattn.masks import Mask
 from cuattn.score_mods import ScoreMod
 
@@ -59,21 +59,24 @@ def attend(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], scalar
         length = int(present.pop("cache_seqlens"))
     elif "cache_seqlens" not in present:
         raise TypeError("cache_seqlens: got None, expected an integer or an int32 array of shape (batch,)")
-    if mask.arrays:
-        mask = call._place_blocks(mask, library, q, device)
-    own = (*mask.arrays, *(a for mod in mods for a in mod.arrays))
-    if call._check_kinds(library, device, present, mask, mods):
+    if "v_cache" not in present and scalars.head_dim_v is None:
+        raise TypeError("v_cache: got None, expected an array, or head_dim_v where values are columns of the keys")
+    mask, own = call.own_arrays(mask, mods, library, q, device)
+    gathered = call.gather(library, device, present, own, mask, mods)
+    if "out" in present:
+        call.check_writable(library, present["out"])
+    if call.check_kinds(library, device, present, mask, mods) if gathered is None else gathered.needs_grad:
         raise NotImplementedError(
             "attention_with_kvcache: has no gradient; call it under torch.no_grad() or on detached tensors"
         )
     if "k" in present:
-        for name in WRITTEN:
+        for name in (n for n in WRITTEN if n in present):
             if not library.supports_out or not library.writable(present[name]):
                 kind = "a read-only" if library.supports_out else f"a {library.name}"
                 raise ValueError(f"{name}: got {kind} array, expected a writable one to append to")
-    made = _Call(library, device, present, mask, mods, own, scalars, length)
-    if device[0] == "cuda" and library.native:
-        return _launch(made)
+    made: _Call = call.new(_Call, (library, device, present, mask, mods, own, scalars, length))
+    if gathered is not None:
+        return _launch(made, gathered)
     if device[0] == "cpu" and (library is not arrays.NUMPY or not arrays.gpu_available()[0]):
         return _on_cpu(made)
     return _through_cupy(made)
@@ -130,8 +133,10 @@ def _on_cpu(made: _Call) -> Any:
     problem = _problem(made)
     host = {name: library.host(x) for name, x in present.items()}
     _check_host(host, made.length, problem)
-    call._debug(problem, "numpy backend")
+    call.debug(problem, "numpy backend")
     host.setdefault("cache_seqlens", np.full(problem.batch, made.length, np.int32))
+    if problem.latent:
+        host.update({name: _values(host[of], name, problem) for name, of in SHARED.items() if of in host})
     dense3 = not problem.packed and host["q"].ndim == 3
     if dense3:
         host.update({name: host[name][None] for name in ("q", "k", "v", "out") if name in host})
@@ -140,13 +145,17 @@ def _on_cpu(made: _Call) -> Any:
         **host,
         scale=problem.scale,
         mask=made.mask.bind(own[:count]),
-        mods=call._bind_mods(made.mods, own[count:]),
+        mods=call.bind_mods(made.mods, own[count:]),
         rotary_interleaved=problem.rotary_interleaved,
     )
     if dense3:
         out, lse = out[0], lse[0]
     result = present["out"] if "out" in present else library.from_host(out, present["q"])
     return (result, library.from_host(lse, present["q"])) if made.scalars.return_lse else result
+
+
+def _values(source: Any, name: str, problem: DecodeProblem) -> Any:
+    return source if name == "v_scale" else source[..., : problem.head_dim_v]
 
 
 def _through_cupy(made: _Call) -> Any:
@@ -167,16 +176,18 @@ def _through_cupy(made: _Call) -> Any:
             device,
             present,
             made.mask.bind(own[:count]),
-            call._bind_mods(made.mods, own[count:]),
+            call.bind_mods(made.mods, own[count:]),
             own,
             made.scalars,
             made.length,
         )
-        result = _launch(lent)
+        gathered = call.gather(arrays.CUPY, device, present, own, lent.mask, lent.mods)
+        assert gathered is not None
+        result = _launch(lent, gathered)
         library.retain((*present.values(), *own))
         out, *rest = result if made.scalars.return_lse else (result,)
         if "k" in present:
-            for name in WRITTEN:
+            for name in (n for n in WRITTEN if n in present):
                 library.give_back(present[name], given[name])
         result = library.give_back(out, made.present.get("out"))
         return (result, *(library.give_back(x) for x in rest)) if rest else result
@@ -190,104 +201,70 @@ def _bits(x: Any) -> Any:
 # On the GPU -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """Steps 2 to 4 of a call, done."""
-
-    plan: DecodePlan
-    steps: tuple[call._Step, ...]
-    out_shape: tuple[int, ...]
-    lse_shape: tuple[int, ...]
-    workspace: tuple[tuple[int, int], ...]
-    """(slot, bytes) of each part; () where there is none"""
-
-
 _INDICES = ("cache_seqlens", "page_table", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q")
 """What a kernel addresses memory by: copied to the host and checked with CUATTN_DEBUG=1."""
-_NO_POINTERS = [0] * len(POINTERS)
 _OUT, _LSE, _CALL, _LENGTH = (SLOT[name] for name in ("out", "lse", "call", "cache_seqlen"))
 _CALL_BITS = (1 << 48) - 1
 """Of a call's number that a ticket has room for."""
 
 
-def _launch(made: _Call) -> Any:
-    library, device, present, mask, mods, own, scalars, length = made
-    view = library.view
-    views = {name: view(x, name) for name, x in present.items()}
-    own_views = [view(x) for x in own] if own else ()
-    signature: tuple[Any, ...] = tuple([(name, *v[1:], v[0] & 15) for name, v in views.items()])
-    if own:
-        signature += tuple([(*v[1:], v[0] & 15) for v in own_views])
-    key = ("decode", device, signature, mask.key(), tuple([m.key() for m in mods]) if mods else (), scalars)
+def _holds_values(views: dict[str, View]) -> bool:
+    """Whether a v_cache that begins where k_cache does is columns of it, in a call that means the same with head_dim_v."""
+    k, v = views["k_cache"], views["v_cache"]
+    alike = (v.strides, v.shape[:-1], v.dtype) == (k.strides, k.shape[:-1], k.dtype) and v.shape[-1] < k.shape[-1]
+    return alike and not views.keys() & {"k", "v", "k_scale", "v_scale", "rotary_cos"}
+
+
+def _launch(made: _Call, gathered: Gathered) -> Any:
+    library, device, present, mask, mods, _, scalars, length = made
+    shared = "v_cache" in present and gathered.addresses[1] == gathered.addresses[2]  # q, k_cache and v_cache come first
+    mod_keys = tuple([m.key() for m in mods]) if mods else ()
+    key = ("decode", library.name, gathered.kinds, shared, mask.key(), mod_keys, scalars)
     with library.guard(device):
-        try:
-            prepared = call._prepared.get(key)
-        except TypeError:  # an option that cannot be hashed is not a valid one either: let the checks name it
-            prepared = None
-        if prepared is None:
-            prepared = _prepare(key, views, mask, mods, own_views, scalars, device)
-        plan: DecodePlan = prepared.plan
+        prepared, makers = call.known(key) or call.remember(key, _prepare(made, shared), library, device)
+        problem: Any = prepared.plan.problem
         if os.environ.get("CUATTN_DEBUG"):
             host = {name: library.host(present[name]) for name in _INDICES if name in present}
-            _check_host({**host, **{name: None for name in ("k",) if name in present}}, length, plan.problem)
-        out = present.get("out")
-        if out is None:
-            out = library.empty(prepared.out_shape, plan.problem.dtype, device)
-        lse = library.empty(prepared.lse_shape, plan.problem.real, device) if scalars.return_lse else None
-        if not prepared.steps:
-            return out if lse is None else (out, lse)
-        pointers = _NO_POINTERS.copy()
-        for name, v in views.items():
-            pointers[SLOT[name]] = v[0]
-        if "out" not in views:
-            pointers[_OUT] = view(out)[0]
-        pointers[_LSE] = 0 if lse is None else view(lse)[0]
-        pointers[_CALL] = next(call._calls) & _CALL_BITS
-        pointers[_LENGTH] = min(max(length, 0), plan.problem.capacity)
-        if own:
-            pointers += [v[0] for v in own_views]
-        workspace = call._allocate(library, device, prepared.workspace, plan, pointers) if prepared.workspace else None
-        stream = call._Stream(library.stream(device))
-        for step in prepared.steps:
-            packed = np.void(step.parameters.pack(pointers))
-            step.function(step.grid, step.block, (packed,), step.smem_bytes, stream)
-        del workspace  # its memory is reused in stream order
-    return out if lse is None else (out, lse)
+            _check_host({**host, **{name: None for name in ("k",) if name in present}}, length, problem)
+        numbers = next(call.numbers) & _CALL_BITS, min(max(length, 0), problem.capacity)
+        results = call.run(library, device, prepared, makers, [*gathered.addresses, *numbers])
+    return call.in_order(present.get("out"), results, scalars.return_lse)
 
 
-def _prepare(
-    key: Any,
-    views: dict[str, View],
-    mask: Mask,
-    mods: tuple[ScoreMod, ...],
-    own_views: Sequence[View],
-    scalars: Scalars,
-    device: ArrayDevice,
-) -> _Prepared:
-    """Problem, plan and kernels of a call seen for the first time; the device is current."""
-    mask, mods = mask.bind(own_views[: len(mask.arrays)]), call._bind_mods(mods, own_views[len(mask.arrays) :])
+def _prepare(made: _Call, shared: bool) -> call.Prepared:
+    """Problem, plan and kernels of a call seen for the first time; the device is current.
+
+    shared: whether k_cache and v_cache begin at the same address.
+    """
+    view, count = made.library.view, len(made.mask.arrays)
+    views = {name: view(x, name) for name, x in made.present.items()}
+    own_views = [view(x) for x in made.own]
+    # What is kept must not keep the caller's arrays alive: masks and mods are bound to descriptions of them.
+    mask, mods = made.mask.bind(own_views[:count]), call.bind_mods(made.mods, own_views[count:])
+    scalars = made.scalars
+    if shared and _holds_values(views):
+        scalars = scalars._replace(head_dim_v=views.pop("v_cache").shape[-1])
     problem = make_decode_problem(views, mask, mods, own_views, scalars)
-    plan = make_decode_plan(problem, call.device_of(device[1]))
-    call._debug(problem, plan)
-    steps = () if plan.empty else prepare_steps(plan)
-    sizes = zip((SLOT[name] for name in WORKSPACE), plan.workspace, strict=True)
+    plan = make_decode_plan(problem, call.device_of(made.device[1]))
+    call.debug(problem, plan)
     q = views["q"].shape
-    prepared = _Prepared(
-        plan, steps, (*q[:-1], problem.head_dim_v), lse_shape(problem, q), tuple(sizes) if any(plan.workspace) else ()
-    )
-    call._remember(key, prepared)
-    return prepared
+    results = [] if "out" in views else [call.Result(_OUT, (*q[:-1], problem.head_dim_v), problem.dtype)]
+    results += [call.Result(_LSE, lse_shape(problem, q), problem.real)] if made.scalars.return_lse else []
+    slots = (*[SLOT[name] for name in made.present], *range(len(POINTERS), len(POINTERS) + len(own_views)), _CALL, _LENGTH)
+    workspace = tuple((SLOT[name], size) for name, size in zip(WORKSPACE, plan.workspace, strict=True) if size)
+    layout = call.Layout(slots, tuple(results), workspace)
+    return call.Prepared(plan, layout, [] if plan.empty else prepare_launches(plan, layout.position))
 
 
-def prepare_steps(plan: DecodePlan) -> tuple[call._Step, ...]:
+def prepare_launches(plan: DecodePlan, position: Mapping[int, int]) -> list[Launch]:
     """The kernels of a plan, loaded, with their grids."""
-    p, steps = plan.problem, []
+    p, launches = plan.problem, []
     for role, unit in decode_units(plan).items():
         grid = plan.grid
         if role == "append":
             tokens = p.total_q if p.packed else p.batch * p.seqlen_new
             grid = -(-tokens * p.num_heads_kv // (APPEND_THREADS // 32))
-        if grid:
-            parameters = DecodeParameters(plan, role == "decode")
-            steps.append(call._Step(call._load(unit, plan), (grid, 1, 1), (unit.threads, 1, 1), unit.smem_bytes, parameters))
-    return tuple(steps)
+        for piece in range(plan.pieces if role == "decode" else 1) if grid else ():
+            struct = decode_struct(plan, role == "decode", piece)
+            launches.append(Launch(call.load(unit, plan), grid, unit.threads, unit.smem_bytes, struct, position))
+    return launches

@@ -16,7 +16,6 @@ import functools
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +25,11 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from cuattn import arrays, call, xla
-from cuattn.arrays import Library, View
+from cuattn.arrays import Library, View, contiguous_strides
+from cuattn.fields import ITEMSIZE
 from cuattn.formula import decode, encode
 from cuattn.masks import And, BlockSparse, BooleanMask, Mask, SlidingWindow
-from cuattn.problem import contiguous_strides, parse_mask, parse_mods
+from cuattn.problem import parse_mask, parse_mods
 from cuattn.score_mods import Alibi, Bias, ScoreMod, UserMod
 
 __all__ = ["attention", "attention_varlen", "dot_product_attention"]
@@ -367,12 +367,13 @@ class _Program:
         """extra: names of the last arrays, which are not the call's own. wanted: by modification, whether gradients are."""
         self.signature, self.avals, self.extra_names, self.wanted_mods = signature, avals, extra, wanted
         self.text = repr((self.kind, tuple(signature), tuple(map(tuple, avals)), extra, wanted))
+        self._hash = hash(self.text)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Program) and self.text == other.text
 
     def __hash__(self) -> int:
-        return hash(self.text)
+        return self._hash
 
     @functools.cached_property
     def named_count(self) -> int:
@@ -408,8 +409,12 @@ class _Program:
     def results(self) -> tuple[_Aval, ...]:
         raise NotImplementedError
 
-    def on_gpu(self, library: _Lent, values: Sequence[View], seed: int) -> None:
-        """Launch over buffers of XLA; results are what `library` hands out."""
+    def prepare(self, views: Sequence[View], device: arrays.Device) -> call.Prepared:
+        """Steps 2 to 4, for arrays that lie as these do."""
+        raise NotImplementedError
+
+    def words(self, addresses: Sequence[int], seed: int) -> list[int]:
+        """What a call brings, in the order of `call.Layout`."""
         raise NotImplementedError
 
     def on_host(self, values: Sequence[Any], results: Sequence[Any], seed: int) -> None:
@@ -424,11 +429,21 @@ class _Program:
         mask, mods = self.parts
         if own:
             count = len(mask.arrays)
-            mask, mods = mask.bind(own[:count]), call._bind_mods(mods, own[count:])
+            mask, mods = mask.bind(own[:count]), call.bind_mods(mods, own[count:])
         return call.Call(library, device, named, mask, mods, own, self.options, seed)
 
     def seed_position(self) -> int:
         return self.named_count + len(self.own_avals)
+
+    @functools.cached_property
+    def order(self) -> list[int]:
+        """Positions of the arrays in the order in which `call_over` lists them: those with names before the others."""
+        count = len(self.avals)
+        return [
+            *range(self.named_count),
+            *range(count - len(self.extra_names), count),
+            *range(self.named_count, self.seed_position()),
+        ]
 
 
 class _Forward(_Program):
@@ -461,8 +476,11 @@ class _Forward(_Program):
             start += len(mod.arrays)
         return tuple(wanted)
 
-    def on_gpu(self, library: _Lent, values: Sequence[View], seed: int) -> None:
-        call._launch(self.call_over(library, library.where, values, seed))
+    def prepare(self, views: Sequence[View], device: arrays.Device) -> call.Prepared:
+        return call.prepare(self.call_over(_VIEWS, device, views, 0))
+
+    def words(self, addresses: Sequence[int], seed: int) -> list[int]:
+        return [*[addresses[n] for n in self.order], seed, next(call.numbers)]
 
     def on_host(self, values: Sequence[Any], results: Sequence[Any], seed: int) -> None:
         request = self.call_over(arrays.NUMPY, arrays.CPU, values, seed)
@@ -493,8 +511,11 @@ class _Backward(_Program):
     def results(self) -> tuple[_Aval, ...]:
         return tuple(self.avals[n] for n in self.targets)
 
-    def on_gpu(self, library: _Lent, values: Sequence[View], seed: int) -> None:
-        call._launch_backward(self.call_over(library, library.where, values, seed), self.wanted_mods)
+    def prepare(self, views: Sequence[View], device: arrays.Device) -> call.Prepared:
+        return call.prepare_backward(self.call_over(_VIEWS, device, views, 0), self.wanted_mods)
+
+    def words(self, addresses: Sequence[int], seed: int) -> list[int]:
+        return [*[addresses[n] for n in self.order], seed]
 
     def on_host(self, values: Sequence[Any], results: Sequence[Any], seed: int) -> None:
         raw = call._backward_on_cpu(self.call_over(arrays.NUMPY, arrays.CPU, values, seed), self.wanted_mods)
@@ -509,57 +530,18 @@ class _Backward(_Program):
 # Running ------------------------------------------------------------------------------------------------------------------
 
 
-class _Lent(Library):
-    """XLA's buffers for the time of one call: arrays are their own views."""
+class _Views(Library):
+    """XLA's buffers are their own views."""
 
     name = "jax"
     native = True
-
-    def __init__(self, frame: xla.Frame, results: Iterable[View], where: arrays.Device) -> None:
-        self._frame, self.where = frame, where
-        self._results, self._scratch = iter(results), list[tuple[int, int]]()
-        self._next: View | None = next(self._results, None)
 
     def view(self, x: Any, name: str = "array") -> View:
         view: View = x
         return view
 
-    def device(self, x: Any, name: str = "array") -> arrays.Device:
-        return self.where
 
-    def empty(self, shape: tuple[int, ...], dtype: str, device: arrays.Device) -> View:
-        """The next result, if that is what is asked for, or scratch memory: results are asked for in their order."""
-        expected = self._next
-        if expected is not None and expected.shape == tuple(shape) and expected.dtype == dtype:
-            self._next = next(self._results, None)
-            return expected
-        size = math.prod(shape) * arrays.numpy_dtype(dtype).itemsize
-        address = self._frame.allocate(size) if size else 0
-        self._scratch.append((address, size))
-        return _view(View, (address, tuple(shape), _strides(tuple(shape)), dtype))
-
-    def cast(self, x: Any, dtype: str) -> View:
-        """Scratch into the next result; x itself where that has its dtype."""
-        if x.dtype == dtype:
-            view: View = x
-            return view
-        result = self.empty(x.shape, dtype, self.where)
-        cupy = arrays._cupy()
-        with cupy.cuda.ExternalStream(self.stream(self.where)):
-            _cupy_array(result)[...] = _cupy_array(x)
-        return result
-
-    def stream(self, device: arrays.Device) -> int:
-        return self._frame.stream()
-
-    def guard(self, device: arrays.Device) -> AbstractContextManager[Any]:
-        return arrays.CUPY.guard(device)
-
-    def release(self) -> None:
-        """Scratch goes back to XLA, which reuses it in the order of the stream."""
-        for address, size in self._scratch:
-            if size:
-                self._frame.free(address, size)
+_VIEWS = _Views()
 
 
 def _cupy_array(view: View) -> Any:
@@ -581,44 +563,75 @@ def _program(text: bytes) -> _Program:
 _thread = threading.local()
 
 
-def _device(address: int) -> int:
-    """The GPU that holds a buffer; CUDA's runtime is told once in each of XLA's threads."""
-    from cupy.cuda import runtime
-
+def _device(addresses: Iterable[int]) -> int:
+    """The GPU that holds buffers; CUDA's runtime is told once in each of XLA's threads."""
     if not _several():
         if not getattr(_thread, "ready", False):
-            runtime.setDevice(0)
+            call.runtime().setDevice(0)
             _thread.ready = True
         return 0
-    index = int(runtime.pointerGetAttributes(address).device) if address else 0
+    runtime, known = call.runtime(), next((address for address in addresses if address), 0)
+    index = int(runtime.pointerGetAttributes(known).device) if known else 0
     runtime.setDevice(index)
     return index
 
 
 @functools.cache
 def _several() -> bool:
-    from cupy.cuda import runtime
+    return bool(call.runtime().getDeviceCount() > 1)
 
-    return bool(runtime.getDeviceCount() > 1)
+
+class _Ready(NamedTuple):
+    """A program over arrays of certain alignments on one GPU."""
+
+    prepared: call.Prepared
+    casts: tuple[tuple[int, _Aval], ...]
+    """(position, as what kernels write it) of results of another dtype: gradients of user parameters, in float64"""
+
+
+_ready: dict[tuple[Any, ...], _Ready] = {}
+_MAX_READY = 4096
+
+
+def _prepare(program: _Program, addresses: Sequence[int], index: int) -> _Ready:
+    views = [aval.at(address) for aval, address in zip(program.avals, addresses, strict=True)]
+    prepared = program.prepare(views, ("cuda", index))
+    written = [_Aval(result.shape, result.dtype) for result in prepared.results]
+    casts = enumerate(zip(written, program.results, strict=True))
+    return _Ready(prepared, tuple((n, aval) for n, (aval, result) in casts if aval.dtype != result.dtype))
 
 
 def _run_on_gpu(frame: xla.Frame) -> None:
-    program = _program(frame.text)
-    where = ("cuda", _device(next((address for address in (*frame.arguments, *frame.results) if address), 0)))
-    values = [aval.at(address) for aval, address in zip(program.avals, frame.arguments, strict=True)]
-    library = _Lent(frame, [aval.at(x) for aval, x in zip(program.results, frame.results, strict=True)], where)
-    seed = program.signature.seed
+    program, addresses, results = _program(frame.text), frame.arguments, frame.results
+    index = _device((*addresses, *results))
+    key = (program, index, *[address & 15 for address in addresses])
+    ready = _ready.get(key)
+    if ready is None:
+        if len(_ready) >= _MAX_READY:
+            _ready.clear()
+        ready = _ready[key] = _prepare(program, addresses, index)
+    stream, seed = frame.stream(), program.signature.seed
     if seed is None:
-        seed = _read_seed(values[program.seed_position()], library.stream(where))
-    try:
-        program.on_gpu(library, values, seed)
-    finally:
-        library.release()
+        position = program.seed_position()
+        seed = _read_seed(program.avals[position].at(addresses[position]), stream)
+    with xla.Scratch(frame) as scratch:
+        made = results.copy()
+        for n, aval in ready.casts:
+            made[n] = scratch.allocate(math.prod(aval.shape) * ITEMSIZE[aval.dtype])
+        workspace = scratch.allocate(ready.prepared.workspace_bytes)
+        ready.prepared.launch(program.words(addresses, seed) + made, workspace, stream)
+        for n, aval in ready.casts:
+            _cast(aval.at(made[n]), program.results[n].at(results[n]), stream)
+
+
+def _cast(source: View, target: View, stream: int) -> None:
+    """One array into another of another dtype, in the order of the stream."""
+    with arrays._cupy().cuda.ExternalStream(stream):
+        _cupy_array(target)[...] = _cupy_array(source)
 
 
 def _read_seed(view: View, stream: int) -> int:
-    from cupy.cuda import runtime
-
+    runtime = call.runtime()
     host = np.empty((), arrays.numpy_dtype(view.dtype))
     runtime.memcpyAsync(host.ctypes.data, view.ptr, host.nbytes, runtime.memcpyDeviceToHost, stream)
     runtime.streamSynchronize(stream)

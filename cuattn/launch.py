@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cuattn.arrays import contiguous_strides
 from cuattn.backward import POINTERS as BACKWARD_POINTERS
 from cuattn.backward import BackwardPlan
 from cuattn.decode import POINTERS as DECODE_POINTERS
-from cuattn.decode import DecodePlan, decode_fields, decode_variant
-from cuattn.fields import Field, Operand
-from cuattn.problem import POINTERS, SLOT, Problem, contiguous_strides
+from cuattn.decode import SHARED as DECODE_SHARED
+from cuattn.decode import SLOT as DECODE_SLOT
+from cuattn.decode import DecodePlan, LatentPlan, decode_fields, decode_variant
+from cuattn.fields import ITEMSIZE, Field, Operand
+from cuattn.problem import POINTERS, SLOT, Problem
 from cuattn.registry import staged_bias
 from cuattn.score_mods import Bias
 from cuattn.tma import MAP_ALIGNMENT, MAP_BYTES, TensorMap
@@ -19,8 +23,8 @@ from cuattn.tma import MAP_ALIGNMENT, MAP_BYTES, TensorMap
 if TYPE_CHECKING:
     from cuattn.plan import Plan
 
-HEAD = struct.Struct(f"<{len(POINTERS)}Q")
-"""The words that every call rewrites."""
+WORD = 8
+"""Bytes of a pointer; every member of a struct is padded to them."""
 _Q, _SPLIT_Q = SLOT["q"], SLOT["split_q"]
 
 
@@ -96,7 +100,7 @@ def _variant_fields(plan: Plan | BackwardPlan, with_mods: bool) -> list[Field]:
 
 def parameter_bytes(plan: Plan | BackwardPlan, with_mods: bool) -> int:
     """Size of the kernel's parameter struct."""
-    size = 8 * (len(POINTERS) + len(fixed_fields(plan)) + len(_variant_fields(plan, with_mods)))
+    size = WORD * (len(POINTERS) + len(fixed_fields(plan)) + len(_variant_fields(plan, with_mods)))
     if not (with_mods and plan.uses_tma):
         return size
     return (4 if plan.bias_stages else 3) * MAP_BYTES + -(-size // MAP_ALIGNMENT) * MAP_ALIGNMENT
@@ -123,38 +127,55 @@ def _layout(
     return struct.pack(layout, *values), [(start + 8 * n, int(f.value)) for n, f in enumerate(variant) if f.kind == "ptr"]
 
 
-class Parameters:
-    """The bytes of a plan's parameter struct; pointers are filled in by `pack`."""
+class Struct(NamedTuple):
+    """A plan's parameter struct, and where in it the words of a call belong."""
 
-    def __init__(self, plan: Plan | BackwardPlan, with_mods: bool) -> None:
-        # Where inputs are split first, attention reads the pairs in the place of q, k and v.
-        self.of_pairs = with_mods and plan.split_inputs
-        fixed, variant = fixed_fields(plan, self.of_pairs), _variant_fields(plan, with_mods)
-        self.tail, self.patches = _layout(plan.problem.real, fixed, variant)
-        self.maps = _tensor_maps(plan, WARPGROUP_ROWS) if with_mods and plan.uses_tma else []
-        if self.maps:
-            self.tail += bytes(-(8 * len(POINTERS) + len(self.tail)) % MAP_ALIGNMENT)
+    image: bytes
+    """all of it; 0 where a word or a map belongs"""
+    words: tuple[tuple[int, int], ...]
+    """(place in 8-byte words, slot)"""
+    maps: tuple[TensorMap, ...]
+    """at the start, one after the other"""
+    shifted: tuple[tuple[int, int, int], ...] = ()
+    """(place, slot, bytes) of words that are addresses some bytes further on"""
 
-    def pack(self, pointers: list[int]) -> bytes:
-        """`pointers` by slot; the first are those of `POINTERS`, seed included."""
-        own = pointers[: len(POINTERS)]
-        if self.of_pairs:
-            own[_Q : _Q + 3] = own[_SPLIT_Q : _SPLIT_Q + 3]
-        head = HEAD.pack(*own)
-        if self.maps:
-            head = b"".join([m.at(pointers[m.operand.slot]) for m in self.maps]) + head
-        if not self.patches:
-            return head + self.tail
-        tail = bytearray(self.tail)
-        for offset, slot in self.patches:
-            struct.pack_into("<Q", tail, offset, pointers[slot])
-        return head + bytes(tail)
+
+def _assemble(maps: Sequence[TensorMap], *parts: Sequence[int] | tuple[bytes, list[tuple[int, int]]]) -> Struct:
+    """Maps, then parts: slots of words that lie one after the other, or what `_layout` gives."""
+    image, words = bytes(MAP_BYTES * len(maps)), []
+    for part in parts:
+        place = len(image) // WORD
+        if isinstance(part, tuple):
+            image += part[0]
+            words += [(place + offset // WORD, slot) for offset, slot in part[1]]
+        else:
+            image += bytes(WORD * len(part))
+            words += [(place + n, slot) for n, slot in enumerate(part)]
+    if maps:
+        image += bytes(-len(image) % MAP_ALIGNMENT)
+    return Struct(image, tuple(words), tuple(maps))
+
+
+def forward_struct(plan: Plan | BackwardPlan, with_mods: bool) -> Struct:
+    """ForwardParams of a kernel; those that attend are `with_mods`."""
+    # Where inputs are split first, attention reads the pairs in the place of q, k and v.
+    of_pairs = with_mods and plan.split_inputs
+    maps = _tensor_maps(plan, WARPGROUP_ROWS) if with_mods and plan.uses_tma else []
+    layout = _layout(plan.problem.real, fixed_fields(plan, of_pairs), _variant_fields(plan, with_mods))
+    return _assemble(maps, _slots(of_pairs), layout)
+
+
+def _slots(of_pairs: bool) -> list[int]:
+    """What `POINTERS` are filled from, in order."""
+    slots = list(range(len(POINTERS)))
+    if of_pairs:
+        slots[_Q : _Q + 3] = range(_SPLIT_Q, _SPLIT_Q + 3)
+    return slots
 
 
 # Backward -------------------------------------------------------------------------------------------------------------
 
 _DOUT, _SPLIT_DOUT = BACKWARD_POINTERS.index("dout"), BACKWARD_POINTERS.index("split_dout")
-BACKWARD_HEAD = struct.Struct(f"<{len(BACKWARD_POINTERS)}Q")
 
 
 def _backward_fields(
@@ -220,59 +241,100 @@ def backward_parameter_bytes(plan: BackwardPlan, attends: bool) -> int:
 
 
 def _backward_maps(plan: BackwardPlan) -> list[TensorMap]:
-    """Of q, k, v and dout, in whole tiles."""
+    """Of q, k, v and dout, of a staged bias and of what its gradient goes to, in whole tiles or panels of 128 bytes."""
     dout = plan.backward.dout._replace(slot=plan.backward.slot("dout"))
-    return [*_tensor_maps(plan, plan.tiles.block_m), TensorMap(dout, (64, plan.tiles.block_m, 1, 1))]
+    arrays = [array for array in (dout, plan.tma_bias, plan.tma_bias_sums) if array is not None]
+    boxes = [(128 // ITEMSIZE[array.dtype], plan.tiles.block_m, 1, 1) for array in arrays]
+    return [*_tensor_maps(plan, plan.tiles.block_m), *map(TensorMap, arrays, boxes)]
 
 
-class BackwardParameters:
-    """The bytes of the parameter struct of one launch of the backward."""
-
-    def __init__(self, plan: BackwardPlan, launch: tuple[int, int, int, int], attends: bool) -> None:
-        self.of_pairs = attends and plan.split_inputs
-        self.base = _layout(plan.problem.real, fixed_fields(plan, self.of_pairs), [])[0]
-        self.start = plan.backward.first_slot
-        variant = _backward_variant(plan, attends)
-        self.tail, self.patches = _layout(plan.problem.real, _backward_fields(plan, launch, self.of_pairs), variant)
-        self.maps = _backward_maps(plan) if attends and plan.uses_tma else []
-        if self.maps:
-            self.tail += bytes(-8 * backward_words(plan, attends) % MAP_ALIGNMENT)
-
-    def pack(self, pointers: list[int]) -> bytes:
-        """`pointers` by slot: of the forward, of masks and modifications, then those of the backward."""
-        inputs, own_pointers = pointers[: len(POINTERS)], pointers[self.start : self.start + len(BACKWARD_POINTERS)]
-        if self.of_pairs:
-            inputs[_Q : _Q + 3] = inputs[_SPLIT_Q : _SPLIT_Q + 3]
-            own_pointers[_DOUT] = own_pointers[_SPLIT_DOUT]
-        head = HEAD.pack(*inputs)
-        if self.maps:
-            head = b"".join([m.at(pointers[m.operand.slot]) for m in self.maps]) + head
-        own = BACKWARD_HEAD.pack(*own_pointers)
-        if not self.patches:
-            return head + self.base + own + self.tail
-        tail = bytearray(self.tail)
-        for offset, slot in self.patches:
-            struct.pack_into("<Q", tail, offset, pointers[slot])
-        return head + self.base + own + bytes(tail)
+def backward_struct(plan: BackwardPlan, launch: tuple[int, int, int, int], attends: bool) -> Struct:
+    """BackwardParams of one launch of a kernel of the backward."""
+    real, of_pairs = plan.problem.real, attends and plan.split_inputs
+    own = [plan.backward.first_slot + n for n in range(len(BACKWARD_POINTERS))]
+    if of_pairs:
+        own[_DOUT] = own[_SPLIT_DOUT]
+    maps = _backward_maps(plan) if attends and plan.uses_tma else []
+    base = _layout(real, fixed_fields(plan, of_pairs), [])
+    layout = _layout(real, _backward_fields(plan, launch, of_pairs), _backward_variant(plan, attends))
+    return _assemble(maps, _slots(of_pairs), base, own, layout)
 
 
 # KV cache -------------------------------------------------------------------------------------------------------------
 
-DECODE_HEAD = struct.Struct(f"<{len(DECODE_POINTERS)}Q")
+
+def decode_struct(plan: DecodePlan, attends: bool, piece: int = 0) -> Struct:
+    """DecodeParams of a kernel over a KV cache; `piece` of the columns of out, if it attends."""
+    p = plan.problem
+    slots = list(range(len(DECODE_POINTERS)))
+    if p.latent:
+        for name, source in DECODE_SHARED.items():
+            slots[DECODE_SLOT[name]] = DECODE_SLOT[source]
+    cache = p.operand("k_cache")
+    maps = []
+    if attends and isinstance(plan, LatentPlan) and cache is not None:
+        maps.append(TensorMap(cache, (64, plan.box_rows, 1, 1)))
+    layout = _layout(p.real, decode_fields(plan, attends, piece), decode_variant(plan, attends))
+    whole = _assemble(maps, slots, layout)
+    first = len(maps) * MAP_BYTES // WORD
+    columns = [
+        (first + DECODE_SLOT[name], slots[DECODE_SLOT[name]], piece * plan.head_dim_v * ITEMSIZE[dtype])
+        for name, dtype in (("v_cache", p.cache_dtype), ("out", p.dtype))
+        if piece
+    ]
+    return whole._replace(shifted=tuple(columns))
 
 
-class DecodeParameters:
-    """The bytes of the parameter struct of a kernel over a KV cache."""
+# Launches -------------------------------------------------------------------------------------------------------------
 
-    def __init__(self, plan: DecodePlan, attends: bool) -> None:
-        self.tail, self.patches = _layout(plan.problem.real, decode_fields(plan), decode_variant(plan, attends))
 
-    def pack(self, pointers: list[int]) -> bytes:
-        """`pointers` by slot."""
-        head = DECODE_HEAD.pack(*pointers[: len(DECODE_POINTERS)])
-        if not self.patches:
-            return head + self.tail
-        tail = bytearray(self.tail)
-        for offset, slot in self.patches:
-            struct.pack_into("<Q", tail, offset, pointers[slot])
-        return head + bytes(tail)
+class Launch:
+    """A loaded kernel with its grid and its struct. A call gives it its words and a stream."""
+
+    def __init__(
+        self, function: Any, grid: int, threads: int, smem_bytes: int, struct: Struct, position: Mapping[int, int]
+    ) -> None:
+        """function: of `jit.load`. position: of a slot among the words of a call; slots that calls do not fill are 0."""
+        self._function, self._grid, self._block, self._smem_bytes = function, (grid, 1, 1), (threads, 1, 1), smem_bytes
+        self._struct = struct
+        self._words = tuple((place, position[slot]) for place, slot in struct.words if slot in position)
+        self._shifted = tuple((place, position[slot], shift) for place, slot, shift in struct.shifted)
+        self._bases = tuple((n * MAP_BYTES // WORD, position[m.operand.slot]) for n, m in enumerate(struct.maps))
+        self._free: list[_Memory] = []
+
+    def __call__(self, words: Sequence[int], stream: Any) -> None:
+        try:
+            memory = self._free.pop()  # each launch has memory of its own, whatever other threads do
+        except IndexError:
+            memory = self._memory(words)
+        target = memory.words
+        for place, n in memory.places:
+            target[place] = words[n]
+        for place, n, shift in self._shifted:
+            target[place] = words[n] + shift
+        self._function(self._grid, self._block, memory.arguments, self._smem_bytes, stream)
+        if memory.lasting:
+            self._free.append(memory)
+
+    def _memory(self, words: Sequence[int]) -> _Memory:
+        """Memory with the tensor maps of a call."""
+        from cupy.cuda.function import CPointer
+
+        maps = b"".join([m.at(words[n]) for m, (_, n) in zip(self._struct.maps, self._bases, strict=True)])
+        image = maps + self._struct.image[len(maps) :]
+        memory = (ctypes.c_uint64 * (len(image) // WORD)).from_buffer_copy(image)
+        lasting = all(m.movable for m in self._struct.maps)
+        places = self._words + self._bases if lasting else self._words
+        return _Memory(memory, (CPointer(ctypes.addressof(memory)),), places, lasting)
+
+
+class _Memory(NamedTuple):
+    """A struct in memory that the driver reads while it launches."""
+
+    words: Any
+    arguments: tuple[Any, ...]
+    """as `cupy.cuda.Function` takes them"""
+    places: tuple[tuple[int, int], ...]
+    """(place, position of a call's word) of all that another call must write"""
+    lasting: bool
+    """whether maps of other calls differ in their addresses alone, so that this memory serves them too"""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cuattn.arrays import View
+from cuattn.arrays import View, contiguous_strides
 from cuattn.fields import ITEMSIZE, Operand
 from cuattn.masks import And, BlockSparse, BooleanMask, Full, Mask, SlidingWindow, TreeMask
 from cuattn.score_mods import Alibi, Bias, ScoreMod, SoftCap, UserMod
@@ -431,12 +431,3 @@ def vector_bytes(view: View) -> int:
     size = ITEMSIZE[view.dtype]
     steps = [s * size for n, s in zip(view.shape[:-1], view.strides[:-1], strict=True) if n > 1]
     return math.gcd(16, view.ptr, *steps)
-
-
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Element strides of a C-contiguous array."""
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(strides))

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import struct
 
-from cuattn.fields import Operand
+from cuattn.fields import ITEMSIZE, Operand
 
 MAP_BYTES = 128
 MAP_ALIGNMENT = 64
@@ -15,7 +15,7 @@ MAX_STRIDE_BYTES = 1 << 40
 _WORD = struct.Struct("<Q")
 
 # Values of the driver's enumerations CUtensorMap...
-_DATA_TYPES = {"float16": 6, "bfloat16": 9}
+_DATA_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9}
 _NO_INTERLEAVE = 0
 _SWIZZLE_128B = 3
 _L2_PROMOTION_256B = 3
@@ -40,7 +40,7 @@ def tma_bias(operand: Operand) -> Operand | None:
     shape = (1,) * (4 - len(operand.shape)) + operand.shape
     strides = operand.broadcast_strides(4)
     outer = [(n, s) for n, s in zip(shape[:3], strides[:3], strict=True) if n > 1]
-    if operand.dtype not in _DATA_TYPES or operand.alignment < 16 or min(shape[2:]) < 2 or strides[3] != 1:
+    if ITEMSIZE[operand.dtype] != 2 or operand.alignment < 16 or min(shape[2:]) < 2 or strides[3] != 1:
         return None
     if any(not 0 < 2 * s < MAX_STRIDE_BYTES or 2 * s % 16 for _, s in outer):
         return None
@@ -63,13 +63,14 @@ def _encode() -> ctypes._NamedFuncPointer:
 
 
 def encode(operand: Operand, box: tuple[int, ...], address: int) -> bytes:
-    """The tensor map of a 16-bit array (batch, row, head, column) at `address`, over (column, row, head, batch).
+    """The tensor map of an array (batch, row, head, column) at `address`, over (column, row, head, batch).
 
     box: elements of one copy along (column, row, head, batch).
     """
     batch, rows, heads, columns = operand.shape
     # An axis of one element may have any stride; the copy engine wants a valid one.
-    strides = [2 * s if n > 1 else 16 for n, s in zip(operand.shape[:3], operand.strides[:3], strict=True)]
+    size = ITEMSIZE[operand.dtype]
+    strides = [size * s if n > 1 else 16 for n, s in zip(operand.shape[:3], operand.strides[:3], strict=True)]
     rank = 4
     sizes = (ctypes.c_uint64 * rank)(columns, rows, heads, batch)
     steps = (ctypes.c_uint64 * (rank - 1))(strides[1], strides[2], strides[0])
@@ -101,17 +102,14 @@ class TensorMap:
 
     def __init__(self, operand: Operand, box: tuple[int, ...]) -> None:
         self.operand, self.box = operand, box
-        self.tail = b""
-        """what follows the address, once it is known that nothing else depends on it"""
+        self.movable = False
+        """whether the address is known to be the map's first word, and nothing else to depend on it"""
 
     def at(self, address: int) -> bytes:
-        """The map of the array at `address`. The first call encodes; where the address is the map's first word, as it has
-        been so far, later ones replace it.
-        """
-        if self.tail:
-            return _WORD.pack(address) + self.tail
+        """The map of the array at `address`."""
         encoded = encode(self.operand, self.box, address)
-        other = address ^ (1 << 20)
-        if encoded[:8] == _WORD.pack(address) and encode(self.operand, self.box, other) == (_WORD.pack(other) + encoded[8:]):
-            self.tail = encoded[8:]
+        if not self.movable:
+            other = address ^ (1 << 20)
+            moved = _WORD.pack(other) + encoded[8:]
+            self.movable = encoded[:8] == _WORD.pack(address) and encode(self.operand, self.box, other) == moved
         return encoded

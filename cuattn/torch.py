@@ -267,28 +267,27 @@ def _four_axes_named(name: str, mask: Any, shape: tuple[int, int, int, int]) -> 
 # Eager calls ----------------------------------------------------------------------------------------------------------
 
 
-def record(arguments: call.Call) -> Any:
+def record(arguments: call.Call, needs_grad: bool) -> Any:
     """`call.execute`, under autocast and autograd.
 
     Returns out, or (out, lse); both are differentiable with respect to q, k, v, sinks and the differentiable arrays of the
     modifications. Autocast casts q, k and v as it does for PyTorch's own attention. Raises ValueError for `out` in a call to be
     differentiated, NotImplementedError for an array that requires grad but has none and inside a transform of torch.func.
     """
-    casts = _casts(arguments.present)
-    if casts:
-        arguments = arguments._replace(present={**arguments.present, **casts})
-    present, mods = arguments.present, arguments.mods
-    _check_forward_mode(present, mods)
-    if not _needs_gradient(present, mods):
+    if torch.is_autocast_enabled(arguments.device[0]):
+        arguments = arguments.over({**arguments.present, **_casts(arguments.present)})
+    if not needs_grad:
         return call.execute(arguments)
+    present, mods = arguments.present, arguments.mods
+    if forward_ad._current_level >= 0:
+        _check_forward_mode(present, mods)
     _check_differentiable(present.get("out"), mods)
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError("cuattn: transforms of torch.func (grad, vmap, ...) are not supported, use torch.autograd")
     inputs = [present["q"], present["k"], present["v"], present.get("sinks")]
     if mods:
         inputs += [mod.arrays[n] for mod in mods for n in mod.differentiable]
-    out, lse = _Attention.apply(arguments, *inputs)
-    return (out, lse) if arguments.options.return_lse else out
+    return _apply(arguments, *inputs)
 
 
 CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -329,8 +328,6 @@ def _check_differentiable(out: Any, mods: tuple[ScoreMod, ...]) -> None:
 
 
 def _check_forward_mode(named: Mapping[str, Any], mods: tuple[ScoreMod, ...]) -> None:
-    if forward_ad._current_level < 0:
-        return
     for x in _inputs(named, mods):
         if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError("cuattn: forward-mode differentiation (jvp) is not supported")
@@ -350,8 +347,6 @@ class _Described(NamedTuple):
 
 def _bind(mask: Mask, mods: tuple[ScoreMod, ...], own: Sequence[Any]) -> tuple[Mask, tuple[ScoreMod, ...]]:
     """Mask and modifications over other arrays, given one after the other."""
-    if not own:
-        return mask, mods
     position = len(mask.arrays)
     mask, bound = mask.bind(own[:position]), []
     for mod in mods:
@@ -361,35 +356,39 @@ def _bind(mask: Mask, mods: tuple[ScoreMod, ...], own: Sequence[Any]) -> tuple[M
 
 
 class _Attention(torch.autograd.Function):  # type: ignore[misc]
-    """(out, lse) as autograd sees them: functions of q, k, v, sinks and the differentiable arrays of the modifications."""
+    """out, or (out, lse), as autograd sees them: of q, k, v, sinks and the differentiable arrays of the modifications."""
 
     @staticmethod
-    def forward(ctx: Any, arguments: call.Call, *_: Any) -> tuple[Any, Any]:
+    def forward(ctx: Any, arguments: call.Call, *_: Any) -> Any:
         """The tensors that follow `arguments` are among them. Grad mode is off in here."""
-        present, mask, mods, own, options, seed = arguments[2:]
-        if not options.return_lse:
-            arguments = arguments._replace(options=options._replace(return_lse=True))
-        out, lse = call.execute(arguments)
+        present, mask, mods, own, options, seed = arguments[2:8]
+        out, lse = call.execute(arguments.with_lse())
         # Every array is saved, so that autograd notices when one changes in place; nothing else keeps them alive.
         ctx.save_for_backward(*present.values(), out, lse, *own)
-        ctx.names = (*present, "out", "lse")
-        ctx.rest = (*_bind(mask, mods, _Described.of(own)), options, seed)
+        if own:
+            mask, mods = _bind(mask, mods, _Described.of(own))
+        ctx.rest = (*present, "out", "lse"), mask, mods, options, seed
         ctx.set_materialize_grads(False)
-        return out, lse
+        return (out, lse) if options.return_lse else out
 
     @staticmethod
-    def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
-        if dout is None and dlse is None:
-            return (None,) * len(ctx.needs_input_grad)
-        saved, (mask, mods, options, seed) = ctx.saved_tensors, ctx.rest
-        named = dict(zip(ctx.names, saved, strict=False))
-        mask, mods = _bind(mask, mods, saved[len(named) :])
+    def backward(ctx: Any, dout: Any, dlse: Any = None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad[1:]
+        if dout is None and dlse is None:
+            return (None,) * (1 + len(needed))
+        saved, (names, mask, mods, options, seed) = ctx.saved_tensors, ctx.rest
+        named = dict(zip(names, saved, strict=False))
+        if len(saved) > len(named):
+            mask, mods = _bind(mask, mods, saved[len(named) :])
         if not torch.is_grad_enabled():
             return (None, *_gradients(dout, dlse, named, mask, mods, options, seed, needed))
         with torch.no_grad():  # create_graph=True: all that is recorded of the gradients is that they are final
             gradients = _gradients(dout, dlse, named, mask, mods, options, seed, needed)
         return (None, *_Final.apply(gradients, dout, dlse, *saved))
+
+
+_apply = super(torch.autograd.Function, _Attention).apply
+"""Function.apply without what it does for transforms of torch.func, which are refused before."""
 
 
 class _Final(torch.autograd.Function):  # type: ignore[misc]
@@ -420,12 +419,13 @@ def _gradients(
 ) -> list[Any]:
     """Gradients of q, k, v, sinks and the differentiable arrays of `mods`, in this order; None where not needed.
 
-    named: the call's arrays with its out and lse. dout and dlse, of their shapes: not both None, which stands for zeros.
+    named: the call's arrays with its out and lse; to be given away. dout and dlse, of their shapes: not both None, which stands
+      for zeros.
     """
     out = named["out"]
     if dout is None:
         dout = out.new_zeros(out.shape[-1:]).expand(out.shape)
-    named = {**named, "dout": _readable(dout), "dlse": dlse}
+    named["dout"], named["dlse"] = _readable(dout), dlse
     if not options.deterministic and torch.are_deterministic_algorithms_enabled():
         options = options._replace(deterministic=True)
     parts, start = [], 4

@@ -34,11 +34,14 @@ ALIGNMENT = 16
 INTERNAL, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED = 13, 3, 8, 12
 """XLA's error codes."""
 
-_FrameWords = ctypes.c_uint64 * FRAME_WORDS
-_ApiWords = ctypes.c_uint64 * API_WORDS
-_pointer = ctypes.c_uint64.from_address
 _Function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 _words = functools.cache(lambda count: ctypes.c_uint64 * count)
+
+
+@functools.lru_cache(4096)
+def _at(address: int, count: int) -> Any:
+    """Memory at an address, as words that can be read. XLA keeps its structures, so the same addresses come again."""
+    return _words(count).from_address(address)
 
 
 class Frame(NamedTuple):
@@ -69,11 +72,33 @@ class Frame(NamedTuple):
         self.api.call(MEMORY_FREE, _words(5)(40, 0, self.context, size, address))
 
 
+class Scratch:
+    """Memory for the time of one call; XLA reuses it in the order of the stream."""
+
+    def __init__(self, frame: Frame) -> None:
+        self._frame, self._parts = frame, list[tuple[int, int]]()
+
+    def allocate(self, size: int) -> int:
+        """An address; 0 for no bytes."""
+        if not size:
+            return 0
+        address = self._frame.allocate(size)
+        self._parts.append((address, size))
+        return address
+
+    def __enter__(self) -> Scratch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for address, size in self._parts:
+            self._frame.free(address, size)
+
+
 class _Api:
     """XLA's functions by their place in Api."""
 
     def __init__(self, address: int) -> None:
-        words = _ApiWords.from_address(address)
+        words = _at(address, API_WORDS)
         errors, memory = (ERROR_CREATE, ERROR_MESSAGE, ERROR_DESTROY), (STREAM_GET, MEMORY_ALLOCATE, MEMORY_FREE)
         self._functions = {n: _Function(words[n]) for n in (*errors, *memory)}
 
@@ -105,15 +130,15 @@ def handler(run: Callable[[Frame], None]) -> Any:
     """A C function that XLA can call, kept alive by the caller; exceptions of `run` become errors of the program."""
 
     def execute(address: int) -> int | None:
-        words = _FrameWords.from_address(address)[:]
+        words = _at(address, FRAME_WORDS)[:]
         if words[EXTENSION] and _answer_metadata(words[EXTENSION]):
             return None
         api = _api(words[API])
         try:
             arguments = _buffers(words[ARGUMENTS + COUNT], words[ARGUMENTS + ARGUMENT_VALUES])
             results = _buffers(words[RESULTS + COUNT], words[RESULTS + ARGUMENT_VALUES])
-            span = _pointer(words[ATTRIBUTES + ATTRIBUTE_VALUES]).value
-            text, length = _words(2).from_address(span)
+            span = _at(words[ATTRIBUTES + ATTRIBUTE_VALUES], 1)[0]
+            text, length = _at(span, 2)
             run(Frame(arguments, results, ctypes.string_at(text, length), api, words[CONTEXT]))
         except BaseException as error:  # nothing may pass through a C function
             return api.error(error)
@@ -123,15 +148,15 @@ def handler(run: Callable[[Frame], None]) -> Any:
 
 
 def _buffers(count: int, values: int) -> list[int]:
-    return [_pointer(buffer + 8 * DATA).value for buffer in _words(count).from_address(values)] if count else []
+    return [_at(buffer + 8 * DATA, 1)[0] for buffer in _at(values, count)] if count else []
 
 
 def _answer_metadata(extension: int) -> bool:
     """Whether XLA asks for the handler's version instead of calling it; the answer is written where it asks for it."""
     while extension:
-        _, kind, following = _words(3).from_address(extension)
+        _, kind, following = _at(extension, 3)
         if kind & 0xFFFFFFFF == METADATA_EXTENSION:
-            metadata = _pointer(extension + 24).value
+            metadata = _at(extension + 24, 1)[0]
             # Metadata: struct_size, Version (struct_size, extension, two ints), traits
             ctypes.c_int32.from_address(metadata + 24).value, ctypes.c_int32.from_address(metadata + 28).value = VERSION
             ctypes.c_uint32.from_address(metadata + 32).value = 0

@@ -159,7 +159,7 @@ def test_cpu_stream_and_guard_do_nothing(kind: str) -> None:
     with library.guard(CPU), library.guard(CPU):
         pass
     assert library.native == (kind == "torch")
-    assert not library.needs_grad(x)
+    assert not library.needs_grad([x])
 
 
 def test_numpy_read_only_and_subclasses() -> None:
@@ -222,13 +222,13 @@ def test_torch_needs_grad() -> None:
     x = torch.ones(2, 3)
     p = torch.nn.Parameter(x.clone())
     assert library_of(p, "q") is TORCH
-    assert not TORCH.needs_grad(x) and TORCH.writable(x)
-    assert TORCH.needs_grad(p) and not TORCH.writable(p)
-    assert TORCH.needs_grad(p * 2)
-    assert not TORCH.needs_grad(p.detach())
+    assert not TORCH.needs_grad([x]) and TORCH.writable(x)
+    assert TORCH.needs_grad([p]) and not TORCH.writable(p)
+    assert TORCH.needs_grad([p * 2])
+    assert not TORCH.needs_grad([p.detach()])
     for off in (torch.no_grad(), torch.inference_mode()):
         with off:
-            assert not TORCH.needs_grad(p)
+            assert not TORCH.needs_grad([p])
     np.testing.assert_array_equal(TORCH.host(p), np.ones((2, 3)))
 
 
@@ -237,8 +237,8 @@ def test_torch_forward_mode_needs_grad() -> None:
     forward_ad = importlib.import_module("torch.autograd.forward_ad")
     x = torch.ones(2)
     with forward_ad.dual_level():
-        assert TORCH.needs_grad(forward_ad.make_dual(x, x))
-        assert not TORCH.needs_grad(x)
+        assert TORCH.needs_grad([forward_ad.make_dual(x, x)])
+        assert not TORCH.needs_grad([x])
 
 
 def test_torch_from_host_copies_what_torch_cannot_hold(recwarn: pytest.WarningsRecorder) -> None:
@@ -481,7 +481,7 @@ def test_cupy_view(dtype: str) -> None:
     assert CUPY.view(y).strides == (0, 4, 1)
     assert CUPY.view(cupy_over(0, (0, 4), dtype)).shape == (0, 4)
     assert CUPY.view(cupy_over(4096, (), dtype)) == View(4096, (), (), dtype)
-    assert CUPY.writable(x) and CUPY.native and CUPY.to_cupy(x) is x and not CUPY.needs_grad(x)
+    assert CUPY.writable(x) and CUPY.native and CUPY.to_cupy(x) is x and not CUPY.needs_grad([x])
 
 
 def test_cupy_view_refuses_parts_of_elements() -> None:

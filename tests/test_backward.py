@@ -81,6 +81,27 @@ def test_narrow_windows(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, head
     check(cupy_backend, case, deterministic=deterministic)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("bfloat16", "ieee", 3, 410, 520, 4, 2, 128, mods=("bias_pairs",)),
+        Case("float16", "ieee", 2, 300, 264, 4, 4, 128, mask="causal", mods=("bias",)),
+        Case("bfloat16", "ieee", 2, 300, 333, 4, 1, 128, mask="causal", mods=("bias_keys",)),
+        Case("bfloat16", "ieee", 2, 200, 264, 2, 1, 128, mods=("softcap", "bias_pairs")),
+        Case("float16", "ieee", 3, 410, 520, 4, 2, 64, mask="causal", mods=("bias_pairs",), sequences="lens"),
+        Case("bfloat16", "ieee", 4, 300, 264, 4, 2, 64, mods=("bias",), sequences="packed"),
+        Case("bfloat16", "ieee", 2, 300, 520, 4, 2, 64, mods=("bias_keys",), dropout=0.2),
+        Case("bfloat16", "ieee", 2, 300, 264, 2, 2, 64, mask="boolean", mods=("bias_pairs",)),
+        Case("bfloat16", "ieee", 1, 65, 300, 2, 2, 96, mods=("bias_scalar",)),
+    ],
+    ids=str,
+)
+def test_staged_biases(cupy_backend: Any, case: Case) -> None:
+    """Rows of whole 16 bytes, which the copy engine takes."""
+    check(cupy_backend, case)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_rows_without_keys_get_zero(backend: Any, dtype: str) -> None:
     case = Case(dtype, seqlen_q=203, seqlen_k=40, mask="causal")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import subprocess
@@ -12,31 +13,39 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import backward, compare, figures, results
-from bench.__main__ import STORED, main, parser, selected
+from bench import backward, compare, decode, error, figures, latency, memory, progress, results, summary, tables
+from bench.__main__ import PEERS, STORED, main, parser, selected
 from bench.baselines import BASELINES, TITLES, Sdpa, available
 from bench.cases import (
     BACKWARD,
     BACKWARD_QUICK,
+    COMPILED,
+    ERROR,
     FORWARD,
     HOST,
     JIT,
+    LATENCY,
     LENGTHS,
     MASKS,
+    MATRIX,
     MEMORY,
     MEMORY_BACKWARD,
+    MEMORY_LENGTHS,
     PACKED,
     QUICK,
     SPLIT,
+    UNEVEN_PACKED,
     USER_MOD,
     Case,
     dense,
+    deterministic,
     gradients,
     user_mod,
 )
 from bench.ceilings import RECORDED
 from bench.inputs import Inputs
-from bench.timing import Timing
+from bench.timing import Contender, Timing
+from cuattn import reference
 
 ENV = {"gpu": "NVIDIA H200", "versions": {"cuattn": "0"}, "source_hash": "f" * 64, "date": "2026-11-21T10:00:00+00:00"}
 CEILINGS = RECORDED["h200"]
@@ -92,15 +101,15 @@ def test_packed_shapes_have_no_batch_axis() -> None:
 def test_every_case_has_its_own_row_and_name() -> None:
     assert set(QUICK) <= set(FORWARD)
     assert set(BACKWARD_QUICK) <= set(BACKWARD)
-    for cases in (FORWARD, BACKWARD, BACKWARD_QUICK, JIT, MEMORY, MEMORY_BACKWARD):
+    for cases in (FORWARD, BACKWARD, BACKWARD_QUICK, JIT, MEMORY, MEMORY_BACKWARD, LATENCY, ERROR):
         assert len({str(case) for case in cases}) == len(cases)
         assert len({results.key(row(case)) for case in cases}) == len(cases)
 
 
 def test_the_paper_setting_has_as_many_tokens_and_channels_everywhere() -> None:
     paper = [c for c in FORWARD if c.dtype == "bfloat16" and not c.mods and c.mask in ("full", "causal") and c != SPLIT]
-    dense_ones = [c for c in paper if c.num_heads == c.num_heads_kv]
-    assert len(dense_ones) == 18
+    dense_ones = [c for c in paper if c.num_heads == c.num_heads_kv and c.head_dim == c.head_dim_v]
+    assert len(dense_ones) == 36
     assert {(c.batch * c.seqlen_q, c.num_heads * c.head_dim) for c in dense_ones} == {(16384, 2048)}
 
 
@@ -153,62 +162,116 @@ def test_a_store_names_its_file_after_the_gpu() -> None:
     assert results.Store(None, ENV).path == results.FOLDER / "h200.json"
 
 
-def readme_text() -> str:
-    sections = ((results.BEGIN, results.END), (results.BACKWARD_BEGIN, results.BACKWARD_END))
-    return "# before\n" + "between\n".join(f"{begin}\nold\n{end}\n" for begin, end in sections) + "after\n"
+def rows_of_every_part() -> list[results.Row]:
+    """One GPU's rows of every part, with peers."""
+    paper = [dense("bfloat16", d, 16384 // s, 2048 // d, s) for d in (64, 128) for s in (4096, 8192)]
+    rows = [row(case, 2000.0, cudnn=1000.0, flash=3000.0) for case in (*paper, PACKED, SPLIT)]
+    rows += [row(case, 5000.0, cudnn=4000.0, flash=6000.0) for case in gradients(*paper)]
+    rows += [row(case, 5000.0, fa4=6000.0) for case in deterministic(*gradients(*paper))]
+    rows.append({**row(dense("float32", 128, 2, 16, 4096)), "error": 3.2e-7})
+    rows += [row(case, 100.0, cudnn=110.0, math=900.0) for case in MATRIX if case.seqlen_q < 4096]
+    rows += [row(replace(HOST, bench=f"host/{kind}"), 15.25) for kind in ("cupy", "torch", "torch/backward", "torch/autograd")]
+    rows += [row(replace(JIT[0], bench="jit/cold"), 1.2e6), row(replace(JIT[0], bench="jit/warm"), 2e4)]
+    for case in MEMORY_LENGTHS:
+        planned = {"planned": 8 << 20} if case.bench == "memory/backward" else {}
+        more = {"bytes": 9 << 20, "peer_bytes": {"cudnn": 1 << 20, "math": case.scores * 4}, **planned}
+        rows.append(results.make_row(case, None, {}, ENV, None, **more))
+    rows += [results.make_row(c, 50.0, {"flash": 40.0}, ENV, None, p99=90.0, peers_p99={"flash": 70.0}) for c in LATENCY]
+    own = {"out": (2e-3, 3e-4), "dq": (4e-3, 5e-4)}
+    errors = {"cuattn": own, "cudnn": own, "fa3": {"out": (7e-3, 8e-4)}}
+    rows += [results.make_row(case, None, {}, ENV, None, errors=errors) for case in ERROR]
+    return rows + [decode.row(case, 10.0, {"fa3": 12.0}, ENV) for case in (*decode.CASES, *decode.LENGTHS)]
 
 
-def test_report_replaces_only_its_section(tmp_path) -> None:
-    readme, folder = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(readme_text())
-    cases = [FORWARD[0], PACKED, SPLIT, dense("float32", 128, 2, 16, 4096)]
-    rows = [row(case, 2000.0, flash=3000.0) for case in cases]
-    rows[-1]["error"] = 3.2e-7
-    rows += [row(replace(HOST, bench="host/cupy"), 15.25), row(replace(JIT[0], bench="jit/cold"), 1.2e6)]
-    rows.append(results.make_row(replace(MEMORY[0], bench="memory"), None, {}, ENV, None, bytes=3 << 20))
-    results.save(folder / "h200.json", rows)
-    results.report(readme, TITLES, folder)
+def tables_of(text: str) -> list[list[str]]:
+    return [list(g) for is_row, g in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")) if is_row]
+
+
+def test_the_summary_replaces_only_its_section(tmp_path: Path) -> None:
+    readme, folder = tmp_path / "README.md", tmp_path / "rows"
+    readme.write_text(f"# before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    results.save(folder / "h200.json", rows_of_every_part())
+    summary.write(readme, TITLES, folder)
     text = readme.read_text()
     assert text.startswith("# before\n") and text.endswith("after\n") and "old" not in text
-    assert "| bf16 | 64 | 4 x 32 | 4096 | full | 2000 | 274.9 |" in text
-    assert "x FA2" in text and "1.50" in text and "causal, packed" in text and "3.2e-07" in text
-    assert "15.2 us" in text and "1.20 s" in text and "3.00 MiB" in text
-    widths = [line.count("|") for line in text.splitlines() if line.startswith("|")]
-    tables = [list(g) for is_row, g in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")) if is_row]
-    assert widths and all(len({line.count("|") for line in table}) == 1 for table in tables)
-    results.report(readme, TITLES, folder)
+    assert "| forward, bf16 | 64 | 4096 to 8192 | 275 to 550 | 0.50 | 0.50 | cuDNN, FA2 |" in text
+    assert "| backward, bf16, deterministic | 128 | 4096 to 8192 | 275 to 550 | 1.20 | 1.20 | FA4 |" in text
+    assert "| forward, fp32 ieee | 128 | 4096 | 275 |  |  |  |" in text
+    assert "15 us on cupy arrays, 15 us on torch arrays" in text and "1.2 s, with kernels in the disk cache 0.02 s" in text
+    assert "forward and backward, 65536 tokens, 16 heads, d128: 9 MiB" in text
+    (table,) = tables_of(text)
+    assert len({line.count("|") for line in table}) == 1
+    summary.write(readme, TITLES, folder)
     assert readme.read_text() == text
 
 
-def test_report_has_a_section_for_gradients(tmp_path) -> None:
-    readme, folder = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(readme_text())
-    wide, narrow = (case for case in BACKWARD if case.head_dim == 192 or case.mods == ("key bias",))
-    rows = [row(FORWARD[0], 2000.0, flash=3000.0), row(BACKWARD[0], 5000.0, cudnn=4000.0, flash=6000.0)]
-    rows += [row(narrow), row(wide, efficient=2000.0)]
-    rows += [row(replace(HOST, bench=f"host/torch{part}"), 15.25) for part in ("", "/backward", "/autograd")]
-    rows.append(results.make_row(MEMORY_BACKWARD[0], None, {}, ENV, None, bytes=9 << 20, planned=8 << 20))
-    results.save(folder / "h200.json", rows)
-    results.report(readme, TITLES, folder)
-    forward, _, gradient = readme.read_text().partition("between")
-    assert "| 2000 | 274.9 |" in forward and "x best" not in forward and "5000" not in forward
-    assert "| bf16 | 64 | 4 x 32 | 4096 | full | 5000 | 274.9 |" in gradient and "| 0.80 | 0.80 | 1.20 |" in gradient
-    assert "| 192/128 |" in gradient and "full, key bias" in gradient and "2000 | 274.9" not in gradient
-    assert forward.count("15.2 us") == 1 and gradient.count("15.2 us") == 2
-    assert "9.00 MiB; planned 8.00 MiB" in gradient
-    tables = [list(g) for is_row, g in itertools.groupby(gradient.splitlines(), lambda x: x.startswith("|")) if is_row]
-    assert len(tables) == 2 and all(len({line.count("|") for line in table}) == 1 for table in tables)
+def test_the_summary_means_are_geometric_and_over_the_best_peer() -> None:
+    cases = [dense("bfloat16", 64, 16384 // s, 32, s) for s in (4096, 8192)]
+    rows = [row(cases[0], 100.0, cudnn=200.0, flash=900.0), row(cases[1], 100.0, cudnn=900.0, flash=50.0)]
+    line = summary.rate_line("x", rows, TITLES)
+    assert "| 1.00 | 0.50 | cuDNN, FA2 |" in line
+
+
+def test_the_page_has_a_table_for_every_part(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = rows_of_every_part()
+    results.save(tmp_path / "rows" / "h200.json", rows)
+    written = figures.write(TITLES, tmp_path, tmp_path / "rows")
+    drawn = ["forward", "backward", "matrix", "matrix-backward", "decode", "memory", "latency", "host", "error"]
+    assert [path.name for path in written] == [*(f"h200-{name}.svg" for name in drawn), "results.md"]
+    forward, _, gradient = (tmp_path / "results.md").read_text().partition("## Gradients")
+    for name, other in ((forward, gradient), (gradient, forward)):
+        assert name.count("**One causal sequence**") == other.count("**One causal sequence**") == 1
+        assert all(len({line.count("|") for line in table}) == 1 for table in tables_of(name))
+    assert "| bf16 | 64 | 4 x 32 | 4096 | full | 2000 | 274.9 |" in forward and "causal, packed" in forward
+    assert "3.2e-07" in forward and "1.20 s" in forward and "50.0 / 90.0" in forward and "40.0 / 70.0" in forward
+    assert "| out | 2.0e-03 (3.0e-04) | 2.0e-03 (3.0e-04) | 7.0e-03 (8.0e-04) |" in forward
+    assert "| 64 x mixed | 64/8 | 128 | page 16 | 1 | 10.0 |" in forward
+    assert "| bf16 | 128 | 1 x 16 | 65536 | causal | 9.00 | 1.00 |" in forward.replace("| 65536.00 ", "").replace(
+        "| 131072.00 ", ""
+    )
+    assert "| 9.00 | 8.00 | 1.00 |" in gradient and forward.count("15.2 us") == gradient.count("15.2 us") == 2
+    assert "| 0.80 | 0.80 | 1.20 |" in gradient.replace("|  |", "|")
+
+
+def test_the_readme_and_the_page_are_what_the_rows_say(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    readme = tmp_path / "README.md"
+    for name in ("README.md", "docs/results.md"):
+        (tmp_path / Path(name).name).write_text((results.ROOT / name).read_text(encoding="utf-8"))
+    summary.write(readme, TITLES)
+    figures.write(TITLES, tmp_path)
+    for name in ("README.md", "docs/results.md"):
+        written = (tmp_path / Path(name).name).read_text(encoding="utf-8")
+        assert written == (results.ROOT / name).read_text(encoding="utf-8"), "run: python -m bench report"
+
+
+def test_rows_behind_a_peer_are_listed_the_worst_first() -> None:
+    near, far, ahead = (dense("bfloat16", d, 1, 4, 1024) for d in (64, 128, 256))
+    rows = [row(near, 100.0, cudnn=99.0, flash=98.0), row(far, 100.0, fa4=50.0), row(ahead, 100.0, cudnn=101.0)]
+    rows.append(row(replace(HOST, bench="host/torch/autograd"), 100.0, **{"an empty autograd.Function": 10.0}))
+    *_, first, second = tables.behind(rows, TITLES)
+    assert first == "| forward | bf16 | 128 | 1 x 4 | 1024 | full | FA4 | 0.50 |" and "| FA2 | 0.98 |" in second
+    assert tables.behind(rows[2:], TITLES) == []
+
+
+def test_every_row_of_the_results_file_is_in_the_page() -> None:
+    """Rows that no table shows would be measured for nothing."""
+    shown = {*results.RATED, *tables.TABLES}
+    for path in results.FOLDER.glob("*.json"):
+        for entry in results.load(path):
+            assert entry["bench"] in shown or entry["bench"].split("/")[0] in ("host", "jit"), entry["bench"]
 
 
 def test_the_readme_has_the_markers_of_the_report() -> None:
     text = (results.ROOT / "README.md").read_text(encoding="utf-8")
-    for marker in (results.BEGIN, results.END, results.BACKWARD_BEGIN, results.BACKWARD_END):
+    for marker in (tables.BEGIN, tables.END):
         assert text.count(marker) == 1
 
 
 def test_report_without_markers_is_an_error() -> None:
     with pytest.raises(ValueError, match="bench:begin"):
-        results.replace_section("no markers", "x")
+        tables.replace_section("no markers", "x")
 
 
 def test_every_forward_case_has_a_peer() -> None:
@@ -219,7 +282,7 @@ def test_every_forward_case_has_a_peer() -> None:
 def test_wide_dtypes_are_compared_with_what_serves_them() -> None:
     serving = {c: {b.name for b in BASELINES if not b.declines(c)} for c in FORWARD if c.dtype in ("float32", "float64")}
     for case, names in serving.items():
-        assert names == ({"naive", "math"} if case.dtype == "float64" else {"naive", "math", "efficient"})
+        assert names == ({"naive", "math"} | ({"efficient", "xformers"} if case.dtype == "float32" else set()))
 
 
 def test_every_backward_case_has_a_peer() -> None:
@@ -229,7 +292,7 @@ def test_every_backward_case_has_a_peer() -> None:
         if case.dtype == "float64":
             assert names == {"math"}
         if case.dtype == "float32":
-            assert names == {"efficient"}
+            assert names == {"efficient", "xformers"}
         if case.dtype == "bfloat16" and case.mask in ("full", "causal") and set(case.mods) <= {"deterministic", "dropout"}:
             assert "cudnn" in names and ("flash" in names or case.head_dim != case.head_dim_v)
         if case.biased:
@@ -319,7 +382,7 @@ def test_timing_is_a_median_with_its_spread() -> None:
 
 def test_options_select_cases(capsys) -> None:
     arguments = parser().parse_args(["forward", "--only", "packed"])
-    assert selected(arguments) == [PACKED]
+    assert selected(arguments) == [PACKED, UNEVEN_PACKED]
     assert main(["forward", "--list", "--quick"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(QUICK)
     assert main(["forward", "--only", "no such case"]) == 1
@@ -368,22 +431,141 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
         compare.compare(old, new)
 
 
-def test_figures_and_page_come_from_the_rows(tmp_path: Path) -> None:
+def test_a_figure_draws_each_library_once(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     cases = [dense("bfloat16", d, 16384 // s, 2048 // d, s) for d in (64, 128) for s in (4096, 8192)]
     rows = [row(case, 1000.0, cudnn=500.0) for case in cases]
-    rows += [results.make_row(replace(HOST, bench="host/cupy"), 20.0, {"flash": 15.0}, ENV, None, p99=31.0)]
     results.save(tmp_path / "rows" / "h200.json", rows)
-    written = figures.write(TITLES, tmp_path, tmp_path / "rows")
-    assert [path.name for path in written] == ["h200-forward.svg", "h200-host.svg", "results.md"]
-    page = (tmp_path / "results.md").read_text()
-    assert "figures/h200-forward.svg" in page and "99 of 100 whole calls below 31 us" in page
+    figures.write(TITLES, tmp_path, tmp_path / "rows")
     assert (tmp_path / "figures" / "h200-forward.svg").read_text().count("cuDNN") == 1
     assert figures.rate(rows[0], "cudnn") == pytest.approx(2 * rows[0]["tflops"])
+    assert figures.rate(rows[0], "flash") is None
 
 
 def test_all_is_the_parts_that_store_rows() -> None:
     chosen = selected(parser().parse_args(["all", "--quick"]))
     for part in STORED:
         assert set(selected(parser().parse_args([part, "--quick"]))) <= set(chosen), part
+    some = selected(parser().parse_args(["all", "--parts", "latency,host"]))
+    assert some == [*LATENCY, HOST]
+    with pytest.raises(ValueError, match="--parts: got sleep, expected some of forward"):
+        selected(parser().parse_args(["all", "--parts", "host,sleep"]))
     assert HOST in chosen and len(chosen) > len(QUICK) + len(BACKWARD_QUICK)
+
+
+# Matrix, errors, latency, memory, progress -----------------------------------------------------------------------------------
+
+
+def test_the_matrix_is_complete_in_both_directions() -> None:
+    grid = set(itertools.product((1024, 2048, 4096, 8192, 16384), (64, 128), (8, 16, 32)))
+    for backward_too in (False, True):
+        cells = [case for case in MATRIX if case.backward == backward_too]
+        assert {(c.seqlen_q, c.head_dim, c.num_heads) for c in cells} == grid and len(cells) == len(grid)
+    assert len({results.key(row(case)) for case in MATRIX}) == len(MATRIX) and MATRIX[-2:] == COMPILED
+    flex = next(b for b in BASELINES if b.name == "flex")
+    for case in MATRIX:
+        names = {b.name for b in BASELINES if not (b.declines_gradient(case) if case.backward else b.declines(case))}
+        assert {"cudnn", "flash", "fa4", "xformers"} <= names
+        assert (not flex.declines(case)) == (case in COMPILED)
+        if not case.backward:
+            assert {"fa3", "efficient"} <= names and ({"naive", "math"} <= names) == (case.scores <= 1 << 30)
+
+
+def test_parts_name_peers_that_exist() -> None:
+    for part, names in PEERS.items():
+        assert part in STORED and set(names) <= set(TITLES)
+
+
+def test_xformers_says_why_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    (baseline,) = (b for b in BASELINES if b.name == "xformers")
+    monkeypatch.setattr("bench.baselines.needs_torch", lambda: "")
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    assert baseline.absent().startswith("xformers does not import: ModuleNotFoundError")
+    assert not baseline.declines(dense("bfloat16", 64, 1, 4, 128, mask="causal"))
+    assert baseline.declines(dense("bfloat16", 64, 1, 4, 128, num_heads_kv=2)) and baseline.declines(PACKED)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_errors_are_those_of_each_library(mask: str) -> None:
+    """The textbook formula in float64 against the oracle, ours and PyTorch's in float32 against both."""
+    pytest.importorskip("torch")
+    case = dense("float32", 16, 1, 2, 48, mask=mask, bench="error")
+    inputs = Inputs.of(case, TorchOnCpu())
+    (dout, *_) = inputs.cotangents()
+    found = error.reference(inputs, dout)
+    host = [x.double().numpy() for x in (dout, *inputs.sets[0])]
+    oracle = reference.backward(*host, scale=0.25, mask=case.mask_object(), dtype=np.float64)
+    out, _ = reference.forward(*host[1:], scale=0.25, mask=case.mask_object(), mods=(), dtype=np.float64)
+    for name, expected in (("out", out), ("dq", oracle.dq), ("dk", oracle.dk), ("dv", oracle.dv)):
+        np.testing.assert_allclose(found[name].numpy(), expected, rtol=0, atol=1e-12)
+    errors = error.errors_of(case, [Sdpa("MATH", "math", "torch math", ("float32", "float64"))], TorchOnCpu())
+    assert errors.keys() == {"cuattn", "math"} and errors["cuattn"].keys() == {"out", "dq", "dk", "dv"}
+    assert errors["math"].keys() == {"out"}, "it declines gradients that faster kernels have"
+    for arrays in errors.values():
+        for worst, rms in arrays.values():
+            assert 0 < rms < np.finfo(np.float32).eps * 10 and 0 < worst < np.finfo(np.float32).eps * 100
+
+
+def test_an_error_is_relative_to_its_array() -> None:
+    torch = pytest.importorskip("torch")
+    assert error.error(torch.tensor([4.0, 2.0]), torch.tensor([4.0, 3.0]).double()) == (0.25, 0.2)
+
+
+def test_latency_is_the_time_of_whole_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = iter(range(10_000))
+    monkeypatch.setattr(latency, "synchronize", lambda: next(waits))
+    monkeypatch.setattr(latency, "warm_up", lambda contender: contender())
+    quick, broken = Contender("quick", [lambda: None]), Contender("broken", [lambda: 1 / 0])
+    found = latency.measure([quick, broken], 2, 50)
+    assert found.keys() == {"quick"} and 0 <= found["quick"][0] <= found["quick"][1]
+    assert next(waits) == 100
+
+
+def test_a_peers_memory_is_that_of_its_own_call() -> None:
+    """A call of a backward case returns the result and three gradients, which are not counted."""
+    torch = pytest.importorskip("torch")
+    baseline = Sdpa("MATH", "math", "torch math", ("float32",))
+    case = dense("float32", 16, 1, 2, 24, mask="causal", bench="memory/backward")
+    results_of = memory.peer_call(baseline, Inputs.of(case, TorchOnCpu()))()
+    assert [tuple(x.shape) for x in results_of] == [(1, 2, 24, 16), *[(1, 24, 2, 16)] * 3]
+    (out,) = memory.peer_call(baseline, Inputs.of(replace(case, bench="memory"), TorchOnCpu()))()
+    assert isinstance(out, torch.Tensor) and out.shape == (1, 2, 24, 16)
+
+
+class Passed:
+    """A deadline that passes after some cases."""
+
+    def __init__(self, cases: int) -> None:
+        self.left = cases
+
+    @property
+    def passed(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_time_limit_says_what_it_leaves_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress.within(Passed(2), ["a", "b", "c"])) == ["a", "b"]  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "time limit: 1 of 3 not run, from c\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_is_for_terminals_alone(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tqdm")
+    screen = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stdout", screen)
+    for case in progress.within(Passed(9), ["one", "two"]):  # type: ignore[arg-type]
+        print("row of", case)
+    assert sys.stdout is screen
+    text = screen.getvalue()
+    if not terminal:
+        assert text == "row of one\nrow of two\n"
+        return
+    assert "0/2" in text and "1/2" in text
+    shown = [line.rpartition("\r")[2] for line in text.split("\n")]
+    assert "row of one" in shown and "row of two" in shown, "each row has a line of its own"

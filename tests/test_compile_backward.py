@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cuattn import jit
-from cuattn.backward import make_backward_plan
+from cuattn.arrays import View
+from cuattn.backward import CELLS, COLUMNS, STORE, BiasKind, make_backward_plan
 from cuattn.catalogue import COMMON_DIMS, backward_plans, backward_problem_of, problem_of, view
 from cuattn.codegen import backward_units
-from cuattn.launch import BackwardParameters
-from cuattn.masks import SlidingWindow
+from cuattn.launch import backward_struct
+from cuattn.masks import Full, Mask, SlidingWindow
 from cuattn.registry import DEVICES
 from cuattn.score_mods import Bias
 from tests.test_compile import complaints, sass
@@ -42,18 +44,65 @@ def test_hopper_kernels_hold_hopper_instructions(dim: int, causal: bool, tmp_pat
     assert "HMMA" not in text.replace("HGMMA", "")
 
 
+PAIRS, OWN, KEYS = (Bias(view(shape, "bfloat16")) for shape in ((1, 16, 4096, 4096), (4, 16, 4096, 4096), (16, 1, 4096)))
+"""A bias by query and key that batches share, one with an element for every score, and one that queries share."""
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    ("bias", "kind", "boxes", "sends"),
+    [
+        (PAIRS, CELLS, [(64, "bfloat16"), (32, "float32")], "UTMAREDG"),
+        (OWN, STORE, [(64, "bfloat16"), (64, "bfloat16")], "UTMASTG"),
+        (KEYS, COLUMNS, [], ""),
+    ],
+)
+def test_tiles_of_a_bias(
+    bias: Bias, kind: BiasKind, boxes: list[tuple[int, str]], sends: str, dim: int, tmp_path: Path
+) -> None:
+    """The copy engine brings them and takes their gradients away, as does whoever waits for it expect."""
+    problem = problem_of("bfloat16", dims=(dim, dim), mods=(bias,))
+    plan = make_backward_plan(backward_problem_of(problem), DEVICES["sm_90a"])
+    assert plan.kernel == "backward_sm90" and plan.bias_kind is kind and plan.early
+    maps = backward_struct(plan, plan.launches[0], True).maps[4:]
+    text = sass(jit.build(backward_units(plan)["backward"].source, "sm_90a").image, tmp_path)
+    rows = plan.tiles.block_m
+    assert [(m.box, m.operand.dtype) for m in maps] == [((columns, rows, 1, 1), dtype) for columns, dtype in boxes]
+    assert [name for name in ("UTMAREDG", "UTMASTG") if name in text] == [sends] * bool(sends)
+
+
+@pytest.mark.parametrize("mask", [Full(), SlidingWindow(None, 0)], ids=["full", "causal"])
+@pytest.mark.parametrize(("bias", "dims"), [("pairs", (64, 128)), ("keys", (64, 128, 256))], ids=["pairs", "keys"])
+def test_a_bias_without_gradient(bias: str, dims: tuple[int, ...], mask: Mask) -> None:
+    for dim in dims:
+        problem = problem_of("bfloat16", dims=(dim, dim), mask=mask, mods=(PAIRS if bias == "pairs" else KEYS,))
+        plan = make_backward_plan(replace(backward_problem_of(problem), wanted=(False,)), DEVICES["sm_90a"])
+        assert plan.kernel == "backward_sm90"
+        assert len(backward_struct(plan, plan.launches[0], True).maps) == (5 if bias == "pairs" else 4)
+        assert not complaints(jit.build(backward_units(plan)["backward"].source, "sm_90a").log), str(plan)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"dims": (100, 100), "misaligned": True}, "TMA needs rows of q aligned to 16 bytes"),
         ({"dims": (512, 512)}, "serves head dimensions to 256, got 512 and 512"),
         ({"mask": SlidingWindow(128, 0)}, "does not repay its start in windows of less than 256 keys, got 129"),
-        ({"mods": (Bias(view((1, 16, 4096, 4096), "bfloat16")),)}, "reads a bias element by element"),
+        ({"mods": (Bias(view((1, 16, 4096, 4096), "bfloat16", 8)),)}, "reads a bias element by element"),
+        ({"mods": (Bias(view((1, 16, 4096, 4096), "float32")),)}, "reads a bias element by element"),
+        ({"mods": (PAIRS,), "dims": (256, 256)}, "has no shared memory left for tiles of a bias"),
+        ({"mods": (PAIRS,), "deterministic": True}, "adds up tiles of a bias in no fixed order"),
+        ({"mods": (KEYS,), "dims": (256, 256)}, "sums a bias over queries for head dimensions to 128"),
+        (
+            {"mods": (Bias(View(0, (4, 16, 100, 100), (166400, 10400, 104, 1), "bfloat16")),), "seqlens": (100, 100)},
+            "stores the gradient of a bias in units of 8 keys, got 100 keys",
+        ),
     ],
 )
 def test_what_hopper_does_not_serve_says_so(options: dict[str, Any], reason: str) -> None:
     device = DEVICES["sm_90a"]
-    plan = make_backward_plan(backward_problem_of(problem_of("bfloat16", **options)), device)
+    rest = {name: value for name, value in options.items() if name != "deterministic"}
+    plan = make_backward_plan(backward_problem_of(problem_of("bfloat16", **rest), "deterministic" in options), device)
     assert plan.kernel == "backward" and "instead of backward_sm90: " in str(plan) and reason in str(plan)
     plan = make_backward_plan(backward_problem_of(problem_of("bfloat16")), device)
     assert plan.kernel == "backward_sm90" and "instead" not in str(plan)
@@ -100,6 +149,6 @@ def test_sums_over_the_heads_of_a_group_have_one_order() -> None:
 def test_the_copy_engine_brings_whole_tiles(dim: int) -> None:
     """backward_sm90.cu waits for the bytes of a tile: smaller boxes would let it wait for ever."""
     plan = make_backward_plan(backward_problem_of(problem_of("bfloat16", dims=(dim, dim))), DEVICES["sm_90a"])
-    boxes = [m.box for m in BackwardParameters(plan, plan.launches[0], True).maps]
+    boxes = [m.box for m in backward_struct(plan, plan.launches[0], True).maps]
     assert plan.uses_tma
     assert boxes == [(64, rows, 1, 1) for rows in (plan.tiles.block_m, *(plan.tiles.block_n,) * 2, plan.tiles.block_m)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -48,6 +49,26 @@ def test_the_pages_have_snippets() -> None:
 def test_every_page_is_in_the_manual() -> None:
     listed = set(re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M))
     assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
+
+
+MEMBERS = re.compile(r"^::: ([\w.]+)\n(?:    .*\n)*?      members: \[(.*)\]$", re.M)
+
+
+def test_the_reference_shows_every_public_name_and_no_other() -> None:
+    shown: dict[str, set[str]] = {}
+    for module, members in MEMBERS.findall((ROOT / "docs" / "reference.md").read_text(encoding="utf-8")):
+        shown.setdefault(module, set()).update(members.split(", "))
+    assert {"cuattn", "cuattn.torch", "cuattn.jax", "cuattn.flash_attn", "cuattn.flash_attn3"} <= set(shown)
+    masks_and_mods = shown["cuattn.masks"] | shown["cuattn.score_mods"]
+    elsewhere = {"cuattn": masks_and_mods, "cuattn.torch": {"attention", "attention_varlen"}}
+    aliases = {"flash_attn_func_with_grad"}
+    for name, members in shown.items():
+        if name.rpartition(".")[2] in OPTIONAL | {"flash_attn", "flash_attn3"}:
+            pytest.importorskip("jax" if name == "cuattn.jax" else "torch")
+        module = importlib.import_module(name)
+        assert all(getattr(module, member).__doc__ for member in members), name
+        missing = set(getattr(module, "__all__", ())) - members - elsewhere.get(name, set()) - aliases
+        assert not missing, f"{name}: {missing}"
 
 
 COMMAND = re.compile(r"python -m (cuattn|bench|tests\.\w+) ?([a-z][\w-]*)?")

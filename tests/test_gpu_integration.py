@@ -238,6 +238,16 @@ def test_mixed_devices(cupy: Any, cupy_backend: Any, name: str) -> None:
     assert (np.asarray(cupy_backend.get(arguments["out"])) == 7).all()
 
 
+@pytest.mark.parametrize("name", ["k", "v", "dout"])
+def test_torch_tensors_on_several_devices(torch: Any, name: str) -> None:
+    """One left on the CPU is refused by its name, with the device that was expected."""
+    q, k, v = (torch.zeros(1, 5, 2, 8, device="cuda") for _ in range(3))
+    out, lse = cuattn.attention(q, k, v, return_lse=True)
+    arguments = {"dout": out, "q": q, "k": k, "v": v, "out": out, "lse": lse}
+    with pytest.raises(ValueError, match=f"^{name}: got an array on cpu:0, expected cuda:{q.get_device()} as q is"):
+        cuattn.attention_backward(**{**arguments, name: arguments[name].cpu()})
+
+
 def test_another_device(cupy: Any) -> None:
     """Arrays on a device that is not the current one: computed there, and the current device stays."""
     if cupy.cuda.runtime.getDeviceCount() < 2:

@@ -24,7 +24,8 @@ LAYERS = ("ptx", "tile", "attention", "mainloop", "kernel")
 CUDA_HEADERS = {"cuda_fp16.h", "cuda_bf16.h", "cuda_fp8.h"}
 """All that kernels/ may take from outside, so that NVRTC needs nothing but the CUDA runtime's own header folder."""
 LAZY = ("cupy", "torch", "jax", "scipy", "pycparser", "sklearn", "matplotlib", "tqdm", "transformers")
-WHEEL_LIMIT = 300_000
+WHEEL_LIMIT = 350_000
+"""Bytes: what is shipped by accident (tests, results, cubins) is larger than the rest of it."""
 
 
 def run_python(*args: str, cwd: Path = ROOT, **env: str) -> str:

@@ -60,6 +60,7 @@ __device__ __forceinline__ void score_gradients(Tile& s, Tile& dp, const Coord& 
         const int row = row0 + Tile::row(x), i = kReads ? min(row, at.seqlen_q - 1) : row;
         const int col = col0 + Tile::col(x), j = kChecked && ScoreMod::kReadsMemory ? min(col, at.seqlen_k - 1) : col;
         const Real raw = Config::kFoldScale ? s[x] : s[x] * scale;
+        sums.x = x;
         Real score = raw;
         if constexpr (!Config::kFoldScale) score = score_mod.apply(raw, at, i, j);
         const auto row_stats = stats(Tile::thread_row(x));
@@ -79,7 +80,6 @@ __device__ __forceinline__ void score_gradients(Tile& s, Tile& dp, const Coord& 
         }
         s[x] = kept ? p : Real(0);
         if constexpr (!Config::kFoldScale) {
-            sums.x = x;
             // Where nothing is visible, a derivative may be anything.
             const Real pulled = score_mod.pull(raw, gradient, at, i, j, sums);
             gradient = kChecked && gradient == Real(0) ? gradient : pulled;
@@ -88,29 +88,34 @@ __device__ __forceinline__ void score_gradients(Tile& s, Tile& dp, const Coord& 
     }
 }
 
-// score_gradients in two parts, for a loop that uses the probabilities before dp is there. For scores that are neither modified
-// nor dropped.
-template <bool kChecked, class Tile, class Real, class Mask, class Stats>
-__device__ __forceinline__ void score_probabilities(Tile& s, const Coord& at, int row0, int col0, Real factor, const Mask& mask,
-                                                    const Stats& stats) {
+// score_gradients in two parts, for a loop that uses the probabilities before dp is there. For scores that are not dropped, and
+// modified by nothing but a StagedBias, which pulls gradients back without knowing the scores.
+template <class Config, bool kChecked, class Tile, class Real, class Mask, class ScoreMod, class Stats, class Sums>
+__device__ __forceinline__ void score_probabilities(Tile& s, const Coord& at, int row0, int col0, Real scale, Real factor,
+                                                    const Mask& mask, const ScoreMod& score_mod, const Stats& stats,
+                                                    Sums& sums) {
     row0 = opaque(row0);
 #pragma unroll
     for (int x = 0; x < Tile::kSize; x++) {
         const int i = row0 + Tile::row(x), j = col0 + Tile::col(x);
-        const Real p = stats(Tile::thread_row(x)).probability(s[x], factor);
+        sums.x = x;
+        const Real score = Config::kFoldScale ? s[x] : score_mod.apply(s[x] * scale, at, i, j);
+        const Real p = stats(Tile::thread_row(x)).probability(score, factor);
         s[x] = !kChecked || (j < at.seqlen_k && mask.keep(at, i, j)) ? p : Real(0);
     }
 }
-template <bool kChecked, class Tile, class Mask, class Stats>
+template <class Config, bool kChecked, class Tile, class Mask, class ScoreMod, class Stats, class Sums>
 __device__ __forceinline__ void probability_gradients(Tile& dp, Tile& p, const Coord& at, int row0, int col0, const Mask& mask,
-                                                      const Stats& stats) {
+                                                      const ScoreMod& score_mod, const Stats& stats, Sums& sums) {
     row0 = opaque(row0);
 #pragma unroll
     for (int x = 0; x < Tile::kSize; x++) {
         const int i = row0 + Tile::row(x), j = col0 + Tile::col(x);
         const auto gradient = p[x] * (dp[x] - stats(Tile::thread_row(x)).delta);
-        // Asked again: what is invisible may have a dp that is not finite.
-        dp[x] = !kChecked || (j < at.seqlen_k && mask.keep(at, i, j)) ? gradient : 0;
+        // What is invisible has the probability 0, and maybe a dp that is not finite.
+        dp[x] = !kChecked || p[x] != 0 ? gradient : 0;
+        sums.x = x;
+        if constexpr (!Config::kFoldScale) dp[x] = score_mod.pull(dp[x], dp[x], at, i, j, sums);
     }
 }
 

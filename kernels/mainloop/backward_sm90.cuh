@@ -15,7 +15,12 @@
 // Registers   the producer warpgroup hands all but kProducerRegisters over
 // Memory      sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x sQ (kBlockM x D) | kStages x sdO (kBlockM x Dv) |
 //             2 x sdS (kBlockM x kBlockN) | 2 x sP (likewise, kWide) | sdQ (kBlockM x D floats, with kBulkDq) |
+//             kStages x bias tile | 2 x its gradient | bias of the keys | its gradient |
 //             kStages x row statistics | kStages x Visit | barriers
+// Bias        a bias that varies along the queries comes in tiles with them and is read as P^T lies in registers; its gradient
+//             goes the other way: rows again in shared memory, from where the copy engine stores it or adds it to bias_sum. Of
+//             one that does not vary a warp keeps the elements of its 16 keys in shared memory, each thread the sums of its two
+//             columns
 // Barriers    name             arrives                         count   waits
 //             full (k, v, q, do)  the loader, and the bytes    1       consumers
 //             visit_full       the guide                       32      consumers
@@ -50,10 +55,13 @@ namespace cuattn {
 
 // Tensor maps of q, k, v and dout over (d, row, head, batch), packed (d, token, head, 1), with boxes of 64 columns and the rows
 // of a tile.
-enum BackwardMapIndex { kBackwardMapQ, kBackwardMapK, kBackwardMapV, kBackwardMapDout };
+// kBiasTiles: also of the bias and, where it is wanted, of its gradient or bias_sum over (key, query, head, batch), with boxes
+// of 128 bytes and the rows of a tile.
+enum BackwardMapIndex { kBackwardMapQ, kBackwardMapK, kBackwardMapV, kBackwardMapDout, kBackwardMapBias, kBackwardMapDbias };
 template <class Config>
 struct BackwardTmaArguments {
-    TensorMap maps[4];
+    static constexpr bool kBiasTiles = Config::kStageBias && !Config::kBiasRow;
+    TensorMap maps[!kBiasTiles ? 4 : Config::kBiasKind == kBiasNone ? 5 : 6];
     BackwardArguments<Config> variant;
 };
 
@@ -75,7 +83,7 @@ struct BackwardSm90 {
     static_assert(kStages == 2);
     // Per thread; 504 for a thread of each warpgroup. Small sums leave more to the guide, who asks the mask.
     static constexpr bool kSmallSums = kScoreRows + (kKeyCols + kValueCols) / 2 <= 160 && !kWide;
-    static constexpr int kProducerRegisters = kSmallSums ? 72 : Mask::kTiled && kWide ? 56 : 40;
+    static constexpr int kProducerRegisters = kSmallSums ? 72 : Mask::kTiled && (kWide || Config::kDeterministic) ? 56 : 40;
     static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
 
     using QTile = PanelTile<kBlockM, kHeadDim>;
@@ -95,6 +103,11 @@ struct BackwardSm90 {
     // causal mask they share, so that none waits for long.
     using Tiles = QueryTiles<Mask, kBlockM, kBlockN, Config::kDeterministic>;
     static_assert(Sums::kKind != kBiasRows && !(kWide && Sums::kKind == kBiasColumns));
+    static constexpr bool kBiasTiles = BackwardTmaArguments<Config>::kBiasTiles, kBiasRow = Config::kBiasRow;
+    static constexpr bool kStageSums = kBiasTiles && Sums::kEach, kAddSums = kStageSums && Sums::kKind == kBiasCells;
+    static_assert(!(kWide && kBiasTiles));
+    using BiasTile = PanelTile<kBlockM, kBlockN>;
+    static constexpr int kSumsBytes = kStageSums ? (kAddSums ? 2 : 1) * BiasTile::kBytes : 0;
     // A part of dQ^T starts at a multiple of 8 rows of a panel of dS.
     static_assert(DqGrid::kRows % 8 == 0);
 
@@ -104,13 +117,20 @@ struct BackwardSm90 {
         long long slab, padding;
     };
     static constexpr bool kEarly = Config::kEarly;
-    // Of 128 rows they take registers that the products need.
-    static constexpr bool kStatsAhead = kEarly && kScoreRows <= 64;
+    // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that a bias needs.
+    static constexpr bool kStatsAhead = kEarly && kScoreRows <= (Config::kStageBias && kKeyCols > 64 ? 32 : 64);
     static constexpr int kDqWarpBytes = Config::kBulkDq ? Slab::kWarpElements * 4 : 0;
     static constexpr int kOffsetV = KTile::kBytes, kOffsetQ = kOffsetV + VTile::kBytes;
     static constexpr int kOffsetDo = kOffsetQ + kStages * QTile::kBytes, kOffsetDs = kOffsetDo + kStages * DoTile::kBytes;
     static constexpr int kOffsetP = kOffsetDs + 2 * DsTile::kBytes, kOffsetDq = kOffsetP + (kWide ? 2 * DsTile::kBytes : 0);
-    static constexpr int kOffsetStats = kOffsetDq + 8 * kDqWarpBytes;
+    static constexpr int kOffsetBias = kOffsetDq + 8 * kDqWarpBytes;
+    static constexpr int kOffsetSums = kOffsetBias + (kBiasTiles ? kStages * BiasTile::kBytes : 0);
+    // Of each warp's 16 keys the bias; of each thread's two keys the sums.
+    static constexpr int kOffsetRow = kOffsetSums + 2 * kSumsBytes;
+    static constexpr int kOffsetColumns = kOffsetRow + (kBiasRow ? kConsumerThreads / 32 * 16 * 4 : 0);
+    static constexpr int kOffsetStats = kOffsetColumns + (Sums::kKind == kBiasColumns ? kConsumerThreads * 8 : 0);
+    static_assert(Scores::kThreadCols == 2);
+    static_assert(kOffsetBias % QTile::kAlignment == 0);
     static constexpr int kStatsBytes = kBlockM * static_cast<int>(sizeof(Stats));
     static_assert(sizeof(Stats) == 8);
     static constexpr int kOffsetVisits = kOffsetStats + kStages * kStatsBytes;
@@ -187,8 +207,13 @@ struct BackwardSm90 {
             w.n = rest / size;
             w.q_split = pair % g.q_splits;
             pair /= g.q_splits;
-            w.head_kv = g.first_head_kv + pair % g.heads_kv;
-            w.at.batch = g.first_batch + pair / g.heads_kv;
+            if constexpr (Config::kBiasKind == kBiasCells) {  // those who add to the same elements run side by side
+                w.at.batch = g.first_batch + pair % g.batches;
+                w.head_kv = g.first_head_kv + pair / g.batches;
+            } else {
+                w.head_kv = g.first_head_kv + pair % g.heads_kv;
+                w.at.batch = g.first_batch + pair / g.heads_kv;
+            }
             w.at.head = w.head_kv * p.group;
             w.seq = Sequence::of<Config::kPacked, Config::kLens>(p, w.at.batch);
             w.at.seqlen_q = w.seq.seqlen_q, w.at.seqlen_k = w.seq.seqlen_k;
@@ -223,6 +248,12 @@ struct BackwardSm90 {
             mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
             QTile::load(base + kOffsetQ + slot.stage * QTile::kBytes, arguments.maps[kBackwardMapQ], q_full(slot.stage), 0, row,
                         head, batch);
+            if constexpr (kBiasTiles) {
+                const auto& bias = BiasIn<ScoreMod>::get(arguments.variant.score_mod);
+                BiasTile::load(base + kOffsetBias + slot.stage * BiasTile::kBytes, arguments.maps[kBackwardMapBias],
+                               q_full(slot.stage), w.n * kBlockN, here.m * kBlockM, bias.stride_head != 0 ? head : 0,
+                               bias.stride_batch != 0 ? w.at.batch : 0);
+            }
             if (first) VTile::load(base + kOffsetV, arguments.maps[kBackwardMapV], v_full(), 0, row_k, w.head_kv, batch);
             first = false;
             mbarrier_wait(do_empty(slot.stage), slot.parity ^ 1);
@@ -322,7 +353,9 @@ struct BackwardSm90 {
         WgmmaTile<kKeyCols> dk;
         WgmmaTile<kValueCols> dv;
         Sums sums;
-        float columns[Sums::kKind == kBiasColumns ? Scores::kThreadCols : 1];  // sums over the tiles of a head
+        // Of the tile at hand as an operand, or of this thread's keys.
+        unsigned bias_tile[kBiasTiles ? Scores::kSize / 2 : 1];
+        float2 bias_row;
 
         __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
         __device__ __forceinline__ const ForwardParams& params() const { return kernel.params(); }
@@ -352,10 +385,15 @@ struct BackwardSm90 {
         }
         __device__ __forceinline__ void clear_head() {
             sums.clear_head();
-            if constexpr (Sums::kKind == kBiasColumns) {
-#pragma unroll
-                for (float& column : columns) column = 0;
-            }
+            if constexpr (Sums::kKind == kBiasColumns) key_sums() = make_float2(0, 0);
+        }
+        // Sums of this thread's two columns over the tiles of a head.
+        __device__ __forceinline__ float2& key_sums() const {
+            return reinterpret_cast<float2*>(kernel.smem + kOffsetColumns)[threadIdx.x];
+        }
+        // The bias of its first key; that of the second is 8 keys further.
+        __device__ __forceinline__ float* key_bias() const {
+            return reinterpret_cast<float*>(kernel.smem + kOffsetRow) + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
         }
         // What a head's parameters receive from this key tile.
         __device__ __forceinline__ void finish_head() {
@@ -365,7 +403,8 @@ struct BackwardSm90 {
                 const Work w = Work::of(params(), g);
 #pragma unroll
                 for (int c = 0; c < Scores::kThreadCols; c++) {
-                    const float sum = Scores::sum_col(columns[c]);
+                    const float2 own = key_sums();
+                    const float sum = Scores::sum_col(c == 0 ? own.x : own.y);
                     const int j = first_key() + Scores::col_at(c);
                     if (!Scores::leads_col() || j >= at.seqlen_k) continue;
                     static_cast<float*>(
@@ -397,12 +436,105 @@ struct BackwardSm90 {
             }
         }
 
+        // What a StagedBias reads: the element that corresponds to the score being visited.
+        struct BiasReader {
+            const Consumer& consumer;
+
+            __device__ __forceinline__ float operator()(int, int) const {
+                const int x = consumer.sums.x;
+                if constexpr (kBiasRow) {
+                    return Scores::thread_col(x) == 0 ? consumer.bias_row.x : consumer.bias_row.y;
+                } else {
+                    const float2 pair = unpack_pair<typename Config::BiasElement>(consumer.bias_tile[x / 2]);
+                    return x % 2 == 0 ? pair.x : pair.y;
+                }
+            }
+        };
+        __device__ __forceinline__ decltype(auto) staged_mod() const {
+            if constexpr (Config::kStageBias) {
+                return BiasIn<ScoreMod>::stage(kernel.arguments.variant.score_mod, BiasReader{*this}, 0, 0);
+            } else {
+                return (kernel.arguments.variant.score_mod);  // a reference
+            }
+        }
+        // At the start of a head.
+        __device__ __forceinline__ void keep_bias_row() const {
+            if constexpr (kBiasRow) {
+                const auto& bias = BiasIn<ScoreMod>::get(kernel.arguments.variant.score_mod);
+                const auto* row = bias.array + at.batch * bias.stride_batch + at.head * bias.stride_head;
+                const int j = first_key() + Scores::col_at(0), last = at.seqlen_k - 1;
+                float* const own = key_bias();
+                __syncwarp();  // four lanes write the same
+                own[0] = static_cast<float>(row[min(j, last) * bias.stride_k]);
+                own[8] = static_cast<float>(row[min(j + 8, last) * bias.stride_k]);
+            }
+        }
+        __device__ __forceinline__ void read_bias(unsigned start) {
+            if constexpr (kBiasRow) bias_row = make_float2(key_bias()[0], key_bias()[8]);
+            if constexpr (kBiasTiles) {
+                load_panel(bias_tile, start + kOffsetBias + slot.stage * BiasTile::kBytes + wg * BiasTile::kPanelBytes);
+                // Rows that belong to other sequences, or to none, may hold anything.
+                if (kForeignRows && (m + 1) * kBlockM > at.seqlen_q) {
+#pragma unroll
+                    for (int x = 0; x < Scores::kSize; x += 2) {
+                        const int i = m * kBlockM + Scores::row(x);
+                        bias_tile[x / 2] &= (i < at.seqlen_q ? 0xffffu : 0u) | (i + 1 < at.seqlen_q ? 0xffff0000u : 0u);
+                    }
+                }
+            }
+        }
+        // The gradient of a bias tile, to shared memory. What lies outside the sequences adds nothing.
+        __device__ __forceinline__ void stage_sums() {
+            if constexpr (kStageSums) {
+                if (!full || (m + 1) * kBlockM > at.seqlen_q) {
+#pragma unroll
+                    for (int x = 0; x < Scores::kSize; x++) {
+                        const bool inside =
+                            m * kBlockM + Scores::row(x) < at.seqlen_q && first_key() + Scores::col(x) < at.seqlen_k;
+                        if (!inside) sums.cells[x] = 0;
+                    }
+                }
+                const int to = kOffsetSums + slot.stage * kSumsBytes + wg * (kSumsBytes / kConsumers);
+                if constexpr (kAddSums) {
+                    store_float_panels(kernel.smem + to, sums.cells);
+                } else {
+                    unsigned packed[Scores::kSize / 2];
+#pragma unroll
+                    for (int x = 0; x < Scores::kSize; x += 2) {
+                        packed[x / 2] = pack_pair<typename Config::BiasElement>(sums.cells[x], sums.cells[x + 1]);
+                    }
+                    store_panel(kernel.base + to, packed);
+                }
+            }
+        }
+        // And from there to where it belongs, by one thread of a warpgroup. Two buffers let the barrier of dS do for both:
+        // before it the thread waits until the copy engine has read the tile before this one.
+        __device__ __forceinline__ static bool sends_sums() { return kStageSums && threadIdx.x % 128 == 0; }
+        __device__ __forceinline__ void send_sums(unsigned start) const {
+            if constexpr (kStageSums) {
+                if (!sends_sums()) return;
+                const TensorMap& map = kernel.arguments.maps[kBackwardMapDbias];
+                const unsigned from = start + kOffsetSums + slot.stage * kSumsBytes + wg * (kSumsBytes / kConsumers);
+                const int head = grads().bias_heads > 1 ? at.head : 0, batch = grads().bias_batches > 1 ? at.batch : 0;
+                if constexpr (kAddSums) {
+#pragma unroll
+                    for (int panel = 0; panel < 2; panel++) {
+                        cp_reduce_async_bulk_tensor_4d_add(map, from + panel * BiasTile::kPanelBytes, first_key() + 32 * panel,
+                                                           m * kBlockM, head, batch);
+                    }
+                } else {
+                    cp_async_bulk_tensor_4d_store(map, from, first_key(), m * kBlockM, head, batch);
+                }
+                cp_async_bulk_commit();
+            }
+        }
+
         // P and the gradients of the scores, in place of the products.
         __device__ __forceinline__ void differentiate(Scores& s, Scores& dp) {
             const ForwardParams& p = params();
             const StatsReader stats = kernel.read_stats(slot.stage);
             const float scale = static_cast<float>(p.scale), dropout_scale = static_cast<float>(p.dropout_scale);
-            const auto& score_mod = kernel.arguments.variant.score_mod;
+            const auto& score_mod = staged_mod();
             sums.clear_tile();
             if (full) {
                 score_gradients<Config, false>(s, dp, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
@@ -411,28 +543,43 @@ struct BackwardSm90 {
                 score_gradients<Config, true>(s, dp, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
                                               sums, p.seed, p.dropout_threshold, dropout_scale);
             }
-            sums.write_cells(grads(), at, first_query(), first_key());
+            gather_sums();
+        }
+        // What the bias receives from this tile.
+        __device__ __forceinline__ void gather_sums() {
+            if constexpr (kStageSums) {
+                stage_sums();
+            } else {
+                sums.write_cells(grads(), at, first_query(), first_key());
+            }
             if constexpr (Sums::kKind == kBiasColumns) {
-#pragma unroll
-                for (int c = 0; c < Scores::kThreadCols; c++) columns[c] += sums.columns[c];
+                float2& own = key_sums();
+                own = make_float2(own.x + sums.columns[0], own.y + sums.columns[1]);
             }
         }
-        __device__ __forceinline__ void find_probabilities(Scores& s) const {
+        __device__ __forceinline__ void find_probabilities(Scores& s) {
+            const float scale = static_cast<float>(params().scale);
+            const auto& score_mod = staged_mod();
             const StatsReader reader = kernel.read_stats(slot.stage);
             const auto stats = [&](int r) { return Stats{kStatsAhead ? lse[kStatsAhead ? r : 0] : reader.lse(r), 0.0f}; };
             if (full) {
-                score_probabilities<false>(s, at, first_query(), first_key(), factor, mask(), stats);
+                score_probabilities<Config, false>(s, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
+                                                   sums);
             } else {
-                score_probabilities<true>(s, at, first_query(), first_key(), factor, mask(), stats);
+                score_probabilities<Config, true>(s, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
+                                                  sums);
             }
         }
-        __device__ __forceinline__ void find_gradients(Scores& dp, Scores& p) const {
+        __device__ __forceinline__ void find_gradients(Scores& dp, Scores& p) {
+            const auto& score_mod = staged_mod();
+            sums.clear_tile();
             const StatsReader stats = kernel.read_stats(slot.stage);
             if (full) {
-                probability_gradients<false>(dp, p, at, first_query(), first_key(), mask(), stats);
+                probability_gradients<Config, false>(dp, p, at, first_query(), first_key(), mask(), score_mod, stats, sums);
             } else {
-                probability_gradients<true>(dp, p, at, first_query(), first_key(), mask(), stats);
+                probability_gradients<Config, true>(dp, p, at, first_query(), first_key(), mask(), score_mod, stats, sums);
             }
+            gather_sums();
         }
 
         // Where dq of the tile at hand lies.
@@ -489,6 +636,7 @@ struct BackwardSm90 {
             wgmma_fence();
             wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(start + kOffsetV + keys),
                                                         DoTile::k_major(dout + queries));
+            read_bias(start);
             if constexpr (kEarly) {
                 wgmma_wait_group<1>();
                 wgmma_pin(s.data);
@@ -526,7 +674,9 @@ struct BackwardSm90 {
             if constexpr (!kWide || kEarly) {
                 store_panel(ds + (kWide ? queries : group * DsTile::kPanelBytes), ds_operand);
                 fence_proxy_async();
+                if (sends_sums()) cp_async_bulk_wait_read();
                 bar_sync(kDsBarrier, kConsumerThreads);
+                send_sums(start);
             }
             const unsigned dq_keys = start + (DqGrid::kAcross == 2 ? group * kDqPanels : 0) * KTile::kPanelBytes;
             const unsigned dq_rows = ds + (DqGrid::kDown == 2 ? group : 0) * DqGrid::kRows * 128;
@@ -581,11 +731,13 @@ struct BackwardSm90 {
             mbarrier_wait(kernel.k_full(), 0);
             mbarrier_wait(kernel.v_full(), 0);
             clear_keys();
+            keep_bias_row();
             while (m >= 0) {
                 const int head = step();
                 if (head != at.head && m >= 0) {
                     finish_head();
                     at.head = head;
+                    keep_bias_row();
                 }
             }
             finish_head();
@@ -662,7 +814,7 @@ struct BackwardSm90 {
             consumer.visit_queries();
             consumer.store();
         }
-        if constexpr (Config::kBulkDq && !Config::kDeterministic) {
+        if constexpr ((Config::kBulkDq && !Config::kDeterministic) || kStageSums) {
             if (Consumer::leads()) cp_async_bulk_wait();
         }
         if constexpr (kForeignRows && !Config::kQuerySplit) store_padding();
@@ -676,7 +828,7 @@ struct BackwardSm90 {
             mbarrier_init(k_full(), 1);
             mbarrier_init(v_full(), 1);
             for (int stage = 0; stage < kStages; stage++) {
-                mbarrier_init(q_full(stage), 1);
+                mbarrier_init(q_full(stage), kBiasTiles ? 2 : 1);
                 mbarrier_init(do_full(stage), 1);
                 mbarrier_init(visit_full(stage), 32);
                 mbarrier_init(turn(stage), 1);

@@ -29,6 +29,20 @@ __device__ __forceinline__ void cp_reduce_async_bulk_add(float* to, unsigned sme
                  : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
+// The way back: the box at `smem` to coordinates (x, y, z, w), or added to what is there; what lies outside the array is
+// dropped. The caller commits.
+__device__ __forceinline__ void cp_async_bulk_tensor_4d_store(const TensorMap& map, unsigned smem, int x, int y, int z, int w) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map), "r"(x),
+                 "r"(y), "r"(z), "r"(w), "r"(smem)
+                 : "memory");
+}
+__device__ __forceinline__ void cp_reduce_async_bulk_tensor_4d_add(const TensorMap& map, unsigned smem, int x, int y, int z,
+                                                                   int w) {
+    asm volatile("cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
+                 "r"(x), "r"(y), "r"(z), "r"(w), "r"(smem)
+                 : "memory");
+}
+__device__ __forceinline__ void cp_async_bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Waits until this thread's groups are done.
 __device__ __forceinline__ void cp_async_bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // Waits until they have read shared memory.

@@ -19,12 +19,14 @@ struct PanelTile {
     static constexpr int kAlignment = 1024;
     static_assert(kRows % 8 == 0 && kRows <= 256 && kCols % 16 == 0);
 
-    __device__ __forceinline__ static unsigned long long descriptor(unsigned smem, int leading) {
+    __device__ __forceinline__ static constexpr unsigned long long descriptor(unsigned smem, int leading) {
         return static_cast<unsigned long long>((smem & 0x3ffff) / 16) | static_cast<unsigned long long>(leading / 16) << 16 |
                static_cast<unsigned long long>(1024 / 16) << 32 | 1ull << 62;
     }
-    __device__ __forceinline__ static unsigned long long k_major(unsigned smem) { return descriptor(smem, 16); }
-    __device__ __forceinline__ static unsigned long long mn_major(unsigned smem) { return descriptor(smem, kPanelBytes); }
+    __device__ __forceinline__ static constexpr unsigned long long k_major(unsigned smem) { return descriptor(smem, 16); }
+    __device__ __forceinline__ static constexpr unsigned long long mn_major(unsigned smem) {
+        return descriptor(smem, kPanelBytes);
+    }
 
     // What to add to a descriptor for operand step k of 16 columns (K-major) or 16 rows (MN-major), or for another tile.
     static constexpr int k_major_step(int k) { return (k / 4 * kPanelBytes + k % 4 * 32) / 16; }

@@ -1,6 +1,7 @@
 // A warpgroup's accumulators of 64 x kN elements, and the products of attention on them.
 #pragma once
 #include "ptx/convert.cuh"
+#include "ptx/ldmatrix.cuh"
 #include "ptx/stmatrix.cuh"
 #include "ptx/wgmma.cuh"
 #include "tile/panel_tile.cuh"
@@ -17,6 +18,11 @@ struct WgmmaTile {
         return static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) + x % 4 / 2 * 8;
     }
     __device__ __forceinline__ static int col(int x) { return 2 * static_cast<int>(threadIdx.x % 4) + x / 4 * 8 + x % 2; }
+
+    // As in RegTile.
+    static constexpr int kThreadRows = 2;
+    __device__ __forceinline__ static constexpr int thread_row(int x) { return x % 4 / 2; }
+    __device__ __forceinline__ static int row_at(int r) { return row(2 * r); }
 };
 
 // The accumulators of a transposed product, of 64 columns and kN rows of what they stand for.
@@ -106,6 +112,14 @@ __device__ __forceinline__ void pack_operand(unsigned (&operand)[Sums::kSize / 2
     for (int x = 0; x < Sums::kSize; x += 2) operand[x / 2] = pack_pair<Element>(sums.data[x], sums.data[x + 1]);
 }
 
+// Stores the operand of a WgmmaTile's 64 columns to a panel of as many rows.
+__device__ __forceinline__ void store_operand(unsigned panel, const unsigned (&operand)[16]) {
+    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+    const unsigned to = panel + (16 * warp + lane % 16) * 128;
+#pragma unroll
+    for (unsigned x = 0; x < 4; x++) stmatrix_x4(to + ((2 * x + lane / 16) ^ (lane % 8)) * 16, operand + 4 * x);
+}
+
 // Stores the operand of a WgmmaTransposedTile to a panel of 64 columns as rows again, from row 0 of `panel`.
 template <int kSize>
 __device__ __forceinline__ void store_panel(unsigned panel, const unsigned (&operand)[kSize]) {
@@ -113,6 +127,35 @@ __device__ __forceinline__ void store_panel(unsigned panel, const unsigned (&ope
     const unsigned to = panel + (lane / 16 * 8 + lane % 8) * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
 #pragma unroll
     for (int x = 0; x < kSize; x += 4) stmatrix_x4_trans(to + x / 4 * 16 * 128, operand + x);
+}
+
+// The reverse: a panel of 64 columns as the operand of a WgmmaTransposedTile.
+template <int kSize>
+__device__ __forceinline__ void load_panel(unsigned (&operand)[kSize], unsigned panel) {
+    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+    const unsigned from = panel + (lane / 16 * 8 + lane % 8) * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
+#pragma unroll
+    for (int x = 0; x < kSize; x += 4) {
+        unsigned four[4];
+        ldmatrix_x4_trans(four, from + x / 4 * 16 * 128);
+#pragma unroll
+        for (int i = 0; i < 4; i++) operand[x + i] = four[i];
+    }
+}
+
+// Stores the elements of a WgmmaTransposedTile as rows of floats: two panels of 32 columns, their 16-byte units swizzled as in
+// PanelTile. No two lanes of a warp meet in a bank.
+template <int kSize>
+__device__ __forceinline__ void store_float_panels(char* panels, const float (&elements)[kSize]) {
+    constexpr int kPanelBytes = 2 * kSize * 128;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x % 128 / 32);
+    char* const rows = panels + warp / 2 * kPanelBytes + lane % 4 * 2 * 128 + lane / 4 % 4 * 4;
+    const int unit = (warp % 2 * 4 + lane / 16) ^ (lane % 4 * 2);
+#pragma unroll
+    for (int x = 0; x < kSize; x++) {
+        char* const to = rows + (unit ^ (x % 4 / 2 * 2 + x % 2)) * 16;
+        *reinterpret_cast<float*>(to + (x / 4 * 8 + x % 2) * 128) = elements[x];
+    }
 }
 
 // Four lanes hold two columns each of four groups of eight; afterwards lane i holds all eight columns of group i.

@@ -1,0 +1,110 @@
+"""Parameter structs of launches, and the memory in which the driver reads them, without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from cuattn import tma
+from cuattn.backward import POINTERS as BACKWARD_POINTERS
+from cuattn.backward import make_backward_plan
+from cuattn.catalogue import backward_problem_of, problem_of
+from cuattn.codegen import Unit, units
+from cuattn.launch import Launch, Struct, backward_struct, forward_struct, parameter_bytes
+from cuattn.plan import make_plan
+from cuattn.problem import POINTERS, SLOT
+from cuattn.registry import DEVICES
+
+pytest.importorskip("cupy")
+
+PLAN = make_plan(problem_of("bfloat16"), DEVICES["sm_90a"])
+GIVEN = ("q", "k", "v", "out", "seed")
+POSITION = {SLOT[name]: n for n, name in enumerate(GIVEN)}
+MAPS = ("q", "k", "v")
+
+
+class Kernel:
+    """What `jit.load` gives: keeps the bytes that each launch would copy."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.seen, self.before = size, list[bytes](), lambda: None
+
+    def __call__(self, grid: Any, block: Any, arguments: Sequence[Any], smem_bytes: int, stream: Any) -> None:
+        self.before()
+        (argument,) = arguments
+        self.seen.append(ctypes.string_at(argument.ptr, self.size))
+
+
+def driver(place: int) -> Any:
+    """An encoder that writes the address of the array into one word of its map."""
+
+    def encode(operand: Any, box: Any, address: int) -> bytes:
+        words = [0xABCD] * (tma.MAP_BYTES // 8)
+        words[place] = address
+        return struct.pack(f"<{len(words)}Q", *words)
+
+    return encode
+
+
+def launch_of(made: Struct) -> tuple[Launch, Kernel]:
+    kernel = Kernel(len(made.image))
+    unit: Unit = units(PLAN)["forward"]
+    return Launch(kernel, 1, unit.threads, unit.smem_bytes, made, POSITION), kernel
+
+
+def words_of(image: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(image) // 8}Q", image)
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_launch_reads_its_own_words_and_maps(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """Wherever the driver puts an address: memory is used again only where that is known."""
+    monkeypatch.setattr(tma, "encode", driver(place))
+    made = forward_struct(PLAN, True)
+    launch, kernel = launch_of(made)
+    calls = [[base + 16 * n for n in range(len(GIVEN))] for base in (1 << 12, 1 << 20, 1 << 33)]
+    for words in calls:
+        launch(words, None)
+    assert len(made.image) == parameter_bytes(PLAN, True) and PLAN.uses_tma
+    first = len(MAPS) * tma.MAP_BYTES // 8
+    for words, image in zip(calls, kernel.seen, strict=True):
+        found = words_of(image)
+        assert [found[n * tma.MAP_BYTES // 8 + place] for n in range(len(MAPS))] == words[: len(MAPS)]
+        assert [found[first + SLOT[name]] for name in GIVEN] == words
+        others = [found[first + n] for n, name in enumerate(POINTERS) if name not in GIVEN]
+        assert others == [0] * len(others)
+        assert image[8 * (first + len(POINTERS)) :] == made.image[8 * (first + len(POINTERS)) :]
+
+
+def test_launches_at_the_same_time_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's launch may begin before the driver has read the words of this one."""
+    monkeypatch.setattr(tma, "encode", driver(0))
+    launch, kernel = launch_of(forward_struct(PLAN, True))
+    mine, others = [1 << 12] * len(GIVEN), [1 << 20] * len(GIVEN)
+
+    def other() -> None:
+        kernel.before = lambda: None
+        launch(others, None)
+
+    for _ in range(2):
+        kernel.seen.clear()
+        kernel.before = other
+        launch(mine, None)
+        assert [words_of(image)[0] for image in kernel.seen] == [others[0], mine[0]]
+
+
+def test_kernels_that_attend_read_pairs_in_the_place_of_inputs() -> None:
+    problem = problem_of("float32", precision="tf32x3")
+    plan = make_backward_plan(backward_problem_of(problem), DEVICES["sm_90a"])
+    assert plan.split_inputs
+    first = plan.backward.first_slot
+    for attends in (False, True):
+        places = dict(backward_struct(plan, plan.launches[0], attends).words)
+        assert places[SLOT["q"]] == SLOT["split_q" if attends else "q"]
+        dq = next(place for place, slot in places.items() if slot == plan.backward.slot("dq"))
+        dout = dq + BACKWARD_POINTERS.index("dout") - BACKWARD_POINTERS.index("dq")
+        assert places[dout] == first + BACKWARD_POINTERS.index("split_dout" if attends else "dout")
