@@ -698,8 +698,10 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     bulk = widest == 128 or (widest == 64 and (isinstance(problem.mask, Full) or backward.deterministic))
     # The rows that a band shows to 128 keys begin and end at multiples of 64 more often than of 96, which counts where they
     # are few.
-    band = isinstance(problem.mask, SlidingWindow) and not problem.packed and not backward.deterministic
-    few = _window(problem) is not None or (band and problem.seqlen_q <= MOST_FEW_ROWS)
+    plain = not (problem.packed or problem.mods or backward.deterministic)
+    few = _window(problem) is not None or (
+        plain and isinstance(problem.mask, SlidingWindow) and problem.seqlen_q <= MOST_FEW_ROWS
+    )
     rows = 64 if few else 128
     tiles = tuple(replace(t, bulk=bulk) for t in tiles if weight <= t.max_weight and t.block_m <= rows)
     return [t for t in tiles if sm90_smem_bytes(backward, t) <= device.smem_per_block]
