@@ -621,6 +621,8 @@ NARROW_WINDOW = 256
 """Keys of a window up to which its few query tiles do not repay what a CTA costs before and after them. A CTA then has one
 consumer warpgroup, shares its SM with another, and takes several key tiles one after the other.
 """
+MOST_FEW_ROWS = 4096
+"""Queries of a causal call up to which tiles of 64 rows were no slower than of 96, at 64 columns."""
 
 
 def _window(problem: Problem) -> int | None:
@@ -721,7 +723,7 @@ def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     bulk = 4 * m * dim if tiles.bulk else 0
     through = 2 if n == 64 and tiles.warps == 12 else 1  # dS, and P where the warpgroups share their keys
     keys = (1 + tiles.runs) * 2 * n * (dim + dim_v)
-    return keys + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (6 + 6 * stages) + 1024
+    return keys + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (6 + 7 * stages) + 1024
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four
@@ -744,7 +746,8 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     weight = register_weight(problem)
     if problem.mods and not _early(problem):
         weight += 4 + 4 * any(isinstance(mod, Bias) for mod in problem.mods)
-    weight += backward.deterministic + 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
+    weight += 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
+    weight += 2 * (backward.deterministic and weight > 0)  # the doormen, beside what is heavy already
     widest = max(sm90_dims(problem))
     window = _window(problem)
     narrow = window is not None and window <= NARROW_WINDOW
@@ -752,9 +755,12 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     tiles = next((tiles for limit, tiles in table.items() if widest <= limit), ())
     # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
     # spread by themselves, and at 256 there is no shared memory left to stage them.
-    bulk = widest == 128 or (widest == 64 and (narrow or isinstance(problem.mask, Full)))
-    # The rows that a window shows to 128 keys begin and end at multiples of 64 more often than of 96.
-    rows = 128 if window is None else 64
+    bulk = widest == 128 or (widest == 64 and (narrow or isinstance(problem.mask, Full) or backward.deterministic))
+    # The rows that a band shows to 128 keys begin and end at multiples of 64 more often than of 96, which counts where they
+    # are few.
+    plain = not (problem.packed or problem.mods or backward.deterministic)
+    few = window is not None or (plain and isinstance(problem.mask, SlidingWindow) and problem.seqlen_q <= MOST_FEW_ROWS)
+    rows = 64 if few else 128
     runs = narrow and widest == 64 and not backward.deterministic
     tiles = tuple(replace(t, bulk=bulk, runs=runs) for t in tiles if weight <= t.max_weight and t.block_m <= rows)
     return [t for t in tiles if sm90_smem_bytes(backward, t) <= device.smem_per_block]

@@ -134,7 +134,8 @@ def backward_plans(arch: str, everything: bool = False) -> list[BackwardPlan]:
     device = DEVICES[arch]
     wanted = []
     for dtype, precision in PRECISIONS:
-        wanted += [(problem_of(dtype, precision, dims, mask=SlidingWindow(None, 0)), False) for dims in COMMON_DIMS]
+        for dims, n in itertools.product(COMMON_DIMS, (4096, 8192)):  # few queries, and more
+            wanted.append((problem_of(dtype, precision, dims, mask=SlidingWindow(None, 0), seqlens=(n, n)), False))
         if everything:
             features = _features(dtype)
             wanted += [(problem_of(dtype, precision, dims), False) for dims in ((40, 72), (192, 128), (512, 512))]
@@ -161,7 +162,8 @@ def _hopper_plans(device: Device) -> Iterator[BackwardPlan]:
         more += [{"mods": (SoftCap(30.0), bias)} for bias in biases] + [{"mods": (biases[2],)}]
         # One that is not aligned is read element by element.
         more += [{"mods": (Bias(view(shapes[0], dtype, 2)),)}, {"mask": SlidingWindow(1024, 0)}]
-        problems = [(problem_of(dtype, dims=dims, mask=mask), True) for mask in (Full(), SlidingWindow(None, 0))]
+        boolean = BooleanMask(view((4, 1, 4096, 4096), "bool"))
+        problems = [(problem_of(dtype, dims=dims, mask=mask), True) for mask in (Full(), causal, boolean)]
         problems += [(problem_of(dtype, dims=dims, **options), False) for options in ({}, *_features(dtype), *more)]
         for problem, deterministic in problems:
             if not declines(problem, device):

@@ -80,10 +80,19 @@ __device__ __forceinline__ void backward_prepare(const BackwardArguments<Config>
     constexpr int kRowsAtOnce = Config::kThreads / Kernel::kLanes;
     const long long row = static_cast<long long>(blockIdx.x) * kRowsAtOnce + threadIdx.x / Kernel::kLanes;
     const int lane = threadIdx.x % Kernel::kLanes;
-    const int rows_per_head = Config::kPacked ? p.total_q : p.seqlen_q;
-    const int i = static_cast<int>(row % rows_per_head);
-    const int head = static_cast<int>(row / rows_per_head % p.num_heads);
-    const int batch = static_cast<int>(row / rows_per_head / p.num_heads);
+    const unsigned rows_per_head = Config::kPacked ? p.total_q : p.seqlen_q, heads = p.num_heads;
+    int i, head, batch;
+    const auto locate = [&](auto index) {
+        i = static_cast<int>(index % rows_per_head);
+        head = static_cast<int>(index / rows_per_head % heads);
+        batch = static_cast<int>(index / rows_per_head / heads);
+    };
+    // Divisions of 64 bits take longer than the loads.
+    if (p.partial_rows <= 0xffffffffll) {
+        locate(static_cast<unsigned>(row));
+    } else {
+        locate(static_cast<unsigned long long>(row));
+    }
     bool exists = row < p.partial_rows;
     if constexpr (Config::kPacked) {
         exists = exists && token_exists(p.cu_seqlens_q, Config::kLens ? p.q_lens : nullptr, p.batch, i);

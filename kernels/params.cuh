@@ -73,7 +73,7 @@ struct BackwardParams {
     void* dbias;       // of the shape and dtype of the bias, or null
     void* row_stats;   // (B, H, Sq) pairs (lse to base 2, delta) in the dtype of the scores; packed: (H, Tq)
     void* dq_sum;      // (dq_splits, B, H, m_blocks) slabs; packed: (dq_splits, H, q_slabs)
-    unsigned* turns;   // backward_sm90, deterministic: of each slab, how many warps have added to it
+    unsigned* turns;   // backward_sm90, deterministic: of each slab, how many key tiles have added to it
     void* partial_dk;  // (q_splits, B, Hkv, Sk, D), packed: (q_splits, Hkv, Tk, D); null where q_splits is 1
     void* partial_dv;  // likewise with Dv
     void* bias_sum;    // see attention/mod_sums.cuh

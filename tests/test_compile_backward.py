@@ -107,6 +107,24 @@ def test_what_hopper_does_not_serve_says_so(options: dict[str, Any], reason: str
     assert plan.kernel == "backward_sm90" and "instead" not in str(plan)
 
 
+@pytest.mark.parametrize(
+    ("seqlen", "causal", "deterministic", "rows", "bulk"),
+    [
+        (4096, False, False, 128, True),
+        (4096, False, True, 128, True),
+        (4096, True, False, 64, False),
+        (4097, True, False, 96, False),
+        (4096, True, True, 96, True),
+    ],
+)
+def test_tiles_of_64_columns(seqlen: int, causal: bool, deterministic: bool, rows: int, bulk: bool) -> None:
+    """Few causal queries take tiles whose rows begin with the keys'; ordered additions go through the copy engine."""
+    mask = SlidingWindow(None, 0) if causal else None
+    problem = problem_of("bfloat16", dims=(64, 64), mask=mask, seqlens=(seqlen, seqlen))
+    plan = make_backward_plan(backward_problem_of(problem, deterministic), DEVICES["sm_90a"])
+    assert (plan.tiles.block_m, plan.tiles.bulk) == (rows, bulk)
+
+
 def test_shared_memory_fits() -> None:
     for arch, device in DEVICES.items():
         for plan in backward_plans(arch, everything=True):

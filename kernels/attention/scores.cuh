@@ -128,8 +128,8 @@ __device__ __forceinline__ void probability_gradients(Tile& dp, Tile& p, const C
     for (int x = 0; x < Tile::kSize; x++) {
         const int i = row0 + Tile::row(x), j = col0 + Tile::col(x);
         const auto gradient = p[x] * (dp[x] - stats(Tile::thread_row(x)).delta);
-        // Asked again: what is invisible may have a dp that is not finite.
-        dp[x] = !kChecked || (j < at.seqlen_k && mask.keep(at, i, j)) ? gradient : 0;
+        // What is invisible has the probability 0, and maybe a dp that is not finite.
+        dp[x] = !kChecked || p[x] != 0 ? gradient : 0;
         sums.x = x;
         if constexpr (!Config::kFoldScale) dp[x] = score_mod.pull(dp[x], dp[x], at, i, j, sums);
     }

@@ -11,7 +11,7 @@
 //             loader: one thread of warp 8 issues all tile loads
 //             guide: warp 9 says which query tile a stage holds (Visit) and brings its row statistics, which TMA cannot: their
 //             rows are neither padded nor aligned
-//             doorman: warp 10, deterministic: lets the consumers add to dq once all key tiles before have
+//             doormen: warps 10 and 11, deterministic, a stage each: see to it that dq is added once all key tiles before have
 // Registers   the producer warpgroup hands all but kProducerRegisters over
 // Memory      sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x sQ (kBlockM x D) | kStages x sdO (kBlockM x Dv) |
 //             2 x sdS (kBlockM x kBlockN) | 2 x sP (likewise, kWide) | sdQ (kBlockM x D floats, with kBulkDq) |
@@ -24,16 +24,18 @@
 // Barriers    name             arrives                         count   waits
 //             full (k, v, q, do)  the loader, and the bytes    1       consumers
 //             visit_full       the guide                       32      consumers
-//             turn             the doorman                     1       consumers
-//             q_empty          one lane of each consumer warp  8       the loader, the guide, the doorman
+//             turn             a doorman                       1       consumers
+//             handed           one lane of each consumer warp  8       a doorman
+//             q_empty          likewise                        8       the loader, the guide
 //             do_empty         likewise                        8       the loader
 // Loop        wait; issue S, dP; P and dS; issue dV; dS to shared memory; barrier of the consumers; issue dQ, dK; wait dQ;
 //             add it to memory; wait dK
 // (kEarly)    where P needs no dP: issue S, dP; wait S; P; issue dV; wait dP; dS, which thus runs under dV; ...; row statistics
 //             of the next tile are read before dq is added: behind the additions they would wait in the same queue
 // Order       deterministic: a key tile adds to dq of a query tile after all key tiles before it have. CTAs start in that
-// order,
-//             so none waits for one that has not started
+//             order, so none waits for one that has not started. With kBulkDq the consumers hand dq over in shared memory, and
+//             a doorman adds it when its turn comes while they go on; turn then says that there is room for the next tile.
+//             Without, turn lets them add themselves, and handed says that they have
 #pragma once
 #include "attention/mod_sums.cuh"
 #include "attention/row_stats.cuh"
@@ -82,10 +84,10 @@ struct BackwardSm90 {
     // Per thread, of a CTA's share of 65536. Small sums leave more to the guide, who asks the mask.
     static constexpr bool kSmallSums = kScoreRows + (kKeyCols + kValueCols) / 2 <= 160 && !kWide;
     static constexpr int kLaunchRegisters = 65536 / Config::kMinBlocks / Config::kThreads / 8 * 8;
-    static constexpr int kProducerRegisters = kConsumers == 1         ? (kHeadDim > 64 ? 48 : 56)
-                                              : kSmallSums            ? 72
-                                              : Mask::kTiled && kWide ? 56
-                                                                      : 40;
+    static constexpr int kProducerRegisters = kConsumers == 1                                     ? (kHeadDim > 64 ? 48 : 56)
+                                              : kSmallSums                                        ? 72
+                                              : Mask::kTiled && (kWide || Config::kDeterministic) ? 56
+                                                                                                  : 40;
     static constexpr int kConsumerRegisters = ((kConsumers + 1) * kLaunchRegisters - kProducerRegisters) / kConsumers;
 
     using QTile = PanelTile<kBlockM, kHeadDim>;
@@ -143,7 +145,7 @@ struct BackwardSm90 {
     static_assert(sizeof(Stats) == 8);
     static constexpr int kOffsetVisits = kOffsetStats + kStages * kStatsBytes;
     static constexpr int kOffsetBarriers = kOffsetVisits + kStages * static_cast<int>(sizeof(Visit));
-    static constexpr int kBarriers = 6 + 6 * kStages;
+    static constexpr int kBarriers = 6 + 7 * kStages;
     // The dynamic shared memory of a CTA is aligned by hand.
     static_assert(kOffsetBarriers + 8 * kBarriers + QTile::kAlignment <= Config::kSmemBytes,
                   "the plan's shared memory is too small");
@@ -169,6 +171,7 @@ struct BackwardSm90 {
     __device__ __forceinline__ unsigned do_empty(int stage) const { return barrier(6 + 3 * kStages + stage); }
     __device__ __forceinline__ unsigned visit_full(int stage) const { return barrier(6 + 4 * kStages + stage); }
     __device__ __forceinline__ unsigned turn(int stage) const { return barrier(6 + 5 * kStages + stage); }
+    __device__ __forceinline__ unsigned handed(int stage) const { return barrier(6 + 6 * kStages + stage); }
     __device__ __forceinline__ float* stats(int stage) const {
         return reinterpret_cast<float*>(smem + kOffsetStats + stage * kStatsBytes);
     }
@@ -203,12 +206,14 @@ struct BackwardSm90 {
 
         // Pairs of KV heads (and parts of their queries) and sequences form sections whose queries and sums of dq fit into L2
         // together. Within a section, key tiles that run side by side belong to different pairs, and the first ones, which
-        // under a causal mask are the longest, go first.
+        // under a causal mask are the longest, go first. The first section takes what does not fill one: the long tiles of a
+        // small last section would end one by one.
         __device__ __forceinline__ static Work of(const ForwardParams& p, const BackwardParams& g) {
             const int run = kRuns ? g.run : 1;
             const int index = static_cast<int>(cta_index()), shares = (g.n_blocks + run - 1) / run;
-            const int pairs = g.q_splits * g.heads_kv * g.batches, first = index / (p.section * shares) * p.section;
-            const int size = min(p.section, pairs - first), rest = index - first * shares;
+            const int pairs = g.q_splits * g.heads_kv * g.batches, missing = (p.section - pairs % p.section) % p.section;
+            const int end = ((index + missing * shares) / (p.section * shares) + 1) * p.section - missing;
+            const int first = max(0, end - p.section), size = end - first, rest = index - first * shares;
             int pair = first + rest % size;
             Work w;
             w.n = rest / size * run, w.stop = w.n + run;
@@ -331,19 +336,36 @@ struct BackwardSm90 {
         }
         return count;
     }
-    __device__ __forceinline__ void keep_order() const {
+    // Two warps, or what follows an addition, until it is known to be done and has been told, would hold up the next.
+    __device__ __forceinline__ void keep_order(int stage) const {
         const Work w = Work::of(params(), grads());
+        const bool leads = lane_index() == 0;
         Slot slot;
+        if (Config::kBulkDq && stage == 0 && leads) mbarrier_arrive(turn(0));
         for_places(w, [&](const Tiles&, Place here) {
-            Coord at = w.at;
-            at.head += here.head;
-            const unsigned* counter = grads().turns + Slab::number(params(), grads(), w.seq, at, here.m);
-            const unsigned before = 4 * kConsumers * tiles_before(w, here);
-            mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
-            while (count_acquire(counter) < before) {
+            if (slot.stage == stage) {
+                Coord at = w.at;
+                at.head += here.head;
+                const long long slab = Slab::number(params(), grads(), w.seq, at, here.m);
+                unsigned* const counter = grads().turns + slab;
+                const unsigned before = tiles_before(w, here);
+                while (count_acquire(counter) < before) {
+                }
+                __syncwarp();
+                if (!Config::kBulkDq && leads) mbarrier_arrive(turn(stage));
+                mbarrier_wait(handed(stage), slot.parity);
+                if (leads) {
+                    if constexpr (Config::kBulkDq) {
+                        cp_reduce_async_bulk_add(static_cast<float*>(grads().dq_sum) + slab * Slab::kElements, base + kOffsetDq,
+                                                 4 * kConsumers * kDqWarpBytes);
+                        cp_async_bulk_wait_read();
+                        mbarrier_arrive(turn(stage ^ 1));
+                        cp_async_bulk_wait();
+                    }
+                    count_release(counter);
+                }
+                __syncwarp();
             }
-            __syncwarp();
-            if (lane_index() == 0) mbarrier_arrive(turn(slot.stage));
             slot.advance();
         });
     }
@@ -384,7 +406,6 @@ struct BackwardSm90 {
         Coord at;
         KeySlot keys;
         int first_head, n, m, full, next_n;  // of the visit at hand, and its key tile
-        long long last_slab = -1;            // deterministic: to which this one has added without having told
         float factor;                        // turns a score into the exponent of 2
         float lse[kStatsAhead ? Scores::kThreadRows : 1];
         WgmmaTile<kKeyCols> dk;
@@ -629,26 +650,20 @@ struct BackwardSm90 {
         __device__ __forceinline__ float* dq_target() const {
             return static_cast<float*>(grads().dq_sum) + kernel.visit(slot.stage).slab * Slab::kElements;
         }
-        // Deterministic: lets the next key tile add to where this one did. Called a tile later, when the additions are done.
-        __device__ __forceinline__ void pass_turn() const {
-            if constexpr (Config::kBulkDq) {
-                if (leads()) cp_async_bulk_wait();
-            }
-            __syncwarp();
-            if (leads() && last_slab >= 0) count_release(grads().turns + last_slab);
-        }
         // kPanel: of the 64 columns that a product of dq has.
         template <int kPanel>
         __device__ __forceinline__ void add_dq(float* to, typename Slab::Sums::Panel& dq, unsigned start) const {
             if constexpr (Config::kBulkDq) {
                 constexpr int kSize = Slab::Sums::Panel::kSize, kFirst = kPanel * 32 * kSize;
                 const int warp = uniform(static_cast<int>(threadIdx.x / 32));
-                if (kPanel == 0 && sends_sums()) {
-                    cp_async_bulk_wait_read<1>();  // but what the bias has just received
-                } else if (kPanel == 0 && leads()) {
-                    cp_async_bulk_wait_read();
+                if constexpr (!Config::kDeterministic) {
+                    if (kPanel == 0 && sends_sums()) {
+                        cp_async_bulk_wait_read<1>();  // but what the bias has just received
+                    } else if (kPanel == 0 && leads()) {
+                        cp_async_bulk_wait_read();
+                    }
+                    __syncwarp();
                 }
-                __syncwarp();
                 const int own = kOffsetDq + warp * kDqWarpBytes + 4 * kFirst;
                 float4* staged = reinterpret_cast<float4*>(kernel.smem + own) + lane_index();
 #pragma unroll
@@ -657,7 +672,9 @@ struct BackwardSm90 {
                 }
                 fence_proxy_async();
                 __syncwarp();
-                if (leads()) cp_reduce_async_bulk_add(to + warp * Slab::kWarpElements + kFirst, start + own, 128 * kSize);
+                if (!Config::kDeterministic && leads()) {
+                    cp_reduce_async_bulk_add(to + warp * Slab::kWarpElements + kFirst, start + own, 128 * kSize);
+                }
             } else {
                 Slab::template add<kPanel * Slab::Sums::Panel::kSize>(to, dq);
             }
@@ -725,7 +742,7 @@ struct BackwardSm90 {
             if constexpr (!kWide || kEarly) {
                 store_panel(ds + (kWide ? queries : group * DsTile::kPanelBytes), ds_operand);
                 fence_proxy_async();
-                if (sends_sums()) cp_async_bulk_wait_read<Config::kBulkDq ? 1 : 0>();
+                if (sends_sums()) cp_async_bulk_wait_read<Config::kBulkDq && !Config::kDeterministic ? 1 : 0>();
                 bar_sync(kDsBarrier, kConsumerThreads);
                 send_sums(start, ds);
             }
@@ -755,17 +772,17 @@ struct BackwardSm90 {
             Slot next = slot;
             next.advance();
             const int head = read_visit(next);
-            if constexpr (Config::kDeterministic) {
-                pass_turn();
-                last_slab = kernel.visit(slot.stage).slab;
-                mbarrier_wait(kernel.turn(stage), slot.parity);
-            }
+            if constexpr (Config::kDeterministic) mbarrier_wait(kernel.turn(stage), slot.parity);
             float* const to = dq_target();
             add_dq<0>(to, dq.panels[0], start);
             if constexpr (kDqPanels == 2) {
                 wgmma_wait_group<1>();
                 wgmma_pin(dq.panels[1].data);
                 add_dq<1>(to, dq.panels[1], start);
+            }
+            if constexpr (Config::kDeterministic) {
+                __syncwarp();
+                if (leads()) mbarrier_arrive(kernel.handed(stage));
             }
             wgmma_wait_group<0>();
             wgmma_pin(dk.data);
@@ -796,7 +813,6 @@ struct BackwardSm90 {
                         }
                     }
                     finish_head();
-                    if constexpr (Config::kDeterministic) pass_turn();
                     if (kRuns && leads()) mbarrier_arrive(kernel.k_empty(keys.stage));
                     keys.advance();
                 }
@@ -873,7 +889,7 @@ struct BackwardSm90 {
             consumer.at = w.at, consumer.first_head = w.at.head, consumer.n = w.n;
             consumer.visit_queries(w.last());
         }
-        if constexpr (Config::kBulkDq || kSendSums) {
+        if constexpr ((Config::kBulkDq && !Config::kDeterministic) || kSendSums) {
             if (Consumer::leads()) cp_async_bulk_wait();
         }
         if constexpr (kForeignRows && !Config::kQuerySplit) {
@@ -898,6 +914,7 @@ struct BackwardSm90 {
                 mbarrier_init(do_full(stage), 1);
                 mbarrier_init(visit_full(stage), 32);
                 mbarrier_init(turn(stage), 1);
+                mbarrier_init(handed(stage), 4 * kConsumers);
                 mbarrier_init(q_empty(stage), 4 * kConsumers);
                 mbarrier_init(do_empty(stage), 4 * kConsumers);
             }
@@ -910,7 +927,7 @@ struct BackwardSm90 {
             if (w.n >= w.last()) return;
             if (warp == 4 * kConsumers && elect_sync()) load_tiles();
             if (warp == 4 * kConsumers + 1) guide();
-            if (Config::kDeterministic && warp == 4 * kConsumers + 2) keep_order();
+            if (Config::kDeterministic && warp >= 4 * kConsumers + 2) keep_order(warp % 2);
             if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
