@@ -671,7 +671,10 @@ struct ForwardSm90 {
         auto arrive = [&](const QueryTile& tile) {
             const Work w = schedule.work(p, tile);
             if constexpr (kForeignRows) store_padding<Element, float, kBlockM, 128 * kConsumers>(p, w, p.head_dim_v);
-            if constexpr (kWhole) consumer.whole = Whole::of(arguments.variant.score_mod, w.at, static_cast<float>(p.scale));
+            if constexpr (kWhole) {  // the padding past packed sequences counts as one more, which has no slope
+                const bool exists = w.at.seqlen_k > 0;
+                if (exists) consumer.whole = Whole::of(arguments.variant.score_mod, w.at, static_cast<float>(p.scale));
+            }
             return consumer.visit(w);
         };
         QueryTile tile = consumer.receive_tile(consumer.tile);
