@@ -345,7 +345,7 @@ class Torch(Library):
         needs_grad, tensor = False, self._torch.Tensor
         for name, x in named.items():
             kind = type(x)
-            if kind is not tensor and _BY_TYPE.get(kind) is not self:
+            if kind is not tensor and library_of(x, name) is not self:
                 raise TypeError(f"{name}: got {kind}")
             ptr, strides = x.data_ptr(), x.stride()
             if not ptr or (strides and strides[-1] != 1):

@@ -565,7 +565,7 @@ def _launch(call: Call) -> Any:
     addresses, kinds, _ = gathered
     key = ("forward", library.name, kinds, mask.key(), tuple([m.key() for m in mods]) if mods else (), options)
     with library.guard(device):
-        prepared, makers = known(key) or remember(key, prepare(call), library, device)
+        prepared, makers = known(key) or remember(key, prepare(checked(call)), library, device)
         results = run(library, device, prepared, makers, [*addresses, seed, next(numbers)])
     return in_order(present.get("out"), results, options.return_lse)
 
@@ -583,6 +583,12 @@ def _describe(call: Call) -> tuple[dict[str, View], Mask, tuple[ScoreMod, ...], 
     own_views = [view(x) for x in call.own]
     mask, mods = call.mask.bind(own_views[:count]), bind_mods(call.mods, own_views[count:])
     return {name: view(x, name) for name, x in call.present.items()}, mask, mods, own_views
+
+
+def checked(call: Call) -> Call:
+    """The call, after `check_kinds`: a key says where arrays are, so that the first call of a key answers for the others."""
+    check_kinds(call.library, call.device, call.present, call.mask, call.mods)
+    return call
 
 
 def prepare(call: Call) -> Prepared:
@@ -638,7 +644,7 @@ def _launch_backward(call: Call, wanted: tuple[bool, ...]) -> Raw:
     addresses, kinds, _ = gathered
     key = ("backward", library.name, kinds, mask.key(), tuple([m.key() for m in mods]) if mods else (), options, wanted)
     with library.guard(device):
-        prepared, makers = known(key) or remember(key, prepare_backward(call, wanted), library, device)
+        prepared, makers = known(key) or remember(key, prepare_backward(checked(call), wanted), library, device)
         results = run(library, device, prepared, makers, [*addresses, seed])
         return _raw(call, wanted, results)
 

@@ -235,6 +235,7 @@ def _prepare(made: _Call, shared: bool) -> call.Prepared:
 
     shared: whether k_cache and v_cache begin at the same address.
     """
+    call.check_kinds(made.library, made.device, made.present, made.mask, made.mods)
     view, count = made.library.view, len(made.mask.arrays)
     views = {name: view(x, name) for name, x in made.present.items()}
     own_views = [view(x) for x in made.own]

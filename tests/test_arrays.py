@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -14,7 +15,8 @@ import ml_dtypes  # before CuPy  # noqa: F401
 import numpy as np
 import pytest
 
-from cuattn import arrays
+import cuattn
+from cuattn import arrays, call, decode_call
 from cuattn.arrays import CPU, CUPY, DLPACK, JAX, NUMPY, TORCH, View, library_of, numpy_dtype
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the GPU's memory from the others
@@ -688,3 +690,57 @@ def test_gpu_jax_order_follows_the_cupy_stream() -> None:
 def test_gpu_is_available() -> None:
     usable, reason = arrays.gpu_available()
     assert usable and "NVRTC" in reason
+
+
+class _OnGpu:
+    """PyTorch's CPU tensors, all but some taken for tensors of a GPU, in calls that end where a plan would be made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *elsewhere: Any) -> None:
+        self.elsewhere = elsewhere
+        torch = type(arrays.library_of(pytest.importorskip("torch").zeros(1), "x"))
+        monkeypatch.setattr(torch, "device", lambda _, x, name="array": self.device(x))
+        monkeypatch.setattr(torch, "guard", lambda *_: contextlib.nullcontext())
+        for module, name in ((call, "problem_of"), (decode_call, "make_decode_problem")):
+            monkeypatch.setattr(module, name, self.stop)
+
+    def device(self, x: Any) -> tuple[str, int]:
+        return ("cpu", 0) if any(x is other for other in self.elsewhere) else ("cuda", 0)
+
+    @staticmethod
+    def stop(*_: Any) -> Any:
+        raise NotImplementedError("a problem")
+
+
+@pytest.mark.parametrize("name", ["k", "v", "dout", "k_cache", "cache_seqlens"])
+def test_a_first_call_looks_where_its_tensors_are(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Kernels would read an address of the CPU."""
+    torch = pytest.importorskip("torch")
+    q, k, v, dout, out = (torch.zeros(1, 5, 2, 8) for _ in range(5))
+    lens, lse = torch.ones(1, dtype=torch.int32), torch.zeros(1, 2, 5)
+    tensors = {"k": k, "v": v, "dout": dout, "k_cache": k, "cache_seqlens": lens}
+    calls: list[Any] = [
+        lambda: cuattn.attention(q, k, v),
+        lambda: cuattn.attention_backward(dout, q, k, v, out, lse),
+        lambda: cuattn.attention_with_kvcache(q, k, v, cache_seqlens=lens),
+    ]
+    _OnGpu(monkeypatch)
+    for run in calls:
+        with pytest.raises(NotImplementedError, match="a problem"):
+            run()
+    _OnGpu(monkeypatch, tensors[name])
+    concerned = {"k": calls[:2], "v": calls[:2], "dout": calls[1:2]}.get(name, calls[2:])
+    for run in concerned:
+        with pytest.raises(ValueError, match=rf"^{name}: got an array on cpu:0, expected cuda:0 as q is"):
+            run()
+
+
+def test_a_warm_call_takes_parameters() -> None:
+    """Whatever tensors PyTorch derives from its own: models keep sinks and biases as parameters."""
+    torch = pytest.importorskip("torch")
+
+    class Derived(torch.nn.Parameter):  # type: ignore[misc, name-defined]
+        pass
+
+    x = Derived(torch.zeros(2, 3))
+    found = arrays.library_of(torch.zeros(1), "x").gather({"sinks": x})
+    assert found.addresses == [x.data_ptr()] and found.needs_grad

@@ -212,7 +212,7 @@ def test_pages_outside_the_cache_are_not_touched(cupy_backend: Any) -> None:
     assert_close("out", found, exact, limit(exact, naive, np.float16, "float16"))
     made["cache_seqlens"] = cupy_backend.put(np.array([2**31 - 1, -5], np.int32))
     cuattn.attention_with_kvcache(**made)
-    assert (cupy_backend.get(pool) == around).all()
+    assert (cupy_backend.get(pool).view(np.uint16) == around.view(np.uint16)).all()  # tokens past the lengths are NaN
 
 
 @pytest.mark.gpu
