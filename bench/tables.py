@@ -55,7 +55,12 @@ def table(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
 
 
 def columns(rows: Sequence[Row], words: Mapping[str, Cell], numbers: Mapping[str, Cell]) -> list[str]:
-    """Lines of a table with a column for each entry that says something: `words` to the left, then `numbers`."""
+    """Lines of a table with a column for each entry that says something: `words` to the left, then `numbers`.
+
+    Rows of different sources say of which they are.
+    """
+    if len({row["source_hash"] for row in rows}) > 1:
+        words = {**words, "sources": lambda row: row["source_hash"][:6]}
     shown = {title: [cell(row) for row in rows] for title, cell in {**words, **numbers}.items()}
     shown = {title: cells for title, cells in shown.items() if any(cells)}
     lines = ["| " + " | ".join(shown) + " |"]
