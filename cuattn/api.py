@@ -234,10 +234,10 @@ def attention_with_kvcache(
     as `attention` does.
 
     >>> import numpy as np
-    >>> cache_k, cache_v = np.zeros((2, 1, 16, 2, 8), np.float32)
-    >>> new = np.ones((1, 1, 2, 8), np.float32)
+    >>> cache_k, cache_v = np.zeros((2, 1, 16, 2, 8), np.float16)
+    >>> new = np.ones((1, 1, 2, 8), np.float16)
     >>> attention_with_kvcache(new, cache_k, cache_v, new, new, cache_seqlens=0, causal=True)[0, 0, 0, :2]
-    array([1., 1.], dtype=float32)
+    array([1., 1.], dtype=float16)
     >>> int(cache_k[0, :, 0, 0].sum())
     1
     """
@@ -332,9 +332,10 @@ def attention_backward(
     dout: gradient of a loss by out, of out's shape and dtype; last axis contiguous, other strides free (0 too).
     q, k, v, and every option: as they were given to `attention`. out, lse: what it returned with return_lse=True.
     dlse: gradient by lse, of its shape and dtype, if the loss depends on it.
-    deterministic: bitwise equal gradients from run to run. Each of the CTAs that share the keys of a head then adds to a dq of
-      its own, up to (multiprocessors / (batch num_heads_kv)) of them; sums over batches or heads into elements of a bias are
-      launched one after the other. Gradients of user parameters are refused.
+    deterministic: bitwise equal gradients from run to run. On Hopper's kernel CTAs add to dq in the order of their keys; on the
+      portable one each of those that share the keys of a head adds to a dq of its own, up to
+      (multiprocessors / (batch num_heads_kv)) of them. Sums over batches or heads into elements of a bias have an order too.
+      Gradients of user parameters are refused.
 
     Returns Gradients(dq, dk, dv, dbias, dsinks). dbias is reduced to the shape of the bias, dk and dv over the query heads of
     their head. Rows that see no key, padding and what lies past a length get 0. Raises as `attention` does, and

@@ -1,10 +1,10 @@
 """FlashAttention 3's functions over cuattn: `from cuattn.flash_attn3 import flash_attn_func`.
 
 The argument order of `flash_attn_interface`: the fourth is softmax_scale, there is no dropout, and `return_attn_probs` gives
-(out, softmax_lse). softmax_lse is -inf on a row that sees no key. `num_splits`, `pack_gqa` and `sm_margin` tune that
-library's kernels and are accepted without effect: cuattn plans by itself. Arguments of what cuattn does not compute (qv,
-scales of fp8 inputs, attention_chunk) raise NotImplementedError when given. Of the other functions of that module,
-flash_attn_combine is `cuattn.merge_states`, and nothing needs get_scheduler_metadata.
+(out, softmax_lse). softmax_lse is -inf on a row that sees no key. `num_splits` (but that of flash_attn_with_kvcache),
+`pack_gqa` and `sm_margin` tune that library's kernels and are accepted without effect: cuattn plans by itself. Arguments of
+what cuattn does not compute (qv, scales of fp8 inputs, attention_chunk) raise NotImplementedError when given. Of the other
+functions of that module, flash_attn_combine is `cuattn.merge_states`, and nothing needs get_scheduler_metadata.
 """
 
 from __future__ import annotations
