@@ -33,7 +33,7 @@ from cuattn.fields import ITEMSIZE
 from cuattn.launch import Launch, backward_struct, forward_struct
 from cuattn.masks import Mask
 from cuattn.plan import WARPS_PER_COMBINE, Plan, make_plan
-from cuattn.problem import POINTERS, SLOT, Problem, make_problem
+from cuattn.problem import POINTERS, SLOT, Problem, make_problem, max_seqlen_of
 from cuattn.registry import Device
 from cuattn.score_mods import Bias, ScoreMod
 
@@ -166,6 +166,8 @@ def resolve(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], optio
         check_writable(present["out"])
     if type(seed) is not int or seed < 0 or seed >> 64:
         seed = _seed(seed)
+    if options.max_seqlen_q is not None:
+        options = _of_integers(options)
     return new(Call, (library, device, present, mask, mods, own, options, seed, gathered)), needs_grad
 
 
@@ -212,6 +214,14 @@ def _seed(seed: Any) -> int:
     if not 0 <= seed.__index__() < 2**64:
         raise ValueError(f"seed: got {seed!r}, expected 0 <= seed < 2^64")
     return int(seed.__index__())
+
+
+def _of_integers(options: Options) -> Options:
+    """With the longest lengths as Python's own: plans are kept by them, and a tensor is another key each time."""
+    q, k = options.max_seqlen_q, options.max_seqlen_k
+    if type(q) is int is type(k):
+        return options
+    return options._replace(max_seqlen_q=max_seqlen_of("max_seqlen_q", q), max_seqlen_k=max_seqlen_of("max_seqlen_k", k))
 
 
 def check_kinds(library: Library, device: ArrayDevice, present: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...]) -> bool:

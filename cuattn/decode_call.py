@@ -27,6 +27,7 @@ from cuattn.decode import (
 )
 from cuattn.launch import Launch, decode_struct
 from cuattn.masks import Mask
+from cuattn.problem import max_seqlen_of
 from cuattn.score_mods import ScoreMod
 
 
@@ -60,6 +61,8 @@ def attend(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], scalar
         raise TypeError("cache_seqlens: got None, expected an integer or an int32 array of shape (batch,)")
     if "v_cache" not in present and scalars.head_dim_v is None:
         raise TypeError("v_cache: got None, expected an array, or head_dim_v where values are columns of the keys")
+    if scalars.max_seqlen_q is not None and type(scalars.max_seqlen_q) is not int:
+        scalars = scalars._replace(max_seqlen_q=max_seqlen_of("max_seqlen_q", scalars.max_seqlen_q))
     mask, own = call.own_arrays(mask, mods, library, q, device)
     gathered = call.gather(library, device, present, own, mask, mods)
     needs_grad = call.check_kinds(library, device, present, mask, mods) if gathered is None else gathered.needs_grad

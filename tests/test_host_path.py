@@ -194,6 +194,27 @@ def test_calls_that_differ_have_plans_of_their_own(gpu: Gpu) -> None:
             assert len(call._prepared) == count
 
 
+def test_longest_lengths_are_known_by_their_value(gpu: Gpu) -> None:
+    """Some callers bring them as tensors, which change in place and equal no other tensor."""
+    q, k, v = torch.zeros(3, 80, 2, 64, dtype=torch.bfloat16)
+    starts, longest = torch.tensor([0, 30, 80], dtype=torch.int32), torch.tensor(50)
+
+    def kept() -> list[int]:
+        return [prepared.plan.problem.seqlen_q for prepared, _ in call._prepared.values()]
+
+    for _ in range(2):
+        cuattn.attention_varlen(q, k, v, starts, starts, longest, longest.clone())
+    longest.fill_(60)
+    cuattn.attention_varlen(q, k, v, starts, starts, longest, 60)
+    assert kept() == [50, 60]
+    call._prepared.clear()
+    cache = {**cache_call(), "q": q, "k": None, "v": None, "sinks": None, "cu_seqlens_q": starts}
+    cache.update({name: cache[name].expand(2, 80, 2, 64) for name in ("k_cache", "v_cache")})
+    for value in (50, 50, 60):
+        cuattn.attention_with_kvcache(**cache, max_seqlen_q=longest.fill_(value))
+    assert kept() == [50, 60]
+
+
 def test_values_in_the_columns_of_keys_are_known_by_their_address(gpu: Gpu) -> None:
     """A v_cache of the same strides elsewhere has another plan, and is what its kernel reads."""
     q, lens = torch.zeros(2, 1, 4, 64, dtype=torch.bfloat16), torch.full((2,), 3, dtype=torch.int32)
