@@ -361,7 +361,13 @@ class Torch(Library):
         return _view(Gathered, (addresses, tuple(kinds), needs_grad))
 
     def address(self, x: Any) -> int:
-        return int(x.data_ptr())
+        try:
+            return int(x.data_ptr())
+        except RuntimeError:
+            from cuattn.torch import check_transforms
+
+            check_transforms()
+            raise
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Any:
         return self.maker(shape, dtype, device)()

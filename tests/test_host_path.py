@@ -262,3 +262,13 @@ def test_arrays_of_masks_and_modifications_are_refused_by_name(gpu: Gpu) -> None
     for name, x in (("mask", own()["mask"].to_sparse()), ("bias", own()["bias"].to_sparse()), ("bias", lazy)):
         with pytest.raises(TypeError, match=rf"^{name}: got a (tensor without|lazily negated)"):
             cuattn.attention(**tensors(**{name: x}))
+
+
+def test_transforms_are_refused_by_name_also_around_plain_tensors(gpu: Gpu) -> None:
+    """What PyTorch makes inside of torch.func.grad has no memory."""
+    arguments = tensors()
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match=r"transforms of torch\.func"):
+            torch.func.grad(lambda x: x + cuattn.attention(**arguments).float().sum())(torch.zeros(()))
+    assert not gpu.launched
+    assert torch.func.vmap(lambda x: x + cuattn.attention(**arguments).float().sum())(torch.zeros(3)).shape == (3,)
