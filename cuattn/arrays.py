@@ -318,7 +318,7 @@ class Torch(Library):
             dtype, low_bits = _TORCH_ELEMENTS[x.dtype]
         except KeyError:
             dtype, low_bits = _torch_element(x.dtype)
-        if not ptr or ptr & low_bits or (strides and strides[-1] != 1):
+        if not ptr or ptr & low_bits or (strides and (strides[-1] != 1 or shape[-1] == 1)):
             self._inspect(x, name)
         return _view(View, (ptr, shape, strides, dtype))
 
@@ -329,7 +329,7 @@ class Torch(Library):
             raise TypeError(f"{name}: got a tensor without memory (device {x.device}), expected a CPU or CUDA tensor")
         if ptr & low_bits:
             raise _misaligned(name, ptr, dtype)
-        if x.is_neg() or x.is_conj():  # never contiguous: such views come from complex tensors
+        if x.is_neg() or x.is_conj():  # steps over the other parts of complex numbers, unless the last axis was added later
             raise TypeError(f"{name}: got a lazily negated or conjugated view, expected x.resolve_conj().resolve_neg()")
 
     def device(self, x: Any, name: str = "array") -> Device:
@@ -347,13 +347,13 @@ class Torch(Library):
             kind = type(x)
             if kind is not tensor and library_of(x, name) is not self:
                 raise TypeError(f"{name}: got {kind}")
-            ptr, strides = x.data_ptr(), x.stride()
-            if not ptr or (strides and strides[-1] != 1):
+            ptr, shape, strides = x.data_ptr(), x.shape, x.stride()
+            if not ptr or (strides and (strides[-1] != 1 or shape[-1] == 1)):
                 self._inspect(x, name)
             if x.requires_grad:
                 needs_grad = True
             addresses.append(ptr)
-            kinds.append((ptr & 15, x.dtype, x.shape, strides, x.get_device()))
+            kinds.append((ptr & 15, x.dtype, shape, strides, x.get_device()))
         if needs_grad and not self._torch.is_grad_enabled():
             needs_grad = False
         if getattr(self._forward_ad, "_current_level", 0) >= 0:
@@ -361,7 +361,13 @@ class Torch(Library):
         return _view(Gathered, (addresses, tuple(kinds), needs_grad))
 
     def address(self, x: Any) -> int:
-        return int(x.data_ptr())
+        try:
+            return int(x.data_ptr())
+        except RuntimeError:
+            from cuattn.torch import check_transforms
+
+            check_transforms()
+            raise
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Any:
         return self.maker(shape, dtype, device)()
@@ -466,6 +472,12 @@ class DLPack(Library):
             return x
         with CUPY.guard(device):
             return upload(x)
+
+    def give_back(self, x: Any, out: Any = None) -> Any:
+        if out is None:
+            return x
+        out[...] = x
+        return out
 
 
 class CudaInterface(DLPack):

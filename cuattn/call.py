@@ -11,7 +11,7 @@ import secrets
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ from cuattn.fields import ITEMSIZE
 from cuattn.launch import Launch, backward_struct, forward_struct
 from cuattn.masks import Mask
 from cuattn.plan import WARPS_PER_COMBINE, Plan, make_plan
-from cuattn.problem import POINTERS, SLOT, Problem, make_problem
+from cuattn.problem import POINTERS, SLOT, Problem, make_problem, max_seqlen_of
 from cuattn.registry import Device
 from cuattn.score_mods import Bias, ScoreMod
 
@@ -161,11 +161,13 @@ def resolve(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], optio
     present = {name: x for name, x in named.items() if x is not None}
     mask, own = own_arrays(mask, mods, library, q, device)
     gathered = gather(library, device, present, own, mask, mods)
-    if "out" in present and "dout" not in present:
-        check_writable(library, present["out"])
     needs_grad = check_kinds(library, device, present, mask, mods) if gathered is None else gathered[2]
+    if "out" in present and "dout" not in present:
+        check_writable(present["out"])
     if type(seed) is not int or seed < 0 or seed >> 64:
         seed = _seed(seed)
+    if options.max_seqlen_q is not None:
+        options = _of_integers(options)
     return new(Call, (library, device, present, mask, mods, own, options, seed, gathered)), needs_grad
 
 
@@ -198,7 +200,7 @@ def gather(
     except Exception:  # let the checks name the array
         if check_kinds(library, device, present, mask, mods):
             _torch().check_transforms()
-        for name, x in present.items():
+        for name, x in _with_names(present, mask, mods):
             library.view(x, name)
         raise
 
@@ -214,26 +216,40 @@ def _seed(seed: Any) -> int:
     return int(seed.__index__())
 
 
+def _of_integers(options: Options) -> Options:
+    """With the longest lengths as Python's own: plans are kept by them, and a tensor is another key each time."""
+    q, k = options.max_seqlen_q, options.max_seqlen_k
+    if type(q) is int is type(k):
+        return options
+    return options._replace(max_seqlen_q=max_seqlen_of("max_seqlen_q", q), max_seqlen_k=max_seqlen_of("max_seqlen_k", k))
+
+
 def check_kinds(library: Library, device: ArrayDevice, present: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...]) -> bool:
     """Every array is of one kind and on one device. Returns whether a gradient by one of them may be asked for later."""
-    for name, x in present.items():
+    for name, x in _with_names(present, mask, mods):
         _check_kind(library, device, name, x)
-    for x in mask.arrays:
-        _check_kind(library, device, "mask", x)
-    for mod in mods:
-        for x in mod.arrays:
-            _check_kind(library, device, _MOD_NAMES.get(type(mod).__name__, "score_mod"), x)
     return library.needs_grad(present.values()) or any([library.needs_grad(mod.arrays) for mod in mods])
 
 
-def check_writable(library: Library, out: Any) -> None:
-    """Raise for an `out` that cannot be written."""
-    if library_of(out, "out") is library and not library.writable(out):
-        reason = "a read-only array" if library.supports_out else f"a {library.name} array, which cannot be written"
-        raise ValueError(f"out: got {reason}, expected a writable array")
+def _with_names(present: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...]) -> Iterator[tuple[str, Any]]:
+    """Every array of a call, with the argument that brought it."""
+    yield from present.items()
+    for x in mask.arrays:
+        yield "mask", x
+    for mod in mods:
+        for x in mod.arrays:
+            yield _MOD_NAMES.get(type(mod).__name__, "score_mod"), x
 
 
 _MOD_NAMES = {"Alibi": "alibi_slopes", "Bias": "bias"}
+
+
+def check_writable(out: Any) -> None:
+    """Raise for an `out`, of one of the kinds that a call takes, that cannot be written."""
+    library = library_of(out, "out")
+    if not library.writable(out):
+        reason = "a read-only array" if library.supports_out else f"a {library.name} array, which cannot be written"
+        raise ValueError(f"out: got {reason}, expected a writable array")
 
 
 def _check_kind(library: Library, device: ArrayDevice, name: str, x: Any) -> None:
@@ -266,13 +282,14 @@ def _place_blocks(mask: Mask, library: Library, like: Any, device: ArrayDevice) 
     return by_place[library.name, device]
 
 
-def bind_mods(mods: tuple[ScoreMod, ...], own: Sequence[Any]) -> tuple[ScoreMod, ...]:
-    """`mods` over other arrays, given one after the other."""
-    bound, position = [], 0
+def bind(mask: Mask, mods: tuple[ScoreMod, ...], own: Sequence[Any]) -> tuple[Mask, tuple[ScoreMod, ...]]:
+    """Mask and modifications over other arrays, given one after the other."""
+    position = len(mask.arrays)
+    mask, bound = mask.bind(own[:position]), []
     for mod in mods:
         bound.append(mod.bind(own[position : position + len(mod.arrays)]))
         position += len(mod.arrays)
-    return tuple(bound)
+    return mask, tuple(bound)
 
 
 # On the CPU -----------------------------------------------------------------------------------------------------------
@@ -283,13 +300,13 @@ def _on_cpu(call: Call) -> Any:
 
     library, present = call.library, call.present
     problem, host, own_host, dense3 = _host_arguments(call, present)
-    count = len(call.mask.arrays)
+    mask, mods = bind(call.mask, call.mods, own_host)
     debug(problem, "numpy backend")
     out, lse = cpu.forward(
         **host,
         scale=problem.scale,
-        mask=call.mask.bind(own_host[:count]),
-        mods=bind_mods(call.mods, own_host[count:]),
+        mask=mask,
+        mods=mods,
         dropout=problem.dropout,
         seed=call.seed,
     )
@@ -309,12 +326,12 @@ def _backward_on_cpu(call: Call, wanted: tuple[bool, ...]) -> Raw:
     host.update({name: library.host(present[name]) for name in _BACKWARD_ONLY if name in present})
     if dense3:
         host.update({name: host[name][None] for name in _BACKWARD_ONLY if name in host})
-    count = len(call.mask.arrays)
+    mask, mods = bind(call.mask, call.mods, own_host)
     gradients = cpu.backward(
         **host,
         scale=problem.scale,
-        mask=call.mask.bind(own_host[:count]),
-        mods=bind_mods(call.mods, own_host[count:]),
+        mask=mask,
+        mods=mods,
         dropout=problem.dropout,
         seed=call.seed,
     )
@@ -423,10 +440,10 @@ def _check_in_place(call: Call, present: dict[str, Any]) -> ArrayDevice:
 
 def _lend(call: Call, device: ArrayDevice, left_out: tuple[str, ...]) -> Call:
     """The same call over CuPy arrays."""
-    to_cupy, count = call.library.to_cupy, len(call.mask.arrays)
+    to_cupy = call.library.to_cupy
     present = {name: to_cupy(x) for name, x in call.present.items() if name not in left_out}
     own = tuple(to_cupy(x) for x in call.own)
-    mask, mods = call.mask.bind(own[:count]), bind_mods(call.mods, own[count:])
+    mask, mods = bind(call.mask, call.mods, own)
     gathered = gather(arrays.CUPY, device, present, own, mask, mods)
     return Call(arrays.CUPY, device, present, mask, mods, own, call.options, call.seed, gathered)
 
@@ -579,9 +596,9 @@ def in_order(out: Any, results: list[Any], return_lse: bool) -> Any:
 
 def _describe(call: Call) -> tuple[dict[str, View], Mask, tuple[ScoreMod, ...], list[View]]:
     """Descriptions of a call's arrays, and its mask and modifications over them: these keep no array of the caller's alive."""
-    view, count = call.library.view, len(call.mask.arrays)
+    view = call.library.view
     own_views = [view(x) for x in call.own]
-    mask, mods = call.mask.bind(own_views[:count]), bind_mods(call.mods, own_views[count:])
+    mask, mods = bind(call.mask, call.mods, own_views)
     return {name: view(x, name) for name, x in call.present.items()}, mask, mods, own_views
 
 

@@ -791,11 +791,6 @@ def decode_variant(plan: DecodePlan, attends: bool) -> list[Field]:
     return fields if p.mods else [*fields, Field("int", 0)]
 
 
-def decode_words(plan: DecodePlan, attends: bool) -> int:
-    """8-byte words of a kernel's parameter struct."""
-    return len(POINTERS) + len(decode_fields(plan, attends)) + len(decode_variant(plan, attends))
-
-
 def lse_shape(problem: DecodeProblem, shape_q: tuple[int, ...]) -> tuple[int, ...]:
     """Of lse, from the shape of q as the caller gave it."""
     return (shape_q[1], shape_q[0]) if problem.packed or len(shape_q) == 3 else (shape_q[0], shape_q[2], shape_q[1])

@@ -27,6 +27,7 @@ from cuattn.decode import (
 )
 from cuattn.launch import Launch, decode_struct
 from cuattn.masks import Mask
+from cuattn.problem import max_seqlen_of
 from cuattn.score_mods import ScoreMod
 
 
@@ -60,11 +61,14 @@ def attend(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], scalar
         raise TypeError("cache_seqlens: got None, expected an integer or an int32 array of shape (batch,)")
     if "v_cache" not in present and scalars.head_dim_v is None:
         raise TypeError("v_cache: got None, expected an array, or head_dim_v where values are columns of the keys")
+    if scalars.max_seqlen_q is not None and type(scalars.max_seqlen_q) is not int:
+        scalars = scalars._replace(max_seqlen_q=max_seqlen_of("max_seqlen_q", scalars.max_seqlen_q))
     mask, own = call.own_arrays(mask, mods, library, q, device)
     gathered = call.gather(library, device, present, own, mask, mods)
+    needs_grad = call.check_kinds(library, device, present, mask, mods) if gathered is None else gathered.needs_grad
     if "out" in present:
-        call.check_writable(library, present["out"])
-    if call.check_kinds(library, device, present, mask, mods) if gathered is None else gathered.needs_grad:
+        call.check_writable(present["out"])
+    if needs_grad:
         raise NotImplementedError(
             "attention_with_kvcache: has no gradient; call it under torch.no_grad() or on detached tensors"
         )
@@ -139,12 +143,12 @@ def _on_cpu(made: _Call) -> Any:
     dense3 = not problem.packed and host["q"].ndim == 3
     if dense3:
         host.update({name: host[name][None] for name in ("q", "k", "v", "out") if name in host})
-    own, count = [library.host(x) for x in made.own], len(made.mask.arrays)
+    mask, mods = call.bind(made.mask, made.mods, [library.host(x) for x in made.own])
     out, lse = cpu_decode.forward(
         **host,
         scale=problem.scale,
-        mask=made.mask.bind(own[:count]),
-        mods=call.bind_mods(made.mods, own[count:]),
+        mask=mask,
+        mods=mods,
         rotary_interleaved=problem.rotary_interleaved,
     )
     if dense3:
@@ -166,21 +170,12 @@ def _through_cupy(made: _Call) -> Any:
         _check_host(made.present, made.length, problem)
         device = arrays.CUPY.current_device()
     with arrays.CUPY.guard(device):
-        count = len(made.mask.arrays)
         given = {name: _bits(x) for name, x in made.present.items() if name != "out"}
         present = {name: library.to_cupy(x) for name, x in given.items()}
         own = tuple(library.to_cupy(x) for x in made.own)
-        lent = _Call(
-            arrays.CUPY,
-            device,
-            present,
-            made.mask.bind(own[:count]),
-            call.bind_mods(made.mods, own[count:]),
-            own,
-            made.scalars,
-            made.length,
-        )
-        gathered = call.gather(arrays.CUPY, device, present, own, lent.mask, lent.mods)
+        mask, mods = call.bind(made.mask, made.mods, own)
+        lent = _Call(arrays.CUPY, device, present, mask, mods, own, made.scalars, made.length)
+        gathered = call.gather(arrays.CUPY, device, present, own, mask, mods)
         assert gathered is not None
         result = _launch(lent, gathered)
         library.retain((*present.values(), *own))
@@ -236,11 +231,11 @@ def _prepare(made: _Call, shared: bool) -> call.Prepared:
     shared: whether k_cache and v_cache begin at the same address.
     """
     call.check_kinds(made.library, made.device, made.present, made.mask, made.mods)
-    view, count = made.library.view, len(made.mask.arrays)
+    view = made.library.view
     views = {name: view(x, name) for name, x in made.present.items()}
     own_views = [view(x) for x in made.own]
     # What is kept must not keep the caller's arrays alive: masks and mods are bound to descriptions of them.
-    mask, mods = made.mask.bind(own_views[:count]), call.bind_mods(made.mods, own_views[count:])
+    mask, mods = call.bind(made.mask, made.mods, own_views)
     scalars = made.scalars
     if shared and _holds_values(views):
         scalars = scalars._replace(head_dim_v=views.pop("v_cache").shape[-1])

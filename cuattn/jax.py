@@ -428,8 +428,7 @@ class _Program:
         named.update(zip(self.extra_names, values[len(values) - len(self.extra_names) :], strict=True))
         mask, mods = self.parts
         if own:
-            count = len(mask.arrays)
-            mask, mods = mask.bind(own[:count]), call.bind_mods(mods, own[count:])
+            mask, mods = call.bind(mask, mods, own)
         return call.Call(library, device, named, mask, mods, own, self.options, seed)
 
     def seed_position(self) -> int:

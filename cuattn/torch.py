@@ -274,8 +274,9 @@ def record(arguments: call.Call, needs_grad: bool) -> Any:
     modifications. Autocast casts q, k and v as it does for PyTorch's own attention. Raises ValueError for `out` in a call to be
     differentiated, NotImplementedError for an array that requires grad but has none and inside a transform of torch.func.
     """
-    if torch.is_autocast_enabled(arguments.device[0]):
-        arguments = arguments.over({**arguments.present, **_casts(arguments.present)})
+    casts = _casts(arguments.present)
+    if casts:
+        arguments = arguments.over({**arguments.present, **casts})
     if not needs_grad:
         return call.execute(arguments)
     present, mods = arguments.present, arguments.mods
@@ -350,16 +351,6 @@ class _Described(NamedTuple):
         return [_Described(tuple(x.shape), x.dtype, n) for n, x in enumerate(own)]
 
 
-def _bind(mask: Mask, mods: tuple[ScoreMod, ...], own: Sequence[Any]) -> tuple[Mask, tuple[ScoreMod, ...]]:
-    """Mask and modifications over other arrays, given one after the other."""
-    position = len(mask.arrays)
-    mask, bound = mask.bind(own[:position]), []
-    for mod in mods:
-        bound.append(mod.bind(own[position : position + len(mod.arrays)]))
-        position += len(mod.arrays)
-    return mask, tuple(bound)
-
-
 class _Attention(torch.autograd.Function):  # type: ignore[misc]
     """out, or (out, lse), as autograd sees them: of q, k, v, sinks and the differentiable arrays of the modifications."""
 
@@ -371,7 +362,7 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
         # Every array is saved, so that autograd notices when one changes in place; nothing else keeps them alive.
         ctx.save_for_backward(*present.values(), out, lse, *own)
         if own:
-            mask, mods = _bind(mask, mods, _Described.of(own))
+            mask, mods = call.bind(mask, mods, _Described.of(own))
         ctx.rest = (*present, "out", "lse"), mask, mods, options, seed
         ctx.set_materialize_grads(False)
         return (out, lse) if options.return_lse else out
@@ -384,7 +375,7 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
         saved, (names, mask, mods, options, seed) = ctx.saved_tensors, ctx.rest
         named = dict(zip(names, saved, strict=False))
         if len(saved) > len(named):
-            mask, mods = _bind(mask, mods, saved[len(named) :])
+            mask, mods = call.bind(mask, mods, saved[len(named) :])
         if not torch.is_grad_enabled():
             return (None, *_gradients(dout, dlse, named, mask, mods, options, seed, needed))
         with torch.no_grad():  # create_graph=True: all that is recorded of the gradients is that they are final
@@ -446,7 +437,7 @@ def _gradients(
 
 def _readable(x: Any) -> Any:
     """A cotangent with a contiguous last axis; other axes along which it is broadcast, as a sum's is, stay so."""
-    if x.shape[-1] <= 1 or x.stride(-1) == 1:
+    if x.stride(-1) == 1 and not x.is_neg():
         return x
     once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride()[:-1])
     return x[once].resolve_conj().resolve_neg().contiguous().expand(x.shape)

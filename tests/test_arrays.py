@@ -744,3 +744,13 @@ def test_a_warm_call_takes_parameters() -> None:
     x = Derived(torch.zeros(2, 3))
     found = arrays.library_of(torch.zeros(1), "x").gather({"sinks": x})
     assert found.addresses == [x.data_ptr()] and found.needs_grad
+
+
+def test_a_lazily_negated_tensor_is_refused_whatever_its_last_axis() -> None:
+    """One element along it has any stride, 1 too."""
+    torch = pytest.importorskip("torch")
+    lazy = torch.zeros(3, 4, dtype=torch.complex64).conj().imag.unsqueeze(-1)
+    assert lazy.is_neg() and lazy.stride(-1) == 1
+    for look in (lambda: TORCH.view(lazy, "q"), lambda: TORCH.gather({"q": lazy})):
+        with pytest.raises(TypeError, match=r"^q: got a lazily negated"):
+            look()

@@ -140,6 +140,36 @@ def test_a_kind_takes_its_own_results_and_no_others() -> None:
         cuattn.attention(q, Producer(k), v)
 
 
+def test_out_is_of_the_kind_of_results(make: Callable[[np.ndarray], Any]) -> None:
+    inputs = [make(x) for x in qkv()]
+    expected = cuattn.attention(*inputs)
+    out = 0 * expected
+    assert cuattn.attention(*inputs, out=out) is out
+    np.testing.assert_array_equal(host(out), host(expected))
+    with pytest.raises(ValueError, match=r"^out: got an? \w+ array, which cannot be written"):
+        cuattn.attention(*inputs, out=make(host(out)))
+
+
+def test_results_are_written_where_the_caller_wants_them() -> None:
+    """As after a call on a GPU, with NumPy arrays in the place of CuPy's."""
+    result = qkv()[0]
+    for library in (arrays.DLPACK, arrays.CUDA_INTERFACE):
+        out = np.zeros_like(result)
+        assert library.give_back(result, out) is out and library.give_back(result) is result
+        np.testing.assert_array_equal(out, result)
+
+
+def test_out_that_cannot_be_written_is_refused_by_name() -> None:
+    q, k, v = map(Producer, qkv())
+    out = np.zeros((2, 33, 4, 24), np.float32)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match=r"^out: got a read-only array"):
+        cuattn.attention(q, k, v, out=out)
+    lens = np.array([3, 3], np.int32)
+    with pytest.raises(ValueError, match=r"^out: got a read-only array"):
+        cuattn.attention_with_kvcache(q, k, v, cache_seqlens=lens, out=out)
+
+
 @pytest.mark.gpu
 def test_the_cuda_array_interface_is_read_in_place() -> None:
     x = on_gpu(qkv()[0])
