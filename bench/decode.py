@@ -231,10 +231,12 @@ def run_case(case: DecodeCase, peers: Sequence[str], rounds: int, env: Row) -> R
     import torch
 
     x = inputs_of(case)
-    graphs = {"cuattn": graph_of(ours(case, x))}
+    calls = {"cuattn": ours(case, x)}  # kept: a graph knows the addresses of what they hold, and does not hold it
+    graphs = {"cuattn": graph_of(calls["cuattn"])}
     for name in peers:
         try:
-            graphs[name] = graph_of(PEERS[name](case, x))
+            calls[name] = PEERS[name](case, x)
+            graphs[name] = graph_of(calls[name])
         except Exception as error:
             print(f"  ! {name}: {first_line(error)}")
     times = measure(graphs, rounds)
@@ -242,7 +244,7 @@ def run_case(case: DecodeCase, peers: Sequence[str], rounds: int, env: Row) -> R
     others = "  ".join(f"x{t / us:.2f} {name} ({t:.1f} us)" for name, t in times.items())
     rates = f"{case.bytes() / us * 1e-3:6.0f} GB/s" + f" {case.flops() / us * 1e-6:5.0f} TFLOP/s" * bool(case.columns)
     print(f"{case!s:48} {us:9.1f} us | {rates} | {others}", flush=True)
-    del graphs, x
+    del graphs, calls, x
     torch.cuda.empty_cache()
     return row(case, us, times, env)
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -573,3 +574,33 @@ def test_a_bar_is_for_terminals_alone(terminal: bool, monkeypatch: pytest.Monkey
     assert "0/2" in text and "1/2" in text
     shown = [line.rpartition("\r")[2] for line in text.split("\n")]
     assert "row of one" in shown and "row of two" in shown, "each row has a line of its own"
+
+
+def test_what_a_graph_reads_is_kept_while_it_is_timed(monkeypatch) -> None:
+    """A graph knows addresses: memory that nobody holds would be given to the next contender."""
+    pytest.importorskip("torch")
+    held: dict[str, weakref.ref[object]] = {}
+
+    def contender(name):
+        def make(case, inputs):
+            memory = Memory()
+            held[name] = weakref.ref(memory)
+            return lambda: memory
+
+        return make
+
+    class Memory:
+        pass
+
+    def timed(graphs, rounds):
+        assert set(graphs) == set(held) == {"cuattn", "one", "other"}
+        assert all(memory() is not None for memory in held.values())
+        return dict.fromkeys(graphs, 1.0)
+
+    monkeypatch.setattr(decode, "inputs_of", lambda case: None)
+    monkeypatch.setattr(decode, "ours", contender("cuattn"))
+    monkeypatch.setattr(decode, "PEERS", {name: contender(name) for name in ("one", "other")})
+    monkeypatch.setattr(decode, "graph_of", lambda call: call() and None)
+    monkeypatch.setattr(decode, "measure", timed)
+    decode.run_case(decode.CASES[0], ["one", "other"], 1, ENV)
+    assert all(memory() is None for memory in held.values())
