@@ -210,11 +210,14 @@ def render(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
 
 
 def environment_line(rows: Sequence[Row]) -> str:
-    """When and with what the rows were measured."""
+    """When and with what the rows were measured: which part of the benchmark on which sources, for one."""
     newest = max(rows, key=lambda row: row["date"])
     versions = ", ".join(f"{name} {version}" for name, version in sorted(newest["versions"].items()))
-    hashes = ", ".join(sorted({row["source_hash"][:12] for row in rows}))
-    return f"{newest['date'][:10]}, sources {hashes}; {versions}."
+    parts: dict[str, dict[str, None]] = {}
+    for row in rows:
+        parts.setdefault(row["source_hash"][:12], {})[row["bench"].partition("/")[0]] = None
+    sources = ", ".join(f"{name} ({', '.join(parts[name])})" for name in parts) if len(parts) > 1 else next(iter(parts))
+    return f"{newest['date'][:10]}, sources {sources}; {versions}."
 
 
 def replace_section(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:

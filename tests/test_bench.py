@@ -268,6 +268,13 @@ def test_every_row_of_the_results_file_is_in_the_page() -> None:
             assert entry["bench"] in shown or entry["bench"].split("/")[0] in ("host", "jit"), entry["bench"]
 
 
+def test_a_report_says_which_part_is_of_which_sources() -> None:
+    rows = [row(FORWARD[0], 2000.0), {**row(BACKWARD[0], 5000.0), "source_hash": "f" * 64}]
+    assert tables.environment_line(rows[:1]).count("(") == 0
+    mine = rows[0]["source_hash"][:12]
+    assert f"sources {mine} (forward), {'f' * 12} (backward);" in tables.environment_line(rows)
+
+
 def test_the_readme_has_the_markers_of_the_report() -> None:
     text = (results.ROOT / "README.md").read_text(encoding="utf-8")
     for marker in (tables.BEGIN, tables.END):
