@@ -269,10 +269,10 @@ def test_every_row_of_the_results_file_is_in_the_page() -> None:
 
 
 def test_a_report_says_which_part_is_of_which_sources() -> None:
-    rows = [row(FORWARD[0], 2000.0), {**row(BACKWARD[0], 5000.0), "source_hash": "f" * 64}]
+    rows = [row(FORWARD[0], 2000.0), {**row(BACKWARD[0], 5000.0), "source_hash": "e" * 64}]
     assert tables.environment_line(rows[:1]).count("(") == 0
     mine = rows[0]["source_hash"][:12]
-    assert f"sources {mine} (forward), {'f' * 12} (backward);" in tables.environment_line(rows)
+    assert f"sources {mine} (forward), {'e' * 12} (backward);" in tables.environment_line(rows)
 
 
 def test_the_readme_has_the_markers_of_the_report() -> None:
