@@ -259,7 +259,6 @@ def backward(
     dlse: Array | None = None,
     dtype: npt.DTypeLike = np.float64,
     operand: Callable[[Array], Array] = np.asarray,
-    divide_last: bool = False,
 ) -> Gradients:
     """Gradients of `forward`, everything computed anew from its inputs with every step done in `dtype`.
 
@@ -268,8 +267,7 @@ def backward(
     for a 16-bit one they come back as float32 arrays. P is exp(S - lse), so that the rounding of lse counts as in a kernel. A
     pair of a query and a key that it does not see contributes nothing, NaN included, and neither does a row with lse -inf;
     padding gets gradients 0. `operand` is what a matrix product makes of P and dS before it multiplies them (of the inputs, the
-    caller makes it). divide_last: out, from which delta comes, multiplies P before its rows are divided by their sums and
-    before dropout scales it, as a kernel does that has not seen a row's end.
+    caller makes it).
     """
     dtype = np.dtype(dtype)
     wide = np.dtype(np.float32) if dtype.itemsize < 4 else dtype
@@ -302,7 +300,6 @@ def backward(
                     dmods,
                     dtype,
                     operand,
-                    divide_last,
                 )
                 dq[span.q][:, h] = parts[0]
                 dk[span.k][:, h // group] += parts[1]
@@ -329,7 +326,6 @@ def head_backward(
     dmods: Sequence[Sequence[Array]],
     dtype: np.dtype[Any],
     operand: Callable[[Array], Array],
-    divide_last: bool,
 ) -> tuple[Array, Array, Array, Array]:
     """(dq, dk, dv, dsink) of one head; adds to `dmods`.
 
@@ -343,12 +339,7 @@ def head_backward(
     visible = visible & alive[:, None]
     p = np.where(visible, np.exp(chain[-1][0] - lse[:, None]), 0)
     p, p_kept = rounded(p, dtype), rounded(p * kept, dtype)
-    share = np.ones((), p.dtype)
-    if divide_last:
-        largest = np.where(visible, chain[-1][0], -np.inf).max(-1, initial=-np.inf)
-        share = np.exp(largest - np.where(alive, lse, 0))[:, None] * np.max(kept)
-        share = np.where(share > 0, share, 1)
-    out = rounded(share * weighted_sum(operand(p_kept / share)[None], v[None], visible[None])[0], dtype)
+    out = rounded(weighted_sum(operand(p_kept)[None], v[None], visible[None])[0], dtype)
     delta = (dout * out).sum(axis=-1) - dlse
     dp = rounded(rounded(dout @ v.T, dtype) * kept, dtype)
     ds = np.where(visible, rounded(p * (dp - delta[:, None]), dtype), 0)[None]
