@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -62,6 +63,17 @@ def plain(case: Case) -> bool:
 
 def needs_torch() -> str:
     return "" if torch_on_gpu() else "PyTorch with a GPU is not installed"
+
+
+def needs(module: str, name: str) -> str:
+    """Why a library over PyTorch cannot be used, or ''."""
+    if needs_torch():
+        return needs_torch()
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return f"{name} does not import: {first_line(error)}"
+    return ""
 
 
 class Naive(Baseline):
@@ -321,13 +333,7 @@ class FlashAttention4(Baseline):
     name, title, no_gradient = "fa4", "FA4", ""
 
     def absent(self) -> str:
-        if needs_torch():
-            return needs_torch()
-        try:
-            import flash_attn.cute  # noqa: F401
-        except Exception as error:
-            return f"flash-attn-4 does not import: {first_line(error)}"
-        return ""
+        return needs("flash_attn.cute", "flash-attn-4")
 
     def declines(self, case: Case) -> str:
         served = case.dtype in ("bfloat16", "float16") and case.mask in ("full", "causal", *WINDOWS)
@@ -357,13 +363,7 @@ class FlashInfer(Baseline):
     name, title = "flashinfer", "FlashInfer"
 
     def absent(self) -> str:
-        if needs_torch():
-            return needs_torch()
-        try:
-            import flashinfer  # noqa: F401
-        except Exception as error:
-            return f"flashinfer does not import: {first_line(error)}"
-        return ""
+        return needs("flashinfer", "flashinfer")
 
     def declines(self, case: Case) -> str:
         return "" if case.dtype in ("bfloat16", "float16") and plain(case) and case.batch == 1 else "one plain sequence only"
@@ -381,13 +381,7 @@ class XFormers(Baseline):
     name, title, no_gradient = "xformers", "xFormers", ""
 
     def absent(self) -> str:
-        if needs_torch():
-            return needs_torch()
-        try:
-            import xformers.ops  # noqa: F401
-        except Exception as error:
-            return f"xformers does not import: {first_line(error)}"
-        return ""
+        return needs("xformers.ops", "xformers")
 
     def declines(self, case: Case) -> str:
         served = case.dtype in (*HALF, "float32") and case.num_heads == case.num_heads_kv and not set(case.mods) - {"bias"}

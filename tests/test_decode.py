@@ -188,9 +188,8 @@ OPTIONS = (
 )
 
 
-@functools.cache
-def oracle(case: Decode, dtype: str) -> tuple[Array, Array, Array, Array]:
-    given = dict(arguments(case))
+def reference_of(case: Decode, given: dict[str, Any], dtype: str) -> tuple[Array, Array, Array, Array]:
+    """What the oracle says of a call's arguments, keys and values apart; changes `given`."""
     options = {n: given.pop(n) for n in OPTIONS if n in given}
     given.pop("max_seqlen_q", None)
     take = options.get
@@ -201,6 +200,11 @@ def oracle(case: Decode, dtype: str) -> tuple[Array, Array, Array, Array]:
         mods=parse_mods(take("softcap"), take("alibi_slopes"), take("bias"), take("score_mod")),
         dtype=numpy_dtype(dtype),
     )
+
+
+@functools.cache
+def oracle(case: Decode, dtype: str) -> tuple[Array, Array, Array, Array]:
+    return reference_of(case, dict(arguments(case)), dtype)
 
 
 def put(backend: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 import cuattn
-from cuattn import arrays, call, jit, reference
+from cuattn import arrays, call, jit
 from cuattn.arrays import Library, numpy_dtype
 from cuattn.codegen import decode_units
 from cuattn.decode import DecodePlan, LatentPlan, Scalars, make_decode_plan, make_decode_problem
 from cuattn.problem import parse_mask, parse_mods
 from cuattn.registry import DEVICES, Device
+from tests import test_decode
 from tests.test_decode import OPTIONS, Decode, arguments, put
 from tests.tolerance import assert_close, limit
 
@@ -76,17 +77,7 @@ def with_values(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def reference_of(case: Decode, given: dict[str, Any], dtype: str) -> tuple[Array, Array, Array, Array]:
-    given = with_values(given)
-    options = {n: given.pop(n) for n in OPTIONS if n in given}
-    given.pop("max_seqlen_q", None)
-    take = options.get
-    return reference.with_kvcache(
-        **given,
-        scale=case.dims[0] ** -0.5,
-        mask=parse_mask(take("causal", False), take("window"), take("mask")),
-        mods=parse_mods(take("softcap"), take("alibi_slopes"), take("bias"), take("score_mod")),
-        dtype=numpy_dtype(dtype),
-    )
+    return test_decode.reference_of(case, with_values(given), dtype)
 
 
 @functools.cache

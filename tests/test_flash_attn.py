@@ -393,32 +393,33 @@ OPTIONS = (
 )
 
 
+def spelled(function: Any) -> str:
+    """The parameters of a function with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
+
+
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures_are_those_of_flash_attn(name: str) -> None:
-    parameters = inspect.signature(getattr(flash_attn, name)).parameters.values()
-    spelled = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters]
     tail = ", block_table=None" if name == "flash_attn_varlen_func" else ""
-    assert ", ".join(spelled) == ", ".join(SIGNATURES[name].split()) + ", " + OPTIONS + tail
+    assert spelled(getattr(flash_attn, name)) == ", ".join(SIGNATURES[name].split()) + ", " + OPTIONS + tail
 
 
-def test_signature_of_the_cache_is_that_of_flash_attn() -> None:
-    parameters = inspect.signature(flash_attn.flash_attn_with_kvcache).parameters.values()
-    assert ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters) == (
-        "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None, "
-        "cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
-        "rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False"
-    )
+OF_CACHES = (
+    "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None, "
+    "cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
+    "rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False",
+    "q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
+    "cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None, "
+    "max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, "
+    "causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True, "
+    "scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False",
+)
 
 
-def test_signature_of_the_cache_is_that_of_flash_attention_3() -> None:
-    parameters = inspect.signature(flash_attn3.flash_attn_with_kvcache).parameters.values()
-    assert ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters) == (
-        "q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
-        "cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None, "
-        "max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, "
-        "causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True, "
-        "scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False"
-    )
+@pytest.mark.parametrize(("module", "signature"), zip((flash_attn, flash_attn3), OF_CACHES, strict=True))
+def test_signatures_of_caches_are_those_of_either_version(module: Any, signature: str) -> None:
+    assert spelled(module.flash_attn_with_kvcache) == signature
 
 
 def wrong(**change: Any) -> Any:

@@ -275,16 +275,7 @@ struct DecodeLatentSm90 {
             float shrink[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                float top[2] = {s[2 * half], s[2 * half + 1]};
-#pragma unroll
-                for (int u = 1; u < kBlockN / 8; u++) {
-                    top[0] = maximum(top[0], s[4 * u + 2 * half]);
-                    top[1] = maximum(top[1], s[4 * u + 2 * half + 1]);
-                }
-                float both = maximum(top[0], top[1]);
-                both = maximum(both, __shfl_xor_sync(0xffffffffu, both, 1));
-                both = maximum(both, __shfl_xor_sync(0xffffffffu, both, 2));
-                shrink[half] = rows[half].rescale(both, factor);
+                shrink[half] = rows[half].rescale(s.row_maximum(half), factor);
                 if (lane() % 4 == 0) kernel.shared().max[kWg][row(half)] = rows[half].max;
             }
             const float offset[2] = {rows[0].offset(factor), rows[1].offset(factor)};

@@ -335,16 +335,7 @@ struct ForwardSm90 {
         }
         // Takes the maximum of a tile into a row; returns what O and the sums before it are to be multiplied with.
         __device__ __forceinline__ float take_maximum(WgmmaTile<kBlockN>& s, int half) {
-            float top[2] = {s[2 * half], s[2 * half + 1]};  // two chains, or each maximum waits for the last
-#pragma unroll
-            for (int u = 1; u < kBlockN / 8; u++) {
-                top[0] = maximum(top[0], s[4 * u + 2 * half]);
-                top[1] = maximum(top[1], s[4 * u + 2 * half + 1]);
-            }
-            float both = maximum(top[0], top[1]);
-            both = maximum(both, __shfl_xor_sync(0xffffffffu, both, 1));
-            both = maximum(both, __shfl_xor_sync(0xffffffffu, both, 2));
-            return rows[half].advance(both, factor);
+            return rows[half].advance(s.row_maximum(half), factor);
         }
         // Whether some row of this warp has seen no key yet.
         __device__ __forceinline__ bool unset() const {

@@ -2,6 +2,7 @@
 #pragma once
 #include "ptx/convert.cuh"
 #include "ptx/ldmatrix.cuh"
+#include "ptx/math.cuh"
 #include "ptx/stmatrix.cuh"
 #include "ptx/wgmma.cuh"
 #include "tile/panel_tile.cuh"
@@ -23,6 +24,19 @@ struct WgmmaTile {
     static constexpr int kThreadRows = 2;
     __device__ __forceinline__ static constexpr int thread_row(int x) { return x % 4 / 2; }
     __device__ __forceinline__ static int row_at(int r) { return row(2 * r); }
+
+    // The largest element of a thread's row r, whose columns are spread over four lanes.
+    __device__ __forceinline__ float row_maximum(int r) const {
+        float top[2] = {data[2 * r], data[2 * r + 1]};  // two chains, or each maximum waits for the last
+#pragma unroll
+        for (int u = 1; u < kN / 8; u++) {
+            top[0] = maximum(top[0], data[4 * u + 2 * r]);
+            top[1] = maximum(top[1], data[4 * u + 2 * r + 1]);
+        }
+        float both = maximum(top[0], top[1]);
+        both = maximum(both, __shfl_xor_sync(0xffffffffu, both, 1));
+        return maximum(both, __shfl_xor_sync(0xffffffffu, both, 2));
+    }
 };
 
 // The accumulators of a transposed product, of 64 columns and kN rows of what they stand for.

@@ -1,0 +1,29 @@
+"""Build hook: the wheel's copy of kernels/ lacks lines that are all comment, a quarter of its size; the repository has them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class KernelsWithoutComments(BuildHookInterface):  # type: ignore[type-arg]
+    """Adds kernels/ to the wheel as cuattn/_kernels. An editable install reads the checkout's."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        if version == "editable":
+            return
+        self._folder = tempfile.TemporaryDirectory()
+        root, copy = Path(self.root) / "kernels", Path(self._folder.name)
+        for source in root.rglob("*.cu*"):
+            lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+            target = copy / source.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text("".join(line for line in lines if not line.lstrip().startswith("//")), encoding="utf-8")
+        build_data["force_include"][str(copy)] = "cuattn/_kernels"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        if version != "editable":
+            self._folder.cleanup()
