@@ -13,7 +13,7 @@ from typing import NamedTuple
 from cuattn.backward import CELLS, COLUMNS, COPIES, STORE, BackwardPlan, one_row
 from cuattn.decode import APPEND_THREADS, CACHE_DTYPES, DecodePlan, LatentPlan
 from cuattn.fields import CTYPES, ITEMSIZE, Operand
-from cuattn.launch import backward_parameter_bytes, decode_struct, parameter_bytes
+from cuattn.launch import backward_struct, decode_struct, forward_struct
 from cuattn.plan import SPLIT_THREADS, TILE_MAP_THREADS, WARPS_PER_COMBINE, Plan
 from cuattn.score_mods import ScoreMod
 
@@ -175,7 +175,7 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
         flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong, "kPersistent": t.persistent, "kLateWait": t.late_wait}
         flags |= {"kKeepsMaxima": t.keep_maxima, "kScalesFirst": t.scale_first}
     arguments = "TmaArguments" if tma else "ForwardArguments"
-    size = parameter_bytes(plan, attends)
+    size = len(forward_struct(plan, attends).image)
     return _translation_unit(plan, kernel, arguments, size, types, constants, flags, attends)
 
 
@@ -202,7 +202,7 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
             **_constants(plan, TILE_MAP_THREADS, 0, 1),
             **{f"kVec{name}": 16 for name in ("Q", "K", "V", "Out")},
         }
-        size = parameter_bytes(plan, False)
+        size = len(forward_struct(plan, False).image)
         flags = {"kOneChunk": True, "kSplit": False}
         result["tile_map"] = _translation_unit(plan, "tile_map", "ForwardArguments", size, {}, constants, flags, False)
     result["prepare"] = _backward_unit(plan, "backward_prepare", PREPARE_THREADS, 0)
@@ -269,7 +269,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         "kBiasRow": plan.staged_bias is not None and one_row(plan.staged_bias),
         "kWide": bias_is_wide(plan),
     }
-    size = backward_parameter_bytes(plan, attends)
+    size = len(backward_struct(plan, plan.launches[0], attends).image)
     if attends:
         if plan.uses_tma:
             flags |= {"kEarly": plan.early, "kBulkDq": plan.tiles.bulk, "kRuns": plan.tiles.runs, "kSendDs": plan.sends_ds}

@@ -532,7 +532,7 @@ class DecodePlan:
 
     def __str__(self) -> str:
         return (
-            f"DecodePlan({self.device.arch}: {self.rows} rows x {self.block_n} keys x {self.stages}, "
+            f"{type(self).__name__}({self.device.arch}: {self.rows} rows x {self.block_n} keys x {self.stages}, "
             f"d{self.head_dim}/{self.head_dim_v}{f' x {self.pieces}' if self.pieces > 1 else ''}, "
             f"{self.warps_m}x{self.warps_n} warps, {self.smem_bytes} B shared, "
             f"grid {self.grid}{' in clusters' * (self.cluster > 1)}, workspace {sum(self.workspace)} B)"
@@ -562,15 +562,12 @@ class LatentPlan(DecodePlan):
 
     @property
     def threads(self) -> int:
-        return 384
+        return 3 * 128  # a warpgroup loads, two multiply
 
     @property
     def box_rows(self) -> int:
         """Tokens that are loaded at once: neighbours in every page."""
         return math.gcd(self.problem.page_size, self.block_n) if self.problem.paged else self.block_n
-
-    def __str__(self) -> str:
-        return super().__str__().replace("DecodePlan", "LatentPlan")
 
 
 def declines_latent(problem: DecodeProblem, device: Device) -> list[str]:
@@ -613,7 +610,19 @@ def _latent_plan(problem: DecodeProblem, device: Device) -> LatentPlan:
     head_dim, head_dim_v = LATENT_DIMS
     tile = 2 * LATENT_BLOCK * head_dim
     return LatentPlan(
-        problem, device, "", 4, 1, LATENT_BLOCK, 2, 1, head_dim, head_dim_v, 3 * tile + LATENT_SLACK, tile, LATENT_MIN_KEYS
+        problem,
+        device,
+        mma="",
+        warps_m=4,
+        warps_n=1,
+        block_n=LATENT_BLOCK,
+        stages=2,
+        min_blocks=1,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        smem_bytes=3 * tile + LATENT_SLACK,
+        bytes_q=tile,
+        min_keys=LATENT_MIN_KEYS,
     )
 
 
@@ -747,8 +756,10 @@ def decode_fields(plan: DecodePlan, attends: bool, piece: int = 0) -> list[tuple
         operand = p.operand(name)
         if operand is None:
             return [0, 0, 0]
-        strides = operand.strides
-        return [0 if p.packed and "cache" not in name else strides[0], strides[1], strides[2]]
+        batch, row, head = operand.strides[:3]
+        if "cache" in name:
+            return [batch, row, head if heads_kv == p.num_heads_kv else 0]  # one head of the cache may count as several
+        return [0 if p.packed else batch, row, head]
 
     def scales(name: str) -> list[int]:  # batch, head
         operand = p.operand(name)
@@ -767,8 +778,6 @@ def decode_fields(plan: DecodePlan, attends: bool, piece: int = 0) -> list[tuple
         *scales("k_scale"),
         *scales("v_scale"),
     ]
-    if heads_kv != p.num_heads_kv:
-        longs[5] = longs[8] = 0  # one head of the cache in several places
     (group_multiplier, group_shift), (page_multiplier, page_shift) = divisor(group), divisor(p.page_size)
     sizes: list[tuple[str, int | float]] = [("i4x", n) for n in (p.batch, p.seqlen_q, p.total_q, p.seqlen_new)]
     sizes += [("i4x", n) for n in (p.num_heads, heads_kv, group)]

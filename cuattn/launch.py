@@ -98,14 +98,6 @@ def _variant_fields(plan: Plan | BackwardPlan, with_mods: bool) -> list[Field]:
     return fields
 
 
-def parameter_bytes(plan: Plan | BackwardPlan, with_mods: bool) -> int:
-    """Size of the kernel's parameter struct."""
-    size = WORD * (len(POINTERS) + len(fixed_fields(plan)) + len(_variant_fields(plan, with_mods)))
-    if not (with_mods and plan.uses_tma):
-        return size
-    return (4 if plan.bias_stages else 3) * MAP_BYTES + -(-size // MAP_ALIGNMENT) * MAP_ALIGNMENT
-
-
 def _tensor_maps(plan: Plan | BackwardPlan, rows_q: int) -> list[TensorMap]:
     """Of q, k and v as (head_dim, row, head, batch), in boxes of 64 columns by the rows of a tile (of q: rows_q), and of a
     staged bias.
@@ -224,20 +216,6 @@ def _backward_variant(plan: BackwardPlan, attends: bool) -> list[Field]:
         fields += mod.fields(operands, tuple(range(slot, slot + count)))
         slot += count
     return fields
-
-
-def backward_words(plan: BackwardPlan, attends: bool) -> int:
-    """8-byte words of the parameter struct of a kernel of the backward."""
-    own = len(BACKWARD_POINTERS) + len(_backward_fields(plan, (0, 0, 0, 0)))
-    return len(POINTERS) + len(fixed_fields(plan)) + own + len(_backward_variant(plan, attends))
-
-
-def backward_parameter_bytes(plan: BackwardPlan, attends: bool) -> int:
-    """Size of the parameter struct of a kernel of the backward; `attends`: of the one with mask and modifications."""
-    size = 8 * backward_words(plan, attends)
-    if not (attends and plan.uses_tma):
-        return size
-    return len(_backward_maps(plan)) * MAP_BYTES + -(-size // MAP_ALIGNMENT) * MAP_ALIGNMENT
 
 
 def _backward_maps(plan: BackwardPlan) -> list[TensorMap]:
