@@ -8,8 +8,8 @@
 //
 // Shared memory   sQ (kRows x D) | kStages x { sK (kBlockN x D), sV (kBlockN x Dv) }; at the end of an item the warps' outputs
 //                 lie over the stages
-// Pipeline        cp.async, kStages - 1 blocks ahead; the pages of a block are looked up one block earlier still, each by one
-// lane Loop            wait block; load block + kStages - 1; S = Q K^T; modify, mask; online softmax; O = O * shrink + P V
+// Pipeline        cp.async, kStages - 1 blocks ahead; one lane looks each page of a block up, one block earlier still
+// Loop            wait block; load block + kStages - 1; S = Q K^T; modify, mask; online softmax; O = O * shrink + P V
 #pragma once
 #include "attention/packed_rows.cuh"
 #include "attention/softmax.cuh"
@@ -134,8 +134,7 @@ struct Decode {
         }
     }
 
-    // q from what was loaded to what the products take. `scale`: of the scores, then of each of the thread's
-    // rows.
+    // q from what was loaded to what the products take. `scale`: of the scores, then of each of the thread's rows.
     __device__ __forceinline__ void prepare_q(const DecodeItem& item, Real (&scale)[2]) {
         if constexpr (Config::kRotary) {
             rotate_q(item);
