@@ -45,6 +45,7 @@
 #include "mainloop/ring.cuh"
 #include "mainloop/slab.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/shared_memory.cuh"
 #include "ptx/special_registers.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/panel_tile.cuh"
@@ -180,20 +181,33 @@ struct BackwardSm90 {
     __device__ __forceinline__ static int stats_place(int row) {
         return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;
     }
+    // Reads four of one kind at once, and again where another four are asked for: rows are best taken in their order. Of 128 rows
+    // the compiler has no registers for four.
     struct StatsReader {
         const float4* own;  // of this thread
+        unsigned address;
+        mutable float4 fours[2] = {};
+        mutable int held[2] = {-1, -1};
 
-        __device__ __forceinline__ float at(int r) const {
-            const float4 four = own[r / 4 * 4];
+        __device__ __forceinline__ float at(int kind, int r) const {
+            const int place = r / 4 * 4 + kind * (kBlockM / 4);
+            float4 four;
+            if constexpr (kScoreRows > 96) {
+                four = own[place];
+            } else {
+                if (held[kind] != r / 4) fours[kind] = ld_shared_v4(address + 16 * place), held[kind] = r / 4;
+                four = fours[kind];
+            }
             return r % 4 == 0 ? four.x : r % 4 == 1 ? four.y : r % 4 == 2 ? four.z : four.w;
         }
-        __device__ __forceinline__ float lse(int r) const { return at(r); }
-        __device__ __forceinline__ float delta(int r) const { return at(r + kBlockM / 4); }
+        __device__ __forceinline__ float lse(int r) const { return at(0, r); }
+        __device__ __forceinline__ float delta(int r) const { return at(1, r); }
         __device__ __forceinline__ Stats operator()(int r) const { return {lse(r), delta(r)}; }
     };
     __device__ __forceinline__ StatsReader read_stats(int stage) const {
-        const int first = kWide ? static_cast<int>(threadIdx.x / 128) * kScoreRows / 4 : 0;
-        return {reinterpret_cast<const float4*>(stats(stage)) + first + threadIdx.x % 4};
+        const int first = (kWide ? static_cast<int>(threadIdx.x / 128) * kScoreRows / 4 : 0) + static_cast<int>(threadIdx.x % 4);
+        return {reinterpret_cast<const float4*>(stats(stage)) + first,
+                base + kOffsetStats + stage * kStatsBytes + 16 * static_cast<unsigned>(first)};
     }
     __device__ __forceinline__ Visit& visit(int stage) const { return reinterpret_cast<Visit*>(smem + kOffsetVisits)[stage]; }
 
