@@ -658,19 +658,15 @@ class Products(NamedTuple):
     """of the 16-byte units of a row of q and k in shared memory, divided by 8; None: any odd number"""
     piece: int
     """most columns of out that the registers of a warp hold"""
-    steps: int = 8
-    """most fragments of keys at a time"""
 
 
 def _products(problem: DecodeProblem, device: Device) -> Products:
     if problem.dtype == "float64":
         return Products(f"MmaWide<ProductFp64<{'true' if device.number == 90 else 'false'}>>", 16, 16, 8, 4, 128)
     if problem.dtype == "float32":
-        if problem.precision == "ieee":
-            return Products("MmaSimt", 16, 16, 8, None, 256)
-        if problem.precision == "tf32x3":  # whose fragments are twice as large
-            return Products("MmaWide<ProductTf32x3>", 16, 32, 8, 4, 128, 2)
-        return Products("MmaWide<ProductTf32>", 16, 32, 8, 4, 256)
+        if problem.precision == "tf32":
+            return Products("MmaWide<ProductTf32>", 16, 32, 8, 4, 256)
+        return Products("MmaSimt", 16, 16, 8, None, 256)
     if problem.cache_dtype in CACHE_DTYPES:
         converts = "true" if device.number >= 89 else "false"
         return Products(f"MmaByte<{CACHE_DTYPES[problem.cache_dtype]}, {converts}>", 32, 32, 16, 0, 256)
@@ -736,7 +732,7 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
             continue
         # Beside 256 columns of out there are registers for the scores of one step alone.
         wide = head_dim_v * ITEMSIZE[problem.real] > 512
-        most = step * warps_n * (1 if wide else 2 if problem.mods or problem.mask.tiled else products.steps)
+        most = step * warps_n * (1 if wide else 2 if problem.mods or problem.mask.tiled else 8)
         block_n = max(
             step * warps_n, min(most, MAX_BLOCK, STAGE_BYTES // (pitch_k + pitch_v) // (step * warps_n) * step * warps_n)
         )

@@ -74,8 +74,7 @@ struct Decode {
     Shared& shared;
     // Fragments of q stay in registers where these and the accumulators take at most half of them.
     static constexpr int kHeld = kHeadDim / Mma::kGroupK, kAccumulators = 4 * (kN + kNv) * static_cast<int>(sizeof(Real)) / 4;
-    static constexpr bool kHoldsQ =
-        kHeld <= Mma::kWholeSteps && kAccumulators + kHeld * static_cast<int>(sizeof(typename Mma::Q)) / 4 <= 128;
+    static constexpr bool kHoldsQ = kAccumulators + kHeld * static_cast<int>(sizeof(typename Mma::Q)) / 4 <= 128;
     typename Mma::Q q[kHoldsQ ? kHeld : 1];
     RegTile<Real, 1, kNv> o;
     RowState<Real> rows[1][2];

@@ -1,13 +1,7 @@
-// The two products of attention for one warp, from tiles in shared memory; `Mma` is one of mma_*.cuh.
+// The two products of attention for one warp, from tiles in shared memory; `Mma` is MmaHalf, MmaWide or MmaSplit.
 #pragma once
 
 namespace cuattn {
-
-// Of the steps of a product: enough to hide the loads; all of a large head_dim would fill the registers with loads.
-template <class Mma>
-constexpr int unrolled_steps(int steps) {
-    return steps <= Mma::kWholeSteps ? steps : Mma::kWholeSteps > 4 ? 4 : 2;
-}
 
 // s[m][u] = q[m] . k[8 u ...], over kHeadDim; load(m, column) yields a fragment of q.
 template <class Mma, int kHeadDim, int kM, int kN, class Load, class KTile>
@@ -21,7 +15,8 @@ __device__ __forceinline__ void gemm_qk_of(typename Mma::Accum (&s)[kM][kN][4], 
             for (int e = 0; e < 4; e++) s[m][u][e] = 0;
         }
     }
-#pragma unroll(unrolled_steps<Mma>(kHeadDim / Mma::kGroupK))
+    // Enough steps to hide the loads; all of a large head_dim would fill the registers with loads.
+#pragma unroll(kHeadDim / Mma::kGroupK <= 16 ? kHeadDim / Mma::kGroupK : 4)
     for (int k = 0; k < kHeadDim; k += Mma::kGroupK) {
         typename Mma::Q q[kM];
 #pragma unroll
@@ -56,19 +51,20 @@ __device__ __forceinline__ void gemm_pv_promoted(typename Mma::Accum (&o)[kM][kN
     typename Mma::P a[kSteps][kM];
 #pragma unroll
     for (int x = 0; x < kSteps * kM; x++) a[x / kM][x % kM] = Mma::to_p(p[x % kM], x / kM);
-    // At a time, as many as are loaded together. Two of MmaSplit would hide more of each other's latency, but spill at 32 rows
-    // of 128 columns.
-    constexpr int kTiles = Mma::kTilesV;
+    static_assert(Mma::kTilesV == 1);
+    constexpr int kTiles = 1;  // at a time: two would hide more of each other's latency, but spill at 32 rows of 128 columns
 #pragma unroll
     for (int u = 0; u < kNv; u += kTiles) {
         typename Mma::Accum sum[kM * kTiles][4] = {};
 #pragma unroll
         for (int step = 0; step < kSteps; step++) {
-            const typename Mma::V b = Mma::load_v(sV, step * Mma::kDepth, 8 * u);
+            typename Mma::V b[kTiles];
+#pragma unroll
+            for (int i = 0; i < kTiles; i++) b[i] = Mma::load_v(sV, step * Mma::kDepth, 8 * (u + i));
 #pragma unroll
             for (int x = 0; x < Mma::kProducts * kM * kTiles; x++) {
                 const int part = x / (kM * kTiles), i = x / kM % kTiles, m = x % kM;
-                Mma::multiply_pv(sum[m * kTiles + i], a[step][m], b, i, part);
+                Mma::multiply_pv(sum[m * kTiles + i], a[step][m], b[i], 0, part);
             }
         }
 #pragma unroll

@@ -17,7 +17,7 @@ struct MmaByte {
     using Element = __half;
     using Accum = float;
     static constexpr int kGroupK = 32, kTilesK = 2, kDepth = 16, kTilesV = 4;
-    static constexpr int kParts = 1, kProducts = 2, kWholeSteps = 16;
+    static constexpr int kParts = 1, kProducts = 2;
     static constexpr bool kPromote = false;
     static constexpr float kProbabilityExponent = 0.0f;
     struct Pair {

@@ -6,8 +6,7 @@
 //   O = P V     to_p: accumulated probabilities of kDepth keys as an operand;  load_v: kDepth keys x kTilesV * 8 columns;
 //               multiply_pv;  column: which column of O element e of accumulator tile u is, in this lane
 // kProducts instructions make one product, and kParts elements of a tile one of q, k or v (MmaSplit: 3 and 2). kPromote: sums
-// over a tile of keys are kept apart from the output. Probabilities are computed times 2^kProbabilityExponent. Of S = Q K^T,
-// kWholeSteps steps of kGroupK are unrolled, or a few where there are more.
+// over a tile of keys are kept apart from the output. Probabilities are computed times 2^kProbabilityExponent.
 #pragma once
 #include "ptx/convert.cuh"
 #include "ptx/ldmatrix.cuh"
@@ -21,7 +20,7 @@ struct MmaHalf {
     using Element = Element_;
     using Accum = float;
     static constexpr int kGroupK = 16, kTilesK = 2, kDepth = 16, kTilesV = 2;
-    static constexpr int kParts = 1, kProducts = 1, kWholeSteps = 16;
+    static constexpr int kParts = 1, kProducts = 1;
     static constexpr bool kPromote = false;
     static constexpr float kProbabilityExponent = 0.0f;
     struct Fragment {

@@ -12,7 +12,7 @@ struct MmaSimt {
     using Element = float;
     using Accum = float;
     static constexpr int kGroupK = 4, kTilesK = 1, kDepth = 8, kTilesV = 2;
-    static constexpr int kParts = 1, kProducts = 1, kWholeSteps = 16;
+    static constexpr int kParts = 1, kProducts = 1;
     static constexpr bool kPromote = false;
     static constexpr float kProbabilityExponent = 0.0f;
     struct alignas(16) Four {

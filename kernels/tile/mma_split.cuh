@@ -15,7 +15,7 @@ struct MmaSplit {
     using Element = __half;
     using Accum = float;
     static constexpr int kGroupK = 16, kTilesK = 1, kDepth = 16, kTilesV = 1;
-    static constexpr int kParts = 2, kProducts = 3, kWholeSteps = 16;
+    static constexpr int kParts = 2, kProducts = 3;
     static constexpr bool kPromote = true;
     // Probabilities, below 2^8 (attention/softmax.cuh), are computed times 2^7: the low parts of all that matter are then
     // normal.

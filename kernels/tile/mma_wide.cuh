@@ -1,5 +1,4 @@
-// Warp products of 32- and 64-bit elements (tf32, pairs of tf32, fp64), fed by 16-byte loads. See mma_half.cuh for the
-// interface.
+// Warp products of 32- and 64-bit elements (tf32, fp64), fed by 16-byte loads. See mma_half.cuh for the interface.
 //
 // ldmatrix transposes 16-bit elements only. Two freedoms make plain 16-byte loads fit the fragments instead. A product does not
 // care in which order its depth runs: lane t takes kUnit consecutive depth elements of q and of k alike, and keys 2t, 2t + 1 of
@@ -16,30 +15,9 @@ namespace cuattn {
 struct ProductTf32 {
     using Element = float;
     using Operand = float;
-    static constexpr bool kPromote = false;
     __device__ __forceinline__ static Operand operand(float x) { return nearest_tf32(x); }
     __device__ __forceinline__ static void multiply(float (&d)[4], const Operand (&a)[4], Operand b0, Operand b1) {
         mma_m16n8k8_tf32(d, a, b0, b1);
-    }
-};
-
-// Elements as sums of two tf32 numbers, x = high + low, 22 significant bits: three products in place of one. That of two low
-// parts, 2^-22 of the whole, is left out. An infinity is all high. kPromote: see mma_split.cuh.
-struct ProductTf32x3 {
-    using Element = float;
-    struct Operand {
-        float high, low;
-    };
-    static constexpr bool kPromote = true;
-    __device__ __forceinline__ static Operand operand(float x) {
-        const float high = __uint_as_float(__float_as_uint(nearest_tf32(x)) & 0xffffe000u);
-        return {high, x == high ? 0.0f : nearest_tf32(x - high)};
-    }
-    __device__ __forceinline__ static void multiply(float (&d)[4], const Operand (&a)[4], Operand b0, Operand b1) {
-        const float high[4] = {a[0].high, a[1].high, a[2].high, a[3].high}, low[4] = {a[0].low, a[1].low, a[2].low, a[3].low};
-        mma_m16n8k8_tf32(d, low, b0.high, b1.high);
-        mma_m16n8k8_tf32(d, high, b0.low, b1.low);
-        mma_m16n8k8_tf32(d, high, b0.high, b1.high);
     }
 };
 
@@ -48,7 +26,6 @@ template <bool kLargeShape>
 struct ProductFp64 {
     using Element = double;
     using Operand = double;
-    static constexpr bool kPromote = false;
     __device__ __forceinline__ static Operand operand(double x) { return x; }
     __device__ __forceinline__ static void multiply(double (&d)[4], const Operand (&a)[4], Operand b0, Operand b1) {
         if constexpr (kLargeShape) {
@@ -69,8 +46,8 @@ struct MmaWide {
     using Operand = typename Product::Operand;
     static constexpr int kUnit = 16 / sizeof(Element);  // elements per load: 4 or 2
     static constexpr int kGroupK = 4 * kUnit, kTilesK = 1, kDepth = 8, kTilesV = kUnit;
-    static constexpr int kParts = 1, kProducts = 1, kWholeSteps = Product::kPromote ? 4 : 16;
-    static constexpr bool kPromote = Product::kPromote;
+    static constexpr int kParts = 1, kProducts = 1;
+    static constexpr bool kPromote = false;
     static constexpr float kProbabilityExponent = 0.0f;
     struct alignas(16) Unit {
         Element x[kUnit];
