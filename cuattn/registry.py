@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cuattn.fields import ITEMSIZE, Operand
 from cuattn.masks import And, BooleanMask, Full, SlidingWindow
 from cuattn.problem import Problem
 from cuattn.score_mods import Bias, UserMod
 from cuattn.tma import tma_bias, tma_obstacles
+
+if TYPE_CHECKING:
+    from cuattn.decode import DecodeProblem
 
 
 class Device(NamedTuple):
@@ -484,21 +487,27 @@ FORWARD: tuple[KernelSpec, ...] = (
 def support_rows() -> list[dict[str, str]]:
     """What the kernels serve, asked of the kernels: one row for each dtype and precision, in order of the registry."""
     from cuattn.catalogue import PRECISIONS as KINDS
-    from cuattn.catalogue import problem_of
+    from cuattn.catalogue import decode_problem_of, problem_of
+    from cuattn.decode import declines_decode
 
+    def cached(dtype: str, precision: str, dims: tuple[int, int]) -> DecodeProblem:
+        return decode_problem_of(dtype, dims=dims, precision=precision)
+
+    kernels: list[tuple[str, Callable[..., list[str]], Callable[..., Problem | DecodeProblem]]] = [
+        *((spec.name, spec.unsupported, problem_of) for spec in FORWARD),
+        ("decode", declines_decode, cached),
+    ]
     rows = []
     for dtype, precision in KINDS:
-        for spec in FORWARD:
-            dims = [d for d in range(1, 1025) if not spec.unsupported(problem_of(dtype, precision, (d, d)), DEVICES["sm_90a"])]
-            served = [
-                arch for arch, gpu in DEVICES.items() if not spec.unsupported(problem_of(dtype, precision, (64, 64)), gpu)
-            ]
+        for name, unsupported, make in kernels:
+            dims = [d for d in range(1, 1025) if not unsupported(make(dtype, precision, (d, d)), DEVICES["sm_90a"])]
+            served = [arch for arch, gpu in DEVICES.items() if not unsupported(make(dtype, precision, (64, 64)), gpu)]
             if dims and served:
                 rows.append(
                     {
                         "dtype": dtype,
                         "precision": precision if dtype == "float32" else "",
-                        "kernel": spec.name,
+                        "kernel": name,
                         "head_dim, head_dim_v": f"{dims[0]}-{dims[-1]}",
                         "compiled for": ", ".join(served),
                     }
