@@ -6,20 +6,22 @@
 //   classify(at, rows, keys) for masks that read memory: what the tile map stores of a tile
 // kTiled says that which tiles to visit is data, read from a tile map built by tile_map.cu; kByElement that keep() does nothing
 // but read a number of each pair, so that it is better asked of all pairs at once than behind a branch. kBand: row(at, i)
-// yields the keys that query i sees, which may begin before 0, and without kHasStart begin at 0. `rows` and `keys` are never
-// empty.
+// yields the keys that query i sees, which may begin before 0, and without kHasStart begin at 0; column(at, j) the queries that see
+// key j, from the least integer or to the largest where nothing limits them. `rows` and `keys` are never empty.
 #pragma once
 #include "attention/coord.cuh"
 #include "ptx/special_registers.cuh"
 
 namespace cuattn {
 
+constexpr int kLeastRow = -0x7fffffff - 1, kLastRow = 0x7fffffff;
 enum TileClass { kTileEmpty, kTilePartial, kTileFull };
 
 struct alignas(8) FullMask {
     static constexpr bool kTiled = false, kByElement = false, kBand = true, kHasStart = false;
     long long unused;
     __device__ __forceinline__ Range row(const Coord& at, int) const { return {0, at.seqlen_k}; }
+    __device__ __forceinline__ Range column(const Coord&, int) const { return {kLeastRow, kLastRow}; }
     __device__ __forceinline__ bool keep(const Coord&, int, int) const { return true; }
     __device__ __forceinline__ Range kv_range(const Coord& at, Range) const { return {0, at.seqlen_k}; }
     __device__ __forceinline__ Range q_range(const Coord& at, Range) const { return {0, at.seqlen_q}; }
@@ -42,6 +44,9 @@ struct alignas(8) BandMask {
     }
     __device__ __forceinline__ Range row(const Coord& at, int i) const {
         return {kHasLeft ? i + lo(at) : 0, kHasRight ? min(at.seqlen_k, i + hi(at) + 1) : at.seqlen_k};
+    }
+    __device__ __forceinline__ Range column(const Coord& at, int j) const {
+        return {kHasRight ? j - hi(at) : kLeastRow, kHasLeft ? j + 1 - lo(at) : kLastRow};
     }
     __device__ __forceinline__ Range kv_range(const Coord& at, Range rows) const {
         return {kHasLeft ? max(0, rows.start + lo(at)) : 0, kHasRight ? min(at.seqlen_k, rows.stop + hi(at)) : at.seqlen_k};

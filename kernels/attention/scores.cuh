@@ -111,13 +111,33 @@ __device__ __forceinline__ void score_probabilities(Tile& s, const Coord& at, in
                                                     const Mask& mask, const ScoreMod& score_mod, const Stats& stats,
                                                     Sums& sums) {
     row0 = opaque(row0);
+    // Of the thread's columns the rows that see them, counted from its first: the limits against what is known of a row when the
+    // kernel is compiled.
+    Range seen[Tile::kThreadCols];
+    if constexpr (kChecked && Mask::kBand) {
+#pragma unroll
+        for (int c = 0; c < Tile::kThreadCols; c++) {
+            const int j = col0 + Tile::col_at(c), first = row0 + Tile::row(0);
+            const Range rows = mask.column(at, j);
+            seen[c].start = j >= at.seqlen_k ? kLastRow : rows.start == kLeastRow ? kLeastRow : rows.start - first;
+            seen[c].stop = rows.stop == kLastRow ? kLastRow : rows.stop - first;
+        }
+    }
 #pragma unroll
     for (int x = 0; x < Tile::kSize; x++) {
         const int i = row0 + Tile::row(x), j = col0 + Tile::col(x);
         sums.x = x;
         const Real score = Config::kFoldScale ? s[x] : score_mod.apply(s[x] * scale, at, i, j);
         const Real p = stats(Tile::thread_row(x)).probability(score, factor);
-        s[x] = !kChecked || (j < at.seqlen_k && mask.keep(at, i, j)) ? p : Real(0);
+        bool visible = true;
+        if constexpr (kChecked && Mask::kBand) {
+            const Range rows = seen[Tile::thread_col(x)];
+            const int step = Tile::row(x) - Tile::row(0);
+            visible = step >= rows.start & (!Mask::kHasStart || step < rows.stop);
+        } else if constexpr (kChecked) {
+            visible = j < at.seqlen_k && mask.keep(at, i, j);
+        }
+        s[x] = visible ? p : Real(0);
     }
 }
 template <class Config, bool kChecked, class Tile, class Mask, class ScoreMod, class Stats, class Sums>

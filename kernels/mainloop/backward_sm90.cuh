@@ -126,8 +126,11 @@ struct BackwardSm90 {
         long long slab, padding;
     };
     static constexpr bool kEarly = Config::kEarly;
+    // Where only the mask is between products and exponentials, products start from the row statistics: S from -lse / factor, dP
+    // from -delta. They are read while the tensor cores are busy with the tile before.
+    static constexpr bool kSeeded = kEarly && !Config::kStageBias;
     // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that a bias needs.
-    static constexpr bool kStatsAhead = kEarly && kScoreRows <= (Config::kStageBias && kKeyCols > 64 ? 32 : 64);
+    static constexpr bool kStatsAhead = kEarly && !kSeeded && kScoreRows <= (Config::kStageBias && kKeyCols > 64 ? 32 : 64);
     static constexpr int kDqWarpBytes = Config::kBulkDq ? Slab::kWarpElements * 4 : 0;
     static constexpr int kKeyStages = kRuns ? 2 : 1;
     using KeySlot = RingSlot<kKeyStages>;
@@ -308,6 +311,10 @@ struct BackwardSm90 {
         });
     }
 
+    // Turns a score, or its product where the scale is folded, into the exponent of 2.
+    __device__ __forceinline__ float score_factor() const {
+        return static_cast<float>(Config::kFoldScale ? params().scale * kLog2e : kLog2e);
+    }
     __device__ __forceinline__ void guide() const {
         const ForwardParams& p = params();
         const BackwardParams& g = grads();
@@ -319,6 +326,7 @@ struct BackwardSm90 {
             slot.advance();
         };
         const Work w = Work::of(p, g);
+        const float seed = -1.0f / score_factor();
         const Stats* from = static_cast<const Stats*>(g.row_stats) + w.seq.row + w.at.head * w.seq.head_rows;
         for_places(w, [&](const Tiles& tiles, Place here) {
             const int row = here.m * kBlockM + lane;
@@ -334,7 +342,10 @@ struct BackwardSm90 {
             mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
             float* to = stats(slot.stage) + stats_place(lane);
 #pragma unroll
-            for (int x = 0; x < kBlockM / 32; x++) to[32 * x] = own[x].lse, to[32 * x + kBlockM] = own[x].delta;
+            for (int x = 0; x < kBlockM / 32; x++) {
+                to[32 * x] = kSeeded ? own[x].lse * seed : own[x].lse;
+                to[32 * x + kBlockM] = kSeeded ? -own[x].delta : own[x].delta;
+            }
             publish({here.head, here.m, full, kRuns ? tiles.n : 0, slab, 0});
         });
         mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
@@ -422,6 +433,7 @@ struct BackwardSm90 {
         int first_head, n, m, full, next_n;  // of the visit at hand, and its key tile
         float factor;                        // turns a score into the exponent of 2
         float lse[kStatsAhead ? Scores::kThreadRows : 1];
+        Scores s, dp;                        // of the tile to come
         WgmmaTile<kKeyCols> dk;
         WgmmaTile<kValueCols> dv;
         Sums sums;
@@ -448,6 +460,20 @@ struct BackwardSm90 {
                 for (int r = 0; r < Scores::kThreadRows; r++) lse[r] = stats.lse(r);
             }
             return first_head + uniform(visit.head);
+        }
+        // kind: 0 of lse, 1 of delta.
+        __device__ __forceinline__ void start_from(Scores& sums, int stage, int kind) const {
+            const unsigned first = (kWide ? wg * kScoreRows * 4 : 0) + threadIdx.x % 4 * 16;
+            const unsigned own = kernel.base + kOffsetStats + stage * kStatsBytes + kind * kBlockM * 4 + first;
+#pragma unroll
+            for (int r = 0; r < Scores::kThreadRows; r += 4) {
+                const float4 four = ld_shared_v4(own + 16 * r);
+#pragma unroll
+                for (int c = 0; c < Scores::kThreadCols; c++) {
+                    sums[2 * r + 2 * c] = four.x, sums[2 * r + 2 * c + 1] = four.y;
+                    sums[2 * r + 2 * c + 4] = four.z, sums[2 * r + 2 * c + 5] = four.w;
+                }
+            }
         }
         __device__ __forceinline__ void clear_sums() {
 #pragma unroll
@@ -639,7 +665,9 @@ struct BackwardSm90 {
             const float scale = static_cast<float>(params().scale);
             const auto& score_mod = staged_mod();
             const StatsReader reader = kernel.read_stats(slot.stage);
-            const auto stats = [&](int r) { return Stats{kStatsAhead ? lse[kStatsAhead ? r : 0] : reader.lse(r), 0.0f}; };
+            const auto stats = [&](int r) {
+                return Stats{kSeeded ? 0.0f : kStatsAhead ? lse[kStatsAhead ? r : 0] : reader.lse(r), 0.0f};
+            };
             if (full) {
                 score_probabilities<Config, false>(s, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
                                                    sums);
@@ -651,7 +679,8 @@ struct BackwardSm90 {
         __device__ __forceinline__ void find_gradients(Scores& dp, Scores& p) {
             const auto& score_mod = staged_mod();
             sums.clear_tile();
-            const StatsReader stats = kernel.read_stats(slot.stage);
+            const StatsReader reader = kernel.read_stats(slot.stage);
+            const auto stats = [&](int r) { return Stats{0.0f, kSeeded ? 0.0f : reader.delta(r)}; };
             if (full) {
                 probability_gradients<Config, false>(dp, p, at, first_query(), first_key(), mask(), score_mod, stats, sums);
             } else {
@@ -701,7 +730,6 @@ struct BackwardSm90 {
             const int group = opaque(wg), stage = slot.stage;
             const unsigned q = start + kOffsetQ + stage * QTile::kBytes, dout = start + kOffsetDo + stage * DoTile::kBytes;
             const unsigned ds = start + kOffsetDs + stage * DsTile::kBytes;
-            Scores s, dp;
             typename Slab::Sums dq;
             unsigned p_operand[Scores::kSize / 2], ds_operand[Scores::kSize / 2];
             mbarrier_wait(kernel.q_full(stage), slot.parity);
@@ -710,14 +738,15 @@ struct BackwardSm90 {
                 clear_queries();
             }
             wgmma_pin(s.data);
+            if constexpr (kSeeded) wgmma_pin(dp.data);
             wgmma_fence();
             const int own_keys = kWide ? 0 : group * 64 * 128, queries = kWide ? group * kScoreRows * 128 : 0;
             const unsigned k = start + keys.stage * KTile::kBytes, v = start + kOffsetV + keys.stage * VTile::kBytes;
-            wgmma_qk<Element, kHeadDim, KTile, QTile>(s, KTile::k_major(k + own_keys), QTile::k_major(q + queries));
+            wgmma_qk<Element, kHeadDim, KTile, QTile, kSeeded>(s, KTile::k_major(k + own_keys), QTile::k_major(q + queries));
             if constexpr (!kForeignRows) mbarrier_wait(kernel.do_full(stage), slot.parity);
             wgmma_pin(dp.data);
             wgmma_fence();
-            wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(v + own_keys), DoTile::k_major(dout + queries));
+            wgmma_qk<Element, kHeadDimV, VTile, DoTile, kSeeded>(dp, VTile::k_major(v + own_keys), DoTile::k_major(dout + queries));
             read_bias(start);
             if constexpr (kEarly) {
                 wgmma_wait_group<1>();
@@ -786,6 +815,7 @@ struct BackwardSm90 {
             Slot next = slot;
             next.advance();
             const int head = read_visit(next);
+            if constexpr (kSeeded && kKeyCols <= 64) start_from(s, next.stage, 0);
             if constexpr (Config::kDeterministic) mbarrier_wait(kernel.turn(stage), slot.parity);
             float* const to = dq_target();
             add_dq<0>(to, dq.panels[0], start);
@@ -798,9 +828,12 @@ struct BackwardSm90 {
                 __syncwarp();
                 if (leads()) mbarrier_arrive(kernel.handed(stage));
             }
+            if constexpr (kSeeded && kKeyCols > 64) start_from(s, next.stage, 0);  // registers are short before
+            if constexpr (kSeeded && kKeyCols <= 64) start_from(dp, next.stage, 1);
             wgmma_wait_group<0>();
             wgmma_pin(dk.data);
             if constexpr (!kWide) wgmma_pin(ds_operand);
+            if constexpr (kSeeded && kKeyCols > 64) start_from(dp, next.stage, 1);
             if (leads()) mbarrier_arrive(kernel.q_empty(stage));
             slot = next;
             return head;
@@ -810,6 +843,7 @@ struct BackwardSm90 {
         // The query tiles of the key tiles [n, stop), and dk and dv of these.
         __device__ __forceinline__ void visit_queries(int stop) {
             int head = read_visit(slot);
+            if constexpr (kSeeded) start_from(s, slot.stage, 0), start_from(dp, slot.stage, 1);
             do {
                 clear_sums();
                 if (visits()) {
@@ -897,7 +931,7 @@ struct BackwardSm90 {
     __device__ __forceinline__ void consume(int wg) const {
         const ForwardParams& p = params();
         Consumer consumer{*this, wg};
-        consumer.factor = static_cast<float>(Config::kFoldScale ? p.scale * kLog2e : kLog2e);
+        consumer.factor = score_factor();
         const Work w = Work::of(p, grads());
         if (w.n < w.last()) {
             consumer.at = w.at, consumer.first_head = w.at.head, consumer.n = w.n;

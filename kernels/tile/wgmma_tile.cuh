@@ -75,12 +75,13 @@ struct WgmmaTransposedPanels {
     __device__ __forceinline__ static int col(int x) { return x / Panel::kSize * 64 + Panel::col(x % Panel::kSize); }
 };
 
-// Starts s = Q K^T over kDepth columns; `q` and `k` are K-major descriptors of 64 rows of QTile and of rows of a KTile.
-template <class Element, int kDepth, class QTile, class KTile, class Sums>
+// Starts s = Q K^T over kDepth columns; `q` and `k` are K-major descriptors of 64 rows of QTile and of rows of a KTile. kAdd: to
+// what s holds.
+template <class Element, int kDepth, class QTile, class KTile, bool kAdd = false, class Sums>
 __device__ __forceinline__ void wgmma_qk(Sums& s, unsigned long long q, unsigned long long k) {
 #pragma unroll
     for (int step = 0; step < kDepth / 16; step++) {
-        Wgmma<2 * Sums::kSize, Element>::ss(s.data, q + QTile::k_major_step(step), k + KTile::k_major_step(step), step > 0);
+        Wgmma<2 * Sums::kSize, Element>::ss(s.data, q + QTile::k_major_step(step), k + KTile::k_major_step(step), kAdd || step > 0);
     }
     wgmma_commit_group();
 }
