@@ -723,7 +723,7 @@ def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     bulk = 4 * m * dim if tiles.bulk else 0
     through = 2 if n == 64 and tiles.warps == 12 else 1  # dS, and P where the warpgroups share their keys
     keys = (1 + tiles.runs) * 2 * n * (dim + dim_v)
-    return keys + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (6 + 7 * stages) + 1024
+    return keys + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (6 + 7 * stages)
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four

@@ -150,8 +150,7 @@ struct BackwardSm90 {
     static constexpr int kOffsetVisits = kOffsetStats + kStages * kStatsBytes;
     static constexpr int kOffsetBarriers = kOffsetVisits + kStages * static_cast<int>(sizeof(Visit));
     static constexpr int kBarriers = 6 + 7 * kStages;
-    // The dynamic shared memory of a CTA is aligned by hand.
-    static_assert(kOffsetBarriers + 8 * kBarriers + QTile::kAlignment <= Config::kSmemBytes,
+    static_assert(kOffsetBarriers + 8 * kBarriers <= Config::kSmemBytes,
                   "the plan's shared memory is too small");
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
@@ -160,7 +159,7 @@ struct BackwardSm90 {
     static constexpr int kDsBarrier = 1, kPBarrier = 2, kClearBarrier = 3;
 
     const BackwardTmaArguments<Config>& arguments;
-    char* smem;  // aligned
+    char* smem;
     unsigned base;
 
     __device__ __forceinline__ const ForwardParams& params() const { return arguments.variant.base; }
