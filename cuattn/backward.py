@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from cuattn.arrays import View
+from cuattn.arrays import View, contiguous_strides
 from cuattn.fields import ITEMSIZE, Operand
 from cuattn.masks import Full, SlidingWindow
 from cuattn.plan import SPLIT_PARTS
@@ -299,11 +299,26 @@ class BackwardPlan:
         return self.problem.dtype if self.bias_kind is COPIES else self.problem.real
 
     @property
+    def own_lengths(self) -> bool:
+        """Whether sequences have lengths of their own."""
+        p = self.problem
+        return p.packed or p.operand("q_lens") is not None or p.operand("kv_lens") is not None
+
+    @property
     def writes_bias(self) -> bool:
         """backward_sm90: every element of dbias or bias_sum is written once, so nobody need clear it."""
+        return self.tma_bias_sums is not None and self.bias_kind is not CELLS and not self.own_lengths
+
+    @property
+    def tma_gradients(self) -> tuple[Operand, ...]:
+        """backward_sm90: dk and dv, where the copy engine stores them: through the shared memory of dq, in rows of 16 bytes."""
         p = self.problem
-        own_lengths = p.packed or p.operand("q_lens") is not None or p.operand("kv_lens") is not None
-        return self.tma_bias_sums is not None and self.bias_kind is not CELLS and not own_lengths
+        aligned = p.head_dim % 8 == p.head_dim_v % 8 == 0
+        if not (self.uses_tma and self.tiles.bulk and aligned) or self.own_lengths or self.q_splits > 1:
+            return ()
+        shapes = [self.backward.shape(name) for name in "kv"]
+        slots = [self.backward.slot(name) for name in ("dk", "dv")]
+        return tuple(Operand(n, shape, contiguous_strides(shape), p.dtype) for n, shape in zip(slots, shapes, strict=True))
 
     @property
     def takes_turns(self) -> bool:

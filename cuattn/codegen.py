@@ -274,6 +274,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
     if attends:
         if plan.uses_tma:
             flags |= {"kEarly": plan.early, "kBulkDq": plan.tiles.bulk, "kRuns": plan.tiles.runs, "kSendDs": plan.sends_ds}
+            flags["kStoreTma"] = bool(plan.tma_gradients)
         arguments = "BackwardTmaArguments" if plan.uses_tma else "BackwardArguments"
         return _translation_unit(plan, kernel, arguments, size, types, constants, flags, True)
     sinks = p.operand("sinks")

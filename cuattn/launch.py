@@ -30,6 +30,8 @@ _Q, _SPLIT_Q = SLOT["q"], SLOT["split_q"]
 
 WARPGROUP_ROWS = 64
 """Rows of q that forward_sm90.cu loads at once: each warpgroup has its own."""
+WARP_ROWS = 16
+"""Keys whose dk and dv a warp of backward_sm90.cu stores at once."""
 
 
 def _strides(plan: Plan | BackwardPlan, of_pairs: bool) -> list[int]:
@@ -219,11 +221,14 @@ def _backward_variant(plan: BackwardPlan, attends: bool) -> list[Field]:
 
 
 def _backward_maps(plan: BackwardPlan) -> list[TensorMap]:
-    """Of q, k, v and dout, of a staged bias and of what its gradient goes to, in whole tiles or panels of 128 bytes."""
+    """Of q, k, v and dout, of dk and dv where the copy engine stores them, of a staged bias and of what its gradient goes
+    to, in whole tiles, panels of 128 bytes or, where a warp stores them, of 16 rows.
+    """
     dout = plan.backward.dout._replace(slot=plan.backward.slot("dout"))
-    arrays = [array for array in (dout, plan.tma_bias, plan.tma_bias_sums) if array is not None]
-    boxes = [(128 // ITEMSIZE[array.dtype], plan.tiles.block_m, 1, 1) for array in arrays]
-    return [*_tensor_maps(plan, plan.tiles.block_m), *map(TensorMap, arrays, boxes)]
+    m = plan.tiles.block_m
+    arrays = [(dout, m), *((array, WARP_ROWS) for array in plan.tma_gradients), (plan.tma_bias, m), (plan.tma_bias_sums, m)]
+    ours = [TensorMap(array, (128 // ITEMSIZE[array.dtype], rows, 1, 1)) for array, rows in arrays if array is not None]
+    return [*_tensor_maps(plan, m), *ours]
 
 
 def backward_struct(plan: BackwardPlan, launch: tuple[int, int, int, int], attends: bool) -> Struct:

@@ -58,11 +58,13 @@ namespace cuattn {
 // of a tile.
 // kBiasTiles: also of the bias and, where it is wanted, of its gradient or bias_sum over (key, query, head, batch), with boxes
 // of 128 bytes and the rows of a tile.
-enum BackwardMapIndex { kBackwardMapQ, kBackwardMapK, kBackwardMapV, kBackwardMapDout, kBackwardMapBias, kBackwardMapDbias };
+// kStoreTma: of dk and dv, before those, with boxes of 64 columns and the keys of a warp.
+enum BackwardMapIndex { kBackwardMapQ, kBackwardMapK, kBackwardMapV, kBackwardMapDout, kBackwardMapDk, kBackwardMapDv };
 template <class Config>
 struct BackwardTmaArguments {
     static constexpr bool kBiasTiles = Config::kStageBias && !Config::kBiasRow;
-    TensorMap maps[!kBiasTiles ? 4 : Config::kBiasKind == kBiasNone ? 5 : 6];
+    static constexpr int kMapBias = Config::kStoreTma ? 6 : 4, kMapDbias = kMapBias + 1;
+    TensorMap maps[kMapBias + (!kBiasTiles ? 0 : Config::kBiasKind == kBiasNone ? 1 : 2)];
     BackwardArguments<Config> variant;
 };
 
@@ -123,7 +125,8 @@ struct BackwardSm90 {
     // A query tile of the loop; m is negative after the last one of a key tile.
     struct alignas(16) Visit {
         int head, m, full, n;  // head: of the group
-        long long slab, padding;
+        long long slab;
+        int head_kv, padding;
     };
     static constexpr bool kEarly = Config::kEarly;
     // Where only the mask is between products and exponentials, products start from the row statistics: S from -lse / factor, dP
@@ -293,7 +296,7 @@ struct BackwardSm90 {
                         head, batch);
             if constexpr (kBiasTiles) {
                 const auto& bias = BiasIn<ScoreMod>::get(arguments.variant.score_mod);
-                BiasTile::load(base + kOffsetBias + slot.stage * BiasTile::kBytes, arguments.maps[kBackwardMapBias],
+                BiasTile::load(base + kOffsetBias + slot.stage * BiasTile::kBytes, arguments.maps[arguments.kMapBias],
                                q_full(slot.stage), tiles.n * kBlockN, here.m * kBlockM, bias.stride_head != 0 ? head : 0,
                                bias.stride_batch != 0 ? w.at.batch : 0);
             }
@@ -345,10 +348,10 @@ struct BackwardSm90 {
                 to[32 * x] = kSeeded ? own[x].lse * seed : own[x].lse;
                 to[32 * x + kBlockM] = kSeeded ? -own[x].delta : own[x].delta;
             }
-            publish({here.head, here.m, full, kRuns ? tiles.n : 0, slab, 0});
+            publish({here.head, here.m, full, kRuns ? tiles.n : 0, slab, w.head_kv, 0});
         });
         mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
-        publish({0, -1, 0, 0, 0, 0});
+        publish({0, -1, 0, 0, 0, w.head_kv, 0});
     }
 
     // Key tiles before this one that visit a query tile: their number, found by all lanes of a warp.
@@ -612,7 +615,7 @@ struct BackwardSm90 {
         __device__ __forceinline__ void send_sums(unsigned start, unsigned ds) const {
             if constexpr (kSendSums) {
                 if (!sends_sums()) return;
-                const TensorMap& map = kernel.arguments.maps[kBackwardMapDbias];
+                const TensorMap& map = kernel.arguments.maps[kernel.arguments.kMapDbias];
                 const unsigned from = kStageSums
                                           ? start + kOffsetSums + slot.stage * kSumsBytes + wg * (kSumsBytes / kConsumers)
                                           : ds + wg * DsTile::kPanelBytes;
@@ -878,7 +881,53 @@ struct BackwardSm90 {
                 if (j < rows && col < cols) target[static_cast<long long>(j) * cols + col] = gradient.data[x] * scale;
             }
         }
+        // Of a warp's 16 keys, through the shared memory that its dq is added from.
+        template <int kCols>
+        __device__ __forceinline__ void send(const WgmmaTile<kCols>& gradient, float scale, const TensorMap& map,
+                                             int staged) const {
+            const int warp = uniform(static_cast<int>(threadIdx.x / 32));
+            const unsigned own = kernel.base + kOffsetDq + warp * kDqWarpBytes + staged;
+#pragma unroll
+            for (int panel = 0; panel < kCols / 64; panel++) {
+                unsigned operand[16];
+#pragma unroll
+                for (int x = 0; x < 32; x += 2) {
+                    const int e = 32 * panel + x;
+                    operand[x / 2] = pack_pair<Element>(gradient.data[e] * scale, gradient.data[e + 1] * scale);
+                }
+                store_operand_rows(own + panel * 16 * 128, operand);
+            }
+            fence_proxy_async();
+            __syncwarp();
+            if (!leads()) return;
+            const int head_kv = kernel.visit(slot.stage).head_kv;
+#pragma unroll
+            for (int panel = 0; panel < kCols / 64; panel++) {
+                cp_async_bulk_tensor_4d_store(map, own + panel * 16 * 128, 64 * panel, n * kBlockN + 16 * warp, head_kv, at.batch);
+            }
+            cp_async_bulk_commit();
+        }
+        // Until dq, or what was sent before, has been read from there.
+        __device__ __forceinline__ void await_staging() const {
+            if (leads()) cp_async_bulk_wait_read();
+            __syncwarp();
+        }
         __device__ __forceinline__ void store() const {
+            if constexpr (Config::kStoreTma) {
+                constexpr int kBytes = 16 * 2 * kKeyCols;
+                static_assert(!kWide && Config::kBulkDq && 16 * 2 * kKeyCols <= kDqWarpBytes && 16 * 2 * kValueCols <= kDqWarpBytes);
+                constexpr bool kBoth = kBytes + 16 * 2 * kValueCols <= kDqWarpBytes;
+                const float scale_v = static_cast<float>(Config::kDropout ? params().dropout_scale : 1.0);
+                if constexpr (Config::kDeterministic) mbarrier_wait(kernel.turn(slot.stage), slot.parity);
+                await_staging();
+                send(dk, static_cast<float>(params().scale), kernel.arguments.maps[kBackwardMapDk], 0);
+                if constexpr (!kBoth) await_staging();
+                send(dv, scale_v, kernel.arguments.maps[kBackwardMapDv], kBoth ? kBytes : 0);
+            } else {
+                store_rows();
+            }
+        }
+        __device__ __forceinline__ void store_rows() const {
             const ForwardParams& p = params();
             const BackwardParams& g = grads();
             const Work w = Work::of(p, g);
@@ -936,7 +985,7 @@ struct BackwardSm90 {
             consumer.at = w.at, consumer.first_head = w.at.head, consumer.n = w.n;
             consumer.visit_queries(w.last());
         }
-        if constexpr ((Config::kBulkDq && !Config::kDeterministic) || kSendSums) {
+        if constexpr ((Config::kBulkDq && !Config::kDeterministic) || kSendSums || Config::kStoreTma) {
             if (Consumer::leads()) cp_async_bulk_wait();
         }
         if constexpr (kForeignRows && !Config::kQuerySplit) {

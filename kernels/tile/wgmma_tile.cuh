@@ -127,12 +127,14 @@ __device__ __forceinline__ void pack_operand(unsigned (&operand)[Sums::kSize / 2
     for (int x = 0; x < Sums::kSize; x += 2) operand[x / 2] = pack_pair<Element>(sums.data[x], sums.data[x + 1]);
 }
 
-// Stores the operand of a WgmmaTile's 64 columns to a panel of as many rows.
-__device__ __forceinline__ void store_operand(unsigned panel, const unsigned (&operand)[16]) {
-    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-    const unsigned to = panel + (16 * warp + lane % 16) * 128;
+// Stores the operand of a WgmmaTile's 64 columns to a panel, of as many rows, or of a warp's 16.
+__device__ __forceinline__ void store_operand_rows(unsigned panel, const unsigned (&operand)[16]) {
+    const unsigned lane = threadIdx.x % 32, to = panel + lane % 16 * 128;
 #pragma unroll
     for (unsigned x = 0; x < 4; x++) stmatrix_x4(to + ((2 * x + lane / 16) ^ (lane % 8)) * 16, operand + 4 * x);
+}
+__device__ __forceinline__ void store_operand(unsigned panel, const unsigned (&operand)[16]) {
+    store_operand_rows(panel + threadIdx.x % 128 / 32 * 16 * 128, operand);
 }
 
 // Stores the operand of a WgmmaTransposedTile to a panel of 64 columns as rows again, from row 0 of `panel`.
