@@ -134,6 +134,13 @@ struct BackwardSm90 {
     static constexpr bool kSeeded = kEarly && !Config::kStageBias;
     // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that a bias needs.
     static constexpr bool kStatsAhead = kEarly && !kSeeded && kScoreRows <= (Config::kStageBias && kKeyCols > 64 ? 32 : 64);
+#ifdef NO_COURIER
+    static constexpr bool kCourier = Config::kBulkDq && Config::kDeterministic;
+#else
+    // The doormen add dq, in order or not; else each consumer warp adds its own part.
+    static constexpr bool kCourier = Config::kBulkDq && (Config::kDeterministic || kConsumers == 2);
+#endif
+    static constexpr bool kDoormen = kCourier || Config::kDeterministic;
     static constexpr int kDqWarpBytes = Config::kBulkDq ? Slab::kWarpElements * 4 : 0;
     static constexpr int kKeyStages = kRuns ? 2 : 1;
     using KeySlot = RingSlot<kKeyStages>;
@@ -375,21 +382,24 @@ struct BackwardSm90 {
                 at.head += here.head;
                 const long long slab = Slab::number(params(), grads(), w.seq, at, here.m);
                 unsigned* const counter = grads().turns + slab;
-                const unsigned before = tiles_before(w, here);
-                while (count_acquire(counter) < before) {
+                if constexpr (Config::kDeterministic) {
+                    const unsigned before = tiles_before(w, here);
+                    while (count_acquire(counter) < before) {
+                    }
+                    __syncwarp();
                 }
-                __syncwarp();
                 if (!Config::kBulkDq && leads) mbarrier_arrive(turn(stage));
                 mbarrier_wait(handed(stage), slot.parity);
                 if (leads) {
                     if constexpr (Config::kBulkDq) {
+                        fence_proxy_async();
                         cp_reduce_async_bulk_add(static_cast<float*>(grads().dq_sum) + slab * Slab::kElements, base + kOffsetDq,
                                                  4 * kConsumers * kDqWarpBytes);
                         cp_async_bulk_wait_read();
                         mbarrier_arrive(turn(stage ^ 1));
-                        cp_async_bulk_wait();
+                        if (Config::kDeterministic) cp_async_bulk_wait();
                     }
-                    count_release(counter);
+                    if constexpr (Config::kDeterministic) count_release(counter);
                 }
                 __syncwarp();
             }
@@ -701,7 +711,7 @@ struct BackwardSm90 {
             if constexpr (Config::kBulkDq) {
                 constexpr int kSize = Slab::Sums::Panel::kSize, kFirst = kPanel * 32 * kSize;
                 const int warp = uniform(static_cast<int>(threadIdx.x / 32));
-                if constexpr (!Config::kDeterministic) {
+                if constexpr (!kCourier) {
                     if (kPanel == 0 && sends_sums()) {
                         cp_async_bulk_wait_read<1>();  // but what the bias has just received
                     } else if (kPanel == 0 && leads()) {
@@ -715,9 +725,10 @@ struct BackwardSm90 {
                 for (int x = 0; x < kSize; x += 4) {
                     staged[x / 4 * 32] = make_float4(dq.data[x], dq.data[x + 1], dq.data[x + 2], dq.data[x + 3]);
                 }
+                if constexpr (kCourier) return;  // its fence is enough: it follows these, and comes before the copy
                 fence_proxy_async();
                 __syncwarp();
-                if (!Config::kDeterministic && leads()) {
+                if (leads()) {
                     cp_reduce_async_bulk_add(to + warp * Slab::kWarpElements + kFirst, start + own, 128 * kSize);
                 }
             } else {
@@ -787,7 +798,7 @@ struct BackwardSm90 {
             if constexpr (!kWide || kEarly) {
                 store_panel(ds + (kWide ? queries : group * DsTile::kPanelBytes), ds_operand);
                 fence_proxy_async();
-                if (sends_sums()) cp_async_bulk_wait_read<Config::kBulkDq && !Config::kDeterministic ? 1 : 0>();
+                if (sends_sums()) cp_async_bulk_wait_read<Config::kBulkDq && !kCourier ? 1 : 0>();
                 bar_sync(kDsBarrier, kConsumerThreads);
                 send_sums(start, ds);
             }
@@ -818,7 +829,7 @@ struct BackwardSm90 {
             next.advance();
             const int head = read_visit(next);
             if constexpr (kSeeded && kKeyCols <= 64) start_from(s, next.stage, 0);
-            if constexpr (Config::kDeterministic) mbarrier_wait(kernel.turn(stage), slot.parity);
+            if constexpr (kDoormen) mbarrier_wait(kernel.turn(stage), slot.parity);
             float* const to = dq_target();
             add_dq<0>(to, dq.panels[0], start);
             if constexpr (kDqPanels == 2) {
@@ -826,7 +837,7 @@ struct BackwardSm90 {
                 wgmma_pin(dq.panels[1].data);
                 add_dq<1>(to, dq.panels[1], start);
             }
-            if constexpr (Config::kDeterministic) {
+            if constexpr (kDoormen) {
                 __syncwarp();
                 if (leads()) mbarrier_arrive(kernel.handed(stage));
             }
@@ -918,7 +929,7 @@ struct BackwardSm90 {
                 static_assert(!kWide && Config::kBulkDq && 16 * 2 * kKeyCols <= kDqWarpBytes && 16 * 2 * kValueCols <= kDqWarpBytes);
                 constexpr bool kBoth = kBytes + 16 * 2 * kValueCols <= kDqWarpBytes;
                 const float scale_v = static_cast<float>(Config::kDropout ? params().dropout_scale : 1.0);
-                if constexpr (Config::kDeterministic) mbarrier_wait(kernel.turn(slot.stage), slot.parity);
+                if constexpr (kDoormen) mbarrier_wait(kernel.turn(slot.stage), slot.parity);
                 await_staging();
                 send(dk, static_cast<float>(params().scale), kernel.arguments.maps[kBackwardMapDk], 0);
                 if constexpr (!kBoth) await_staging();
@@ -985,7 +996,7 @@ struct BackwardSm90 {
             consumer.at = w.at, consumer.first_head = w.at.head, consumer.n = w.n;
             consumer.visit_queries(w.last());
         }
-        if constexpr ((Config::kBulkDq && !Config::kDeterministic) || kSendSums || Config::kStoreTma) {
+        if constexpr ((Config::kBulkDq && !kCourier) || kSendSums || Config::kStoreTma) {
             if (Consumer::leads()) cp_async_bulk_wait();
         }
         if constexpr (kForeignRows && !Config::kQuerySplit) {
@@ -1023,7 +1034,7 @@ struct BackwardSm90 {
             if (w.n >= w.last()) return;
             if (warp == 4 * kConsumers && elect_sync()) load_tiles();
             if (warp == 4 * kConsumers + 1) guide();
-            if (Config::kDeterministic && warp >= 4 * kConsumers + 2) keep_order(warp % 2);
+            if (kDoormen && warp >= 4 * kConsumers + 2) keep_order(warp % 2);
             if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
