@@ -402,6 +402,8 @@ class Torch(Library):
             tensor = self._torch.from_numpy(x.view(carrier)).view(_torch_dtype(x.dtype.name))
         else:
             tensor = self._torch.from_numpy(x)
+        if like.device.type == "cuda":  # from pinned memory, or PyTorch would wait for everything queued before
+            return tensor.pin_memory().to(like.device, non_blocking=True)
         return tensor.to(like.device)
 
     def retain(self, arrays: tuple[Any, ...]) -> None:
