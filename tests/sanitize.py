@@ -160,10 +160,11 @@ def main(names: list[str]) -> int:
     failures = 0
     for name, check in checks.items():
         try:
+            print(name, flush=True)
             check.run()
         except AssertionError as error:
             failures += 1
-            print(f"{name}: {error}")
+            print(error)
     print(f"{len(checks)} calls, {failures} wrong results")
     return min(failures, 1)
 
