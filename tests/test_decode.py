@@ -587,8 +587,18 @@ ANY_CASE = st.builds(
     sinks=st.booleans(),
     **ANY_SIZES,
 )
-FEW_KERNELS = st.builds(Decode, st.sampled_from(("bfloat16", "float32")), **{**ANY_SIZES, "leftpad": st.just(False)})
-"""Sizes vary freely, what decides the code hardly does."""
+FEW_KERNELS = st.builds(
+    Decode,
+    st.sampled_from(("bfloat16", "float32")),
+    **{
+        **ANY_SIZES,
+        "page": st.integers(1, 40),
+        "leftpad": st.just(False),
+        "splits": st.just(0),
+        "deterministic": st.just(False),
+    },
+)
+"""Sizes vary freely, what decides the code hardly does: a GPU run compiles a dozen kernels."""
 ANY = settings(
     max_examples=150,
     deadline=None,
