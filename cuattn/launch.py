@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cuattn.arrays import contiguous_strides
 from cuattn.backward import POINTERS as BACKWARD_POINTERS
+from cuattn.backward import WARP_ROWS
 from cuattn.backward import BackwardPlan
 from cuattn.decode import POINTERS as DECODE_POINTERS
 from cuattn.decode import SHARED as DECODE_SHARED
@@ -30,8 +31,6 @@ _Q, _SPLIT_Q = SLOT["q"], SLOT["split_q"]
 
 WARPGROUP_ROWS = 64
 """Rows of q that forward_sm90.cu loads at once: each warpgroup has its own."""
-WARP_ROWS = 16
-"""Keys whose dk and dv a warp of backward_sm90.cu stores at once."""
 
 
 def _strides(plan: Plan | BackwardPlan, of_pairs: bool) -> list[int]:

@@ -145,8 +145,8 @@ def _smem_sm90(problem: Problem, tiles: Tiles, device: Device) -> int:
     rings = tiles.stages * tiles.block_n * (width + width_v)
     bias_stages = BIAS_STAGES if staged_bias(problem) else 0
     rings += bias_stages * tiles.block_m * 2 * round_up(tiles.block_n, 64)
-    barriers = 4 + 2 * tiles.q_stages * tiles.block_m // 64 + 4 * tiles.stages + 2 * bias_stages
-    return tiles.q_stages * tiles.block_m * width + rings + 8 * barriers + 32 + 1024
+    barriers = 6 + 2 * tiles.q_stages * tiles.block_m // 64 + 4 * tiles.stages + 2 * bias_stages
+    return tiles.q_stages * tiles.block_m * width + rings + 8 * barriers + 48 + 1024
 
 
 def _weight_sm90(problem: Problem) -> int:
@@ -174,8 +174,7 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
     keys = _keys_of_a_tile(problem)
     if widest <= 64 and keys <= SHORT:
-        keeps = problem.dtype == "bfloat16" and not problem.mods and problem.scale > 0
-        tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False, keep_maxima=keeps))
+        tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False))
     if 64 < widest <= 128 and keys >= LONG and not (problem.packed or problem.mask.tiled):
         tiles.insert(0, Tiles(128, 176, 2, 12, persistent=True, max_weight=0))
     if 64 < widest <= 128 and problem.dropout > 0 and not (problem.mods or problem.mask.tiled):
@@ -184,7 +183,10 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
         tiles.insert(0, Tiles(128, 128, 2, 12, persistent=True, max_weight=0))
     # Beside more columns of out the compiler has no room for what a late wait lets it interleave.
     wide = problem.head_dim_v > 128
-    tiles = [replace(t, late_wait=not wide, scale_first=wide and t.overlap and weight == 0) for t in tiles]
+    keeps = problem.dtype == "bfloat16" and not problem.mods and problem.scale > 0
+    keeps = keeps and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
+    scales_first = wide and weight == 0 and not keeps
+    tiles = [replace(t, late_wait=keeps or not wide, scale_first=scales_first and t.overlap, keep_maxima=keeps) for t in tiles]
     return _allowed(tiles, weight, device)
 
 
