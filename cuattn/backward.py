@@ -311,15 +311,9 @@ class BackwardPlan:
 
     @property
     def tma_gradients(self) -> tuple[Operand, ...]:
-        """backward_sm90: dk and dv, where the copy engine stores them: through the shared memory of dq, in rows of 16 bytes."""
+        """backward_sm90: dk and dv, where the copy engine stores them."""
         p = self.problem
-        aligned = p.head_dim % 8 == p.head_dim_v % 8 == 0
-        if not (self.uses_tma and self.tiles.bulk and aligned) or self.own_lengths or self.q_splits > 1:
-            return ()
-        if (
-            2 * WARP_ROWS * max(self.head_dim, self.head_dim_v)
-            > 4 * self.tiles.block_m * self.head_dim * 32 // self.slab_threads
-        ):
+        if not (self.uses_tma and self.tiles.stores) or self.q_splits > 1:
             return ()
         shapes = [self.backward.shape(name) for name in "kv"]
         slots = [self.backward.slot(name) for name in ("dk", "dv")]
@@ -643,8 +637,6 @@ NARROW_WINDOW = 256
 """Keys of a window up to which its few query tiles do not repay what a CTA costs before and after them. A CTA then has one
 consumer warpgroup, shares its SM with another, and takes several key tiles one after the other.
 """
-MOST_FEW_ROWS = 4096
-"""Queries of a causal call up to which tiles of 64 rows were no slower than of 96, at 64 columns."""
 
 
 def _window(problem: Problem) -> int | None:
@@ -737,6 +729,17 @@ def sm90_dims(problem: Problem, tiles: Tiles) -> tuple[int, int]:
     return round_up(problem.head_dim, unit), round_up(problem.head_dim_v, unit)
 
 
+def _stores(problem: Problem, tiles: Tiles) -> bool:
+    """Whether the copy engine can store dk and dv: rows of whole 16 bytes, no rows of other sequences, and as much shared
+    memory as the dq of a warp takes for one of them.
+    """
+    p, (dim, dim_v) = problem, sm90_dims(problem, tiles)
+    own_lengths = p.packed or any(p.operand(name) is not None for name in ("q_lens", "kv_lens"))
+    if own_lengths or p.head_dim % 8 or p.head_dim_v % 8 or _shares_keys(tiles):
+        return False
+    return 2 * WARP_ROWS * max(dim, dim_v) <= 4 * tiles.block_m * dim // (tiles.warps - PRODUCER_THREADS // 32)
+
+
 def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     """kernels/mainloop/backward_sm90.cuh, which asserts that it suffices."""
     dim, dim_v = sm90_dims(backward.forward, tiles)
@@ -747,7 +750,7 @@ def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     # Of each consumer warp's 16 keys, and each consumer's two.
     bias += 4 * 8 * 16 * (staged is not None and one_row(staged)) + 4 * 256 * 2 * (_bias_kind(backward) is COLUMNS)
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
-    bulk = 4 * m * dim if tiles.bulk else 0
+    bulk = 4 * m * dim if tiles.bulk or tiles.stores else 0
     through = 2 if _shares_keys(tiles) else 1  # dS, and P where the warpgroups share their keys
     keys = (1 + tiles.runs) * 2 * n * (dim + dim_v)
     return keys + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (6 + 7 * stages)
@@ -755,7 +758,7 @@ def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four
     64: (
-        Tiles(128, 128, 2, 12, max_weight=0),
+        Tiles(128, 128, 2, 12, max_weight=1),
         Tiles(96, 128, 2, 12, max_weight=5),
         Tiles(64, 128, 2, 12, max_weight=11),
         Tiles(32, 128, 2, 12, max_weight=17),
@@ -786,18 +789,25 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
         own_lengths = any(problem.operand(name) is not None for name in ("q_lens", "kv_lens"))
         tight = backward.deterministic or problem.packed or own_lengths
         tiles = (*(t for t in tiles if not (tight and t.block_m == 48)), *_SM90[256])
+    own_lengths = problem.packed or any(problem.operand(name) is not None for name in ("q_lens", "kv_lens"))
+    plain = not (own_lengths or problem.mods or problem.dropout or backward.deterministic)
+    long = (
+        plain
+        and widest == 64
+        and (isinstance(problem.mask, Full) or (isinstance(problem.mask, SlidingWindow) and window is None))
+    )
     # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
     # spread by themselves, and at 256 there is no shared memory left to stage them.
     bulk = widest in (128, 192) or (widest == 64 and (narrow or isinstance(problem.mask, Full) or backward.deterministic))
-    # The rows that a band shows to 128 keys begin and end at multiples of 64 more often than of 96, which counts where they
-    # are few.
-    plain = not (problem.packed or problem.mods or backward.deterministic)
-    few = window is not None or (plain and isinstance(problem.mask, SlidingWindow) and problem.seqlen_q <= MOST_FEW_ROWS)
-    rows = 64 if few else 128
-    runs = narrow and widest == 64 and not backward.deterministic
+    # The rows that a window shows to 128 keys begin and end at multiples of 64 more often than of 96, which counts where they are
+    # few.
+    rows = 64 if window is not None else 128 if long or backward.deterministic else 96
+    runs = long or (narrow and widest == 64 and not backward.deterministic)
     tiles = tuple(
         replace(t, bulk=bulk and not _shares_keys(t), runs=runs) for t in tiles if weight <= t.max_weight and t.block_m <= rows
     )
+    tiles = tuple(replace(t, stores=_stores(problem, t)) for t in tiles)
+    tiles = tuple(t if sm90_smem_bytes(backward, t) <= device.smem_per_block else replace(t, stores=False) for t in tiles)
     return [t for t in tiles if sm90_smem_bytes(backward, t) <= device.smem_per_block]
 
 
@@ -874,17 +884,27 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
         map_batches=p.batch if own_lengths or per_batch else 1,
         map_heads=p.num_heads if per_head else 1,
         smem_bytes=smem,
-        run=_run(n_blocks, heads, slots) if tiles.runs else 1,
+        run=_run(backward, n_blocks, m_blocks, heads, slots) if tiles.runs else 1,
     )
 
 
 MAX_RUN = 16
+CTA_COST = 2
+"""Query tiles of 128 rows in whose time a CTA starts and ends."""
 
 
-def _run(n_blocks: int, heads: int, slots: int) -> int:
-    """Key tiles of a CTA of several: of the fewest in turn, where what a CTA costs besides counts as one."""
-    runs = [1 << n for n in range(MAX_RUN.bit_length())]
-    return min(runs, key=lambda run: -(-heads * -(-n_blocks // run) // slots) * (run + 1))
+def _run(backward: BackwardProblem, n_blocks: int, m_blocks: int, heads: int, slots: int) -> int:
+    """Key tiles of a CTA that takes several.
+
+    In narrow windows, whose key tiles see few queries: of the fewest in turn, where what a CTA costs besides counts as one. Else by
+    the average time of a multiprocessor, and half a CTA's for those that end last.
+    """
+    p, runs = backward.forward, [1 << n for n in range(MAX_RUN.bit_length())]
+    window = _window(p)
+    if window is not None and window <= NARROW_WINDOW:
+        return min(runs, key=lambda run: -(-heads * -(-n_blocks // run) // slots) * (run + 1))
+    visits = m_blocks * p.group / (1 if isinstance(p.mask, Full) else 2)
+    return min(runs, key=lambda run: (heads * -(-n_blocks // run) / slots + 0.5) * (run * visits + CTA_COST))
 
 
 MIN_TILES_PER_SPLIT = 4

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cuattn.arrays import contiguous_strides
 from cuattn.backward import POINTERS as BACKWARD_POINTERS
-from cuattn.backward import WARP_ROWS
-from cuattn.backward import BackwardPlan
+from cuattn.backward import WARP_ROWS, BackwardPlan
 from cuattn.decode import POINTERS as DECODE_POINTERS
 from cuattn.decode import SHARED as DECODE_SHARED
 from cuattn.decode import SLOT as DECODE_SLOT

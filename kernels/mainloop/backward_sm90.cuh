@@ -142,7 +142,7 @@ struct BackwardSm90 {
     static constexpr bool kCourier = Config::kBulkDq && (Config::kDeterministic || (kConsumers == 2 && !kFewLeft));
 #endif
     static constexpr bool kDoormen = kCourier || Config::kDeterministic;
-    static constexpr int kDqWarpBytes = Config::kBulkDq ? Slab::kWarpElements * 4 : 0;
+    static constexpr int kDqWarpBytes = Config::kBulkDq || Config::kStoreTma ? Slab::kWarpElements * 4 : 0;
     static constexpr int kKeyStages = kRuns ? 2 : 1;
     using KeySlot = RingSlot<kKeyStages>;
     static constexpr int kOffsetV = kKeyStages * KTile::kBytes, kOffsetQ = kOffsetV + kKeyStages * VTile::kBytes;
@@ -945,10 +945,10 @@ struct BackwardSm90 {
         __device__ __forceinline__ void store() const {
             if constexpr (Config::kStoreTma) {
                 constexpr int kBytes = 16 * 2 * kKeyCols;
-                static_assert(!kWide && Config::kBulkDq && 16 * 2 * kKeyCols <= kDqWarpBytes && 16 * 2 * kValueCols <= kDqWarpBytes);
+                static_assert(!kWide && 16 * 2 * kKeyCols <= kDqWarpBytes && 16 * 2 * kValueCols <= kDqWarpBytes);
                 constexpr bool kBoth = kBytes + 16 * 2 * kValueCols <= kDqWarpBytes;
                 const float scale_v = static_cast<float>(Config::kDropout ? params().dropout_scale : 1.0);
-                if constexpr (kDoormen) mbarrier_wait(kernel.turn(slot.stage), slot.parity);
+                if constexpr (kCourier) mbarrier_wait(kernel.turn(slot.stage), slot.parity);
                 await_staging();
                 send(dk, static_cast<float>(params().scale), kernel.arguments.maps[kBackwardMapDk], 0);
                 if constexpr (!kBoth) await_staging();
