@@ -785,22 +785,18 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     narrow = window is not None and window <= NARROW_WINDOW
     table = {**_SM90, **_SM90_NARROW} if narrow else _SM90
     tiles = next((tiles for limit, tiles in table.items() if widest <= limit and (limit != 192 or dim_v <= 128)), ())
-    if widest == 192:  # whose 48 rows leave the producers fewer registers than doormen and sequences' own lengths take
-        own_lengths = any(problem.operand(name) is not None for name in ("q_lens", "kv_lens"))
-        tight = backward.deterministic or problem.packed or own_lengths
-        tiles = (*(t for t in tiles if not (tight and t.block_m == 48)), *_SM90[256])
     own_lengths = problem.packed or any(problem.operand(name) is not None for name in ("q_lens", "kv_lens"))
+    if widest == 192:  # whose 48 rows leave the producers fewer registers than doormen and sequences' own lengths take
+        tight = backward.deterministic or own_lengths
+        tiles = (*(t for t in tiles if not (tight and t.block_m == 48)), *_SM90[256])
+    band = isinstance(problem.mask, Full) or (isinstance(problem.mask, SlidingWindow) and window is None)
     plain = not (own_lengths or problem.mods or problem.dropout or backward.deterministic)
-    long = (
-        plain
-        and widest == 64
-        and (isinstance(problem.mask, Full) or (isinstance(problem.mask, SlidingWindow) and window is None))
-    )
+    long = plain and band and widest == 64
     # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
     # spread by themselves, and at 256 there is no shared memory left to stage them.
     bulk = widest in (128, 192) or (widest == 64 and (narrow or isinstance(problem.mask, Full) or backward.deterministic))
-    # The rows that a window shows to 128 keys begin and end at multiples of 64 more often than of 96, which counts where they are
-    # few.
+    # The rows that a window shows to 128 keys begin and end at multiples of 64 more often than of 96, which counts where they
+    # are few.
     rows = 64 if window is not None else 128 if long or backward.deterministic else 96
     runs = long or (narrow and widest == 64 and not backward.deterministic)
     tiles = tuple(
@@ -896,8 +892,8 @@ CTA_COST = 2
 def _run(backward: BackwardProblem, n_blocks: int, m_blocks: int, heads: int, slots: int) -> int:
     """Key tiles of a CTA that takes several.
 
-    In narrow windows, whose key tiles see few queries: of the fewest in turn, where what a CTA costs besides counts as one. Else by
-    the average time of a multiprocessor, and half a CTA's for those that end last.
+    In narrow windows, whose key tiles see few queries: of the fewest in turn, where what a CTA costs besides counts as one.
+    Else by the average time of a multiprocessor, and half a CTA's for those that end last.
     """
     p, runs = backward.forward, [1 << n for n in range(MAX_RUN.bit_length())]
     window = _window(p)
