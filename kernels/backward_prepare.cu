@@ -94,17 +94,20 @@ __device__ __forceinline__ void backward_prepare(const BackwardArguments<Config>
     const BackwardParams& g = arguments.grad;
     constexpr int kRowsAtOnce = Config::kThreads / Kernel::kLanes, kRows = Kernel::kRows;
     const int lane = threadIdx.x % Kernel::kLanes;
-    const unsigned rows_per_head = Config::kPacked ? p.total_q : p.seqlen_q, heads = p.num_heads;
+    const int rows_per_head = Config::kPacked ? p.total_q : p.seqlen_q, heads = p.num_heads;
+    // In the order in which out lies in memory.
+    const bool heads_first = p.out_head < p.out_row;
+    const unsigned inner = heads_first ? heads : rows_per_head, outer = heads_first ? rows_per_head : heads;
     const Element* dout[kRows];
     const Element* out[kRows];
     // Read before the products, which wait for memory too.
     Real lse[kRows], dlse[kRows];
     const long long first = static_cast<long long>(blockIdx.x) * kRows * kRowsAtOnce + threadIdx.x / Kernel::kLanes;
-    int i, head, batch;
+    int fast, slow, batch;
     const auto locate = [&](auto index) {
-        i = static_cast<int>(index % rows_per_head);
-        head = static_cast<int>(index / rows_per_head % heads);
-        batch = static_cast<int>(index / rows_per_head / heads);
+        fast = static_cast<int>(index % inner);
+        slow = static_cast<int>(index / inner % outer);
+        batch = static_cast<int>(index / inner / outer);
     };
     // Divisions of 64 bits take longer than the loads.
     if (p.partial_rows <= 0xffffffffll) {
@@ -112,10 +115,16 @@ __device__ __forceinline__ void backward_prepare(const BackwardArguments<Config>
     } else {
         locate(static_cast<unsigned long long>(first));
     }
+    RowStats<Config>* to[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
-        const long long row = first + r * kRowsAtOnce;
-        bool exists = row < p.partial_rows;
+        const int i = heads_first ? slow : fast, head = heads_first ? fast : slow;
+        bool exists = first + r * kRowsAtOnce < p.partial_rows;
+        to[r] = nullptr;
+        if (exists && lane == 0) {
+            to[r] = static_cast<RowStats<Config>*>(g.row_stats) +
+                    (static_cast<long long>(batch) * heads + head) * rows_per_head + i;
+        }
         if constexpr (Config::kPacked) {
             exists = exists && token_exists(p.cu_seqlens_q, Config::kLens ? p.q_lens : nullptr, p.batch, i);
         } else if (Config::kLens && exists && p.q_lens != nullptr) {
@@ -133,21 +142,20 @@ __device__ __forceinline__ void backward_prepare(const BackwardArguments<Config>
                 dlse[r] = static_cast<const Real*>(g.dlse)[batch * g.dlse_batch + head * g.dlse_head + at_row * g.dlse_row];
             }
         }
-        i += kRowsAtOnce;
-        while (i >= static_cast<int>(rows_per_head)) {
-            i -= static_cast<int>(rows_per_head);
-            if (++head == static_cast<int>(heads)) head = 0, batch++;
+        fast += kRowsAtOnce;
+        while (fast >= static_cast<int>(inner)) {
+            fast -= static_cast<int>(inner);
+            if (++slow == static_cast<int>(outer)) slow = 0, batch++;
         }
     }
     Sum sums[kRows] = {};
     Kernel::products(sums, dout, out, lane, p.head_dim_v);
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
-        const long long row = first + r * kRowsAtOnce;
-        if (lane != 0 || row >= p.partial_rows) continue;
+        if (to[r] == nullptr) continue;
         RowStats<Config> stats = RowStats<Config>::nothing();
         if (lse[r] != negative_infinity<Real>()) stats = RowStats<Config>::of(lse[r], sums[r] - dlse[r]);
-        static_cast<RowStats<Config>*>(g.row_stats)[row] = stats;
+        *to[r] = stats;
     }
 }
 

@@ -6,8 +6,8 @@
 //   classify(at, rows, keys) for masks that read memory: what the tile map stores of a tile
 // kTiled says that which tiles to visit is data, read from a tile map built by tile_map.cu; kByElement that keep() does nothing
 // but read a number of each pair, so that it is better asked of all pairs at once than behind a branch. kBand: row(at, i)
-// yields the keys that query i sees, which may begin before 0, and without kHasStart begin at 0; column(at, j) the queries that see
-// key j, from the least integer or to the largest where nothing limits them. `rows` and `keys` are never empty.
+// yields the keys that query i sees, which may begin before 0, and without kHasStart begin at 0; column(at, j) the queries that
+// see key j, from the least integer or to the largest where nothing limits them. `rows` and `keys` are never empty.
 #pragma once
 #include "attention/coord.cuh"
 #include "ptx/special_registers.cuh"

@@ -111,8 +111,8 @@ __device__ __forceinline__ void score_probabilities(Tile& s, const Coord& at, in
                                                     const Mask& mask, const ScoreMod& score_mod, const Stats& stats,
                                                     Sums& sums) {
     row0 = opaque(row0);
-    // Of the thread's columns the rows that see them, counted from its first: the limits against what is known of a row when the
-    // kernel is compiled.
+    // Of the thread's columns the rows that see them, counted from its first: the limits against what is known of a row when
+    // the kernel is compiled.
     Range seen[Tile::kThreadCols];
     if constexpr (kChecked && Mask::kBand) {
 #pragma unroll

@@ -129,8 +129,8 @@ struct BackwardSm90 {
         int head_kv, padding;
     };
     static constexpr bool kEarly = Config::kEarly;
-    // Where only the mask is between products and exponentials, products start from the row statistics: S from -lse / factor, dP
-    // from -delta. They are read while the tensor cores are busy with the tile before.
+    // Where only the mask is between products and exponentials, products start from the row statistics: S from -lse / factor,
+    // dP from -delta. They are read while the tensor cores are busy with the tile before.
     static constexpr bool kSeeded = kEarly && !Config::kStageBias && !kFewLeft;
     // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that a bias needs.
     static constexpr bool kStatsAhead =
@@ -161,8 +161,7 @@ struct BackwardSm90 {
     static constexpr int kOffsetVisits = kOffsetStats + kStages * kStatsBytes;
     static constexpr int kOffsetBarriers = kOffsetVisits + kStages * static_cast<int>(sizeof(Visit));
     static constexpr int kBarriers = 6 + 7 * kStages;
-    static_assert(kOffsetBarriers + 8 * kBarriers <= Config::kSmemBytes,
-                  "the plan's shared memory is too small");
+    static_assert(kOffsetBarriers + 8 * kBarriers <= Config::kSmemBytes, "the plan's shared memory is too small");
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
@@ -444,7 +443,7 @@ struct BackwardSm90 {
         int first_head, n, m, full, next_n;  // of the visit at hand, and its key tile
         float factor;                        // turns a score into the exponent of 2
         float lse[kStatsAhead ? Scores::kThreadRows : 1];
-        Scores s, dp;                        // of the tile to come
+        Scores s, dp;  // of the tile to come
         WgmmaTile<kKeyCols> dk;
         WgmmaTile<kValueCols> dv;
         Sums sums;
@@ -757,7 +756,8 @@ struct BackwardSm90 {
             if constexpr (!kForeignRows) mbarrier_wait(kernel.do_full(stage), slot.parity);
             wgmma_pin(dp.data);
             wgmma_fence();
-            wgmma_qk<Element, kHeadDimV, VTile, DoTile, kSeeded>(dp, VTile::k_major(v + own_keys), DoTile::k_major(dout + queries));
+            wgmma_qk<Element, kHeadDimV, VTile, DoTile, kSeeded>(dp, VTile::k_major(v + own_keys),
+                                                                 DoTile::k_major(dout + queries));
             read_bias(start);
             if constexpr (kEarly) {
                 wgmma_wait_group<1>();
@@ -933,7 +933,8 @@ struct BackwardSm90 {
             const int head_kv = kernel.visit(slot.stage).head_kv;
 #pragma unroll
             for (int panel = 0; panel < kCols / 64; panel++) {
-                cp_async_bulk_tensor_4d_store(map, own + panel * 16 * 128, 64 * panel, n * kBlockN + 16 * warp, head_kv, at.batch);
+                cp_async_bulk_tensor_4d_store(map, own + panel * 16 * 128, 64 * panel, n * kBlockN + 16 * warp, head_kv,
+                                              at.batch);
             }
             cp_async_bulk_commit();
         }

@@ -63,8 +63,8 @@ struct WgmmaTransposedTile {
     __device__ __forceinline__ static bool leads_col() { return threadIdx.x % 4 == 0; }
 };
 
-// Starts s = Q K^T over kDepth columns; `q` and `k` are K-major descriptors of 64 rows of QTile and of rows of a KTile. kAdd: to
-// what s holds.
+// Starts s = Q K^T over kDepth columns; `q` and `k` are K-major descriptors of 64 rows of QTile and of rows of a KTile. kAdd:
+// to what s holds.
 template <class Element, int kDepth, class QTile, class KTile, bool kAdd = false, class Sums>
 __device__ __forceinline__ void wgmma_qk(Sums& s, unsigned long long q, unsigned long long k) {
 #pragma unroll
