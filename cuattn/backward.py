@@ -633,6 +633,10 @@ L2_BYTES = 32 << 20
 """Of an H200's 50 MB, what may be counted on."""
 
 
+MOST_FEW_ROWS = 4096
+"""Queries of a causal call up to which tiles of 64 rows were no slower than of 96, at 64 columns."""
+LONG_RUNS = ((512, 4, 4), (4096, 1, 2))
+"""At 64 columns, up to so many keys: key tiles that a CTA takes one after the other without a mask, and under a causal one."""
 NARROW_WINDOW = 256
 """Keys of a window up to which its few query tiles do not repay what a CTA costs before and after them. A CTA then has one
 consumer warpgroup, shares its SM with another, and takes several key tiles one after the other.
@@ -729,17 +733,6 @@ def sm90_dims(problem: Problem, tiles: Tiles) -> tuple[int, int]:
     return round_up(problem.head_dim, unit), round_up(problem.head_dim_v, unit)
 
 
-def _stores(problem: Problem, tiles: Tiles) -> bool:
-    """Whether the copy engine can store dk and dv: rows of whole 16 bytes, no rows of other sequences, and as much shared
-    memory as the dq of a warp takes for one of them.
-    """
-    p, (dim, dim_v) = problem, sm90_dims(problem, tiles)
-    own_lengths = p.packed or any(p.operand(name) is not None for name in ("q_lens", "kv_lens"))
-    if own_lengths or p.head_dim % 8 or p.head_dim_v % 8 or _shares_keys(tiles):
-        return False
-    return 2 * WARP_ROWS * max(dim, dim_v) <= 4 * tiles.block_m * dim // (tiles.warps - PRODUCER_THREADS // 32)
-
-
 def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     """kernels/mainloop/backward_sm90.cuh, which asserts that it suffices."""
     dim, dim_v = sm90_dims(backward.forward, tiles)
@@ -790,20 +783,27 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
         tight = backward.deterministic or own_lengths
         tiles = (*(t for t in tiles if not (tight and t.block_m == 48)), *_SM90[256])
     band = isinstance(problem.mask, Full) or (isinstance(problem.mask, SlidingWindow) and window is None)
-    plain = not (own_lengths or problem.mods or problem.dropout or backward.deterministic)
-    long = plain and band and widest == 64
+    bare = band and not own_lengths and _early(problem) and not problem.mods
+    run = _long_run(problem, device) if bare and widest == 64 and not backward.deterministic else 0
     # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
     # spread by themselves, and at 256 there is no shared memory left to stage them.
-    bulk = widest in (128, 192) or (widest == 64 and (narrow or isinstance(problem.mask, Full) or backward.deterministic))
-    # The rows that a window shows to 128 keys begin and end at multiples of 64 more often than of 96, which counts where they
-    # are few.
-    rows = 64 if window is not None else 128 if long or backward.deterministic else 96
-    runs = long or (narrow and widest == 64 and not backward.deterministic)
-    tiles = tuple(
-        replace(t, bulk=bulk and not _shares_keys(t), runs=runs) for t in tiles if weight <= t.max_weight and t.block_m <= rows
+    bulk = widest in (128, 192) or (
+        widest == 64 and (narrow or isinstance(problem.mask, Full) or run > 0 or backward.deterministic)
     )
-    tiles = tuple(replace(t, stores=_stores(problem, t)) for t in tiles)
-    tiles = tuple(t if sm90_smem_bytes(backward, t) <= device.smem_per_block else replace(t, stores=False) for t in tiles)
+    # The rows that a band shows to 128 keys begin and end at multiples of 64 more often than of 96, which counts where they
+    # are few.
+    plain = not (problem.packed or problem.mods or backward.deterministic)
+    few = window is not None or (plain and isinstance(problem.mask, SlidingWindow) and problem.seqlen_q <= MOST_FEW_ROWS)
+    rows = 128 if run > 0 or (weight == 0 and not few) else 64 if few else 96
+    runs = run > 1 or (narrow and widest == 64 and not backward.deterministic)
+    # At 64 columns without a mask the tiles of long runs are as fast without, for lack of registers.
+    seeded = bare and widest != 192 and not (widest == 64 and isinstance(problem.mask, Full) and not runs)
+    stores = bare and widest <= 128 and dim_v <= dim and problem.head_dim % 8 == problem.head_dim_v % 8 == 0
+    tiles = tuple(
+        replace(t, bulk=bulk and not _shares_keys(t), runs=runs, seeded=seeded, stores=stores)
+        for t in tiles
+        if weight <= t.max_weight and t.block_m <= rows
+    )
     return [t for t in tiles if sm90_smem_bytes(backward, t) <= device.smem_per_block]
 
 
@@ -880,27 +880,26 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
         map_batches=p.batch if own_lengths or per_batch else 1,
         map_heads=p.num_heads if per_head else 1,
         smem_bytes=smem,
-        run=_run(backward, n_blocks, m_blocks, heads, slots) if tiles.runs else 1,
+        run=1 if not tiles.runs else _run(n_blocks, heads, slots) if tiles.block_n == 64 else _long_run(p, device),
     )
 
 
 MAX_RUN = 16
-CTA_COST = 2
-"""Query tiles of 128 rows in whose time a CTA starts and ends."""
 
 
-def _run(backward: BackwardProblem, n_blocks: int, m_blocks: int, heads: int, slots: int) -> int:
-    """Key tiles of a CTA that takes several.
+def _run(n_blocks: int, heads: int, slots: int) -> int:
+    """Key tiles of a CTA of several in narrow windows: of the fewest in turn, where what a CTA costs besides counts as one."""
+    runs = [1 << n for n in range(MAX_RUN.bit_length())]
+    return min(runs, key=lambda run: -(-heads * -(-n_blocks // run) // slots) * (run + 1))
 
-    In narrow windows, whose key tiles see few queries: of the fewest in turn, where what a CTA costs besides counts as one.
-    Else by the average time of a multiprocessor, and half a CTA's for those that end last.
-    """
-    p, runs = backward.forward, [1 << n for n in range(MAX_RUN.bit_length())]
-    window = _window(p)
-    if window is not None and window <= NARROW_WINDOW:
-        return min(runs, key=lambda run: -(-heads * -(-n_blocks // run) // slots) * (run + 1))
-    visits = m_blocks * p.group / (1 if isinstance(p.mask, Full) else 2)
-    return min(runs, key=lambda run: (heads * -(-n_blocks // run) / slots + 0.5) * (run * visits + CTA_COST))
+
+def _long_run(problem: Problem, device: Device) -> int:
+    """The same where key tiles see many queries, which one CTA an SM takes: as many as were fastest, if CTAs abound."""
+    p = problem
+    keys, column = min(p.seqlen_k, p.total_k), 1 if isinstance(p.mask, Full) else 2
+    run = next((row[column] for row in LONG_RUNS if keys <= row[0]), 1)
+    ctas = p.num_heads_kv * p.batch * -(-keys // (128 * run))
+    return run if ctas >= 2 * device.num_sms else 1
 
 
 MIN_TILES_PER_SPLIT = 4

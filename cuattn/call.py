@@ -27,16 +27,7 @@ from cuattn.backward import (
     make_backward_plan,
     make_backward_problem,
 )
-from cuattn.codegen import (
-    BIAS_THREADS,
-    COMBINE_THREADS,
-    PREPARE_ROWS,
-    PREPARE_THREADS,
-    Unit,
-    backward_units,
-    bias_is_wide,
-    units,
-)
+from cuattn.codegen import BIAS_THREADS, COMBINE_THREADS, PREPARE_THREADS, Unit, backward_units, bias_is_wide, units
 from cuattn.decode import DecodePlan
 from cuattn.fields import ITEMSIZE
 from cuattn.launch import Launch, backward_struct, forward_struct
@@ -728,7 +719,7 @@ def _backward_launches(plan: BackwardPlan, position: Mapping[int, int]) -> list[
         "magnitude": plan.split_grid,
         "split": plan.split_grid,
         "tile_map": plan.map_batches * plan.map_heads * plan.m_blocks * plan.map_words,
-        "prepare": -(-plan.partial_rows * plan.prepare_lanes // (PREPARE_THREADS * PREPARE_ROWS)),
+        "prepare": -(-plan.partial_rows * plan.prepare_lanes // PREPARE_THREADS),
         "sinks": p.num_heads,
         "convert": plan.m_blocks * p.num_heads * plan.batches,
         "combine": -(-plan.rows_kv * 32 // COMBINE_THREADS),

@@ -181,7 +181,7 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
 
 # Backward -------------------------------------------------------------------------------------------------------------
 
-PREPARE_THREADS, PREPARE_ROWS = 256, 4
+PREPARE_THREADS = 256
 SINKS_THREADS = 512
 BIAS_THREADS = 256
 COMBINE_THREADS = 128
@@ -222,7 +222,7 @@ _SPLIT_NEEDS = ("kHeadDim", "kHeadDimV", "kVecQ", "kVecK", "kVecV", "kVecDout", 
 NEEDS = {
     "magnitude": _SPLIT_NEEDS,
     "split": _SPLIT_NEEDS,
-    "backward_prepare": ("kPrepareLanes", "kPrepareRows", "kVecOut", "kVecDout", "kTf32"),
+    "backward_prepare": ("kPrepareLanes", "kVecOut", "kVecDout", "kTf32"),
     "backward_sinks": ("Sink",),
     "backward_convert": ("Gemm", "kHeadDim", "kBlockM", "kBlockN", "kSlabThreads", "kVecDq", "kVectorRed", "kWarpSlabs"),
     "backward_combine": (),
@@ -245,7 +245,6 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         **_constants(plan, threads, smem_bytes, plan.tiles.min_blocks if attends else 1),
         "kSlabThreads": plan.slab_threads,
         "kPrepareLanes": plan.prepare_lanes,
-        "kPrepareRows": PREPARE_ROWS,
         "kBiasKind": plan.bias_kind.number,
         "kVecBias": plan.staged_bias.vector_bytes if plan.staged_bias is not None else 16,
         "kUniform": sum(mod.uniforms for mod, wanted in zip(p.mods, backward.wanted, strict=True) if wanted),
@@ -274,7 +273,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
     if attends:
         if plan.uses_tma:
             flags |= {"kEarly": plan.early, "kBulkDq": plan.tiles.bulk, "kRuns": plan.tiles.runs, "kSendDs": plan.sends_ds}
-            flags["kStoreTma"] = bool(plan.tma_gradients)
+            flags |= {"kSeeded": plan.tiles.seeded, "kStoreTma": bool(plan.tma_gradients)}
         arguments = "BackwardTmaArguments" if plan.uses_tma else "BackwardArguments"
         return _translation_unit(plan, kernel, arguments, size, types, constants, flags, True)
     sinks = p.operand("sinks")

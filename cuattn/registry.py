@@ -75,6 +75,8 @@ class Tiles:
     """backward_sm90: dq is added by the copy engine, through shared memory"""
     runs: bool = False
     """backward_sm90: a CTA takes several key tiles one after the other"""
+    seeded: bool = False
+    """backward_sm90: products start from the row statistics"""
     stores: bool = False
     """backward_sm90: the copy engine stores dk and dv, through the shared memory that `bulk` needs too"""
 

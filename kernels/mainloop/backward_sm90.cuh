@@ -129,18 +129,15 @@ struct BackwardSm90 {
         int head_kv, padding;
     };
     static constexpr bool kEarly = Config::kEarly;
-    // Where only the mask is between products and exponentials, products start from the row statistics: S from -lse / factor,
+    // Where only the mask is between products and exponentials, products can start from the row statistics: S from -lse / factor,
     // dP from -delta. They are read while the tensor cores are busy with the tile before.
-    static constexpr bool kSeeded = kEarly && !Config::kStageBias && !kFewLeft;
+    static constexpr bool kSeeded = Config::kSeeded;
+    static_assert(!kSeeded || (kEarly && !Config::kStageBias && !kFewLeft));
     // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that a bias needs.
     static constexpr bool kStatsAhead =
         kEarly && !kSeeded && !kFewLeft && kScoreRows <= (Config::kStageBias && kKeyCols > 64 ? 32 : 64);
-#ifdef NO_COURIER
-    static constexpr bool kCourier = Config::kBulkDq && Config::kDeterministic;
-#else
     // The doormen add dq, in order or not; else each consumer warp adds its own part.
-    static constexpr bool kCourier = Config::kBulkDq && (Config::kDeterministic || (kConsumers == 2 && !kFewLeft));
-#endif
+    static constexpr bool kCourier = Config::kBulkDq && (Config::kDeterministic || (kSeeded && !kRuns));
     static constexpr bool kDoormen = kCourier || Config::kDeterministic;
     static constexpr int kDqWarpBytes = Config::kBulkDq || Config::kStoreTma ? Slab::kWarpElements * 4 : 0;
     static constexpr int kKeyStages = kRuns ? 2 : 1;
