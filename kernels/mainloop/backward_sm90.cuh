@@ -41,9 +41,11 @@
 #include "attention/row_stats.cuh"
 #include "attention/scores.cuh"
 #include "attention/seqlen.cuh"
+#include "mainloop/backward_maps.cuh"
 #include "mainloop/query_tiles.cuh"
 #include "mainloop/ring.cuh"
 #include "mainloop/slab.cuh"
+#include "mainloop/stats_tile.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/special_registers.cuh"
 #include "ptx/warpgroup.cuh"
@@ -52,18 +54,6 @@
 #include "tile/wgmma_tile.cuh"
 
 namespace cuattn {
-
-// Tensor maps of q, k, v and dout over (d, row, head, batch), packed (d, token, head, 1), with boxes of 64 columns and the rows
-// of a tile.
-// kBiasTiles: also of the bias and, where it is wanted, of its gradient or bias_sum over (key, query, head, batch), with boxes
-// of 128 bytes and the rows of a tile.
-enum BackwardMapIndex { kBackwardMapQ, kBackwardMapK, kBackwardMapV, kBackwardMapDout, kBackwardMapBias, kBackwardMapDbias };
-template <class Config>
-struct BackwardTmaArguments {
-    static constexpr bool kBiasTiles = Config::kStageBias && !Config::kBiasRow;
-    TensorMap maps[!kBiasTiles ? 4 : Config::kBiasKind == kBiasNone ? 5 : 6];
-    BackwardArguments<Config> variant;
-};
 
 template <class Config>
 struct BackwardSm90 {
@@ -103,6 +93,8 @@ struct BackwardSm90 {
     using DqSums = typename Slab::Sums;
     static_assert(DqSums::kParts <= 2);
     using Stats = RowStats<Config>;
+    using StatsRows = StatsTile<kBlockM>;
+    using StatsReader = typename StatsRows::Reader;
     using Sums = ModSums<Config, Scores>;
     using Slot = RingSlot<kStages>;
     // Deterministic: key tiles add to a query tile's dq in their order. All begin with the last query tiles, which under a
@@ -141,9 +133,7 @@ struct BackwardSm90 {
     static constexpr int kOffsetStats = kOffsetColumns + (Sums::kKind == kBiasColumns ? kConsumerThreads * 8 : 0);
     static_assert(Scores::kThreadCols == 2);
     static_assert(kOffsetBias % QTile::kAlignment == 0);
-    static constexpr int kStatsBytes = kBlockM * static_cast<int>(sizeof(Stats));
-    static_assert(sizeof(Stats) == 8);
-    static constexpr int kOffsetVisits = kOffsetStats + kStages * kStatsBytes;
+    static constexpr int kOffsetVisits = kOffsetStats + kStages * StatsRows::kBytes;
     static constexpr int kOffsetBarriers = kOffsetVisits + kStages * static_cast<int>(sizeof(Visit));
     static constexpr int kBarriers = 6 + 7 * kStages;
     // The dynamic shared memory of a CTA is aligned by hand.
@@ -173,27 +163,10 @@ struct BackwardSm90 {
     __device__ __forceinline__ unsigned turn(int stage) const { return barrier(6 + 5 * kStages + stage); }
     __device__ __forceinline__ unsigned handed(int stage) const { return barrier(6 + 6 * kStages + stage); }
     __device__ __forceinline__ float* stats(int stage) const {
-        return reinterpret_cast<float*>(smem + kOffsetStats + stage * kStatsBytes);
+        return reinterpret_cast<float*>(smem + kOffsetStats + stage * StatsRows::kBytes);
     }
-    // Row statistics of a tile: lse of all rows, then delta, in an order in which the four of 16 rows that a thread's elements
-    // lie in are neighbours.
-    __device__ __forceinline__ static unsigned stats_place(unsigned row) {
-        return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;
-    }
-    struct StatsReader {
-        const float4* own;  // of this thread
-
-        __device__ __forceinline__ float at(int r) const {
-            const float4 four = own[r / 4 * 4];
-            return r % 4 == 0 ? four.x : r % 4 == 1 ? four.y : r % 4 == 2 ? four.z : four.w;
-        }
-        __device__ __forceinline__ float lse(int r) const { return at(r); }
-        __device__ __forceinline__ float delta(int r) const { return at(r + kBlockM / 4); }
-        __device__ __forceinline__ Stats operator()(int r) const { return {lse(r), delta(r)}; }
-    };
     __device__ __forceinline__ StatsReader read_stats(int stage) const {
-        const int first = kWide ? static_cast<int>(threadIdx.x / 128) * kScoreRows / 4 : 0;
-        return {reinterpret_cast<const float4*>(stats(stage)) + first + threadIdx.x % 4};
+        return StatsRows::read(stats(stage), kWide ? static_cast<int>(threadIdx.x / 128) * kScoreRows : 0);
     }
     __device__ __forceinline__ Visit& visit(int stage) const { return reinterpret_cast<Visit*>(smem + kOffsetVisits)[stage]; }
 
@@ -321,7 +294,7 @@ struct BackwardSm90 {
             }
             if (!kFewLeft) mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
             // NOTE: opaque, or what follows from these is kept in registers from one tile to the next.
-            float* to = stats(slot.stage) + stats_place(opaque(static_cast<unsigned>(lane)));
+            float* to = stats(slot.stage) + StatsRows::place(opaque(static_cast<unsigned>(lane)));
 #pragma unroll
             for (int x = 0; x < kLaneRows; x++) {
                 if (32 * x + 32 <= kBlockM || lane < kBlockM % 32) to[32 * x] = own[x].lse, to[32 * x + kBlockM] = own[x].delta;
