@@ -900,7 +900,7 @@ def _run(n_blocks: int, heads: int, slots: int) -> int:
 
 
 def _window_run(m_blocks: int, heads: int, group: int, slots: int) -> int:
-    """Query tiles of a CTA of backward_window_sm90: of the fewest visits in turn, where what a CTA costs besides counts as two."""
+    """Query tiles of a CTA of backward_window_sm90: of the fewest visits in turn; what a CTA costs besides counts as two."""
     runs = range(1, max(1, m_blocks) + 1)
     return min(runs, key=lambda run: -(-heads * -(-m_blocks // run) // slots) * ((run + HELD_TILES - 1) * group + 2))
 

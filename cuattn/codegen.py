@@ -189,8 +189,8 @@ COMBINE_THREADS = 128
 
 def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
     """By role, in launch order: magnitude and split (if inputs become pairs of fp16 numbers), tile_map (if the mask needs one),
-    prepare, sinks (if there are), backward, convert (unless dq needs none), combine (if CTAs shared queries), bias (unless there is none, or it is
-    stored as it comes).
+    prepare, sinks (if there are), backward, convert (unless dq is written in one pass), combine (if CTAs shared queries), bias
+    (unless there is none, or it is stored as it comes).
     """
     p, bias = plan.problem, plan.backward.bias
     result = {}
