@@ -110,6 +110,7 @@ def test_narrow_windows(
     cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, head_dim: int, narrow: int, deterministic: bool
 ) -> None:
     """As wide ones, and by CTAs that take several key tiles."""
+    monkeypatch.setattr(backward, "_in_one_pass", lambda _: False)
     monkeypatch.setattr(backward, "NARROW_WINDOW", narrow)
     monkeypatch.setattr(backward, "_run", lambda *_: 3)
     case = Case("bfloat16", "ieee", 3, 410, 520 + 8 * deterministic, 4, 2, head_dim, mask="window")
