@@ -473,6 +473,7 @@ struct BackwardSm90 {
             if constexpr (kForeignRows) {
                 const int rows = at.seqlen_q - m * kBlockM, thread = static_cast<int>(threadIdx.x % 128);
                 if (rows >= kBlockM) return;
+                mbarrier_wait(kernel.do_full(slot.stage), slot.parity);
                 QTile::template clear_rows<128>(kernel.smem + kOffsetQ + slot.stage * QTile::kBytes, rows, thread);
                 DoTile::template clear_rows<128>(kernel.smem + kOffsetDo + slot.stage * DoTile::kBytes, rows, thread);
                 fence_proxy_async();
@@ -674,16 +675,13 @@ struct BackwardSm90 {
             DqSums dq;
             unsigned p_operand[Scores::kSize / 2], ds_operand[Scores::kSize / 2];
             mbarrier_wait(kernel.q_full(stage), slot.parity);
-            if constexpr (kForeignRows) {
-                mbarrier_wait(kernel.do_full(stage), slot.parity);
-                clear_queries();
-            }
+            clear_queries();
             wgmma_pin(s.data);
             wgmma_fence();
             const int own_keys = kWide ? 0 : group * 64 * 128, queries = kWide ? group * kScoreRows * 128 : 0;
             const unsigned k = start + keys.stage * KTile::kBytes, v = start + kOffsetV + keys.stage * VTile::kBytes;
             wgmma_qk<Element, kHeadDim, KTile, QTile>(s, KTile::k_major(k + own_keys), QTile::k_major(q + queries));
-            if constexpr (!kForeignRows) mbarrier_wait(kernel.do_full(stage), slot.parity);
+            mbarrier_wait(kernel.do_full(stage), slot.parity);
             wgmma_pin(dp.data);
             wgmma_fence();
             wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(v + own_keys), DoTile::k_major(dout + queries));

@@ -230,6 +230,7 @@ struct BackwardWindowSm90 {
             if constexpr (kForeignRows) {
                 const int rows = w.at.seqlen_q - m * kRows;
                 if (rows >= kRows) return;
+                mbarrier_wait(kernel.do_full(slot.stage), slot.parity);
                 kernel.clear_outside(kOffsetQ + slot.stage * Tile::kBytes, 0, rows);
                 kernel.clear_outside(kOffsetDo + slot.stage * Tile::kBytes, 0, rows);
                 fence_proxy_async();
@@ -261,14 +262,11 @@ struct BackwardWindowSm90 {
             const unsigned k = start + w.slot(n) * Tile::kBytes, v = k + kOffsetV;
             Scores s, dp;
             unsigned p_operand[Scores::kSize / 2], ds_operand[Scores::kSize / 2];
-            if constexpr (kForeignRows) {
-                mbarrier_wait(kernel.do_full(stage), slot.parity);
-                clear_queries();
-            }
+            clear_queries();
             wgmma_pin(s.data);
             wgmma_fence();
             wgmma_qk<Element, 64, Tile, Tile>(s, Tile::k_major(k), Tile::k_major(q));
-            if constexpr (!kForeignRows) mbarrier_wait(kernel.do_full(stage), slot.parity);
+            mbarrier_wait(kernel.do_full(stage), slot.parity);
             wgmma_pin(dp.data);
             wgmma_fence();
             wgmma_qk<Element, 64, Tile, Tile>(dp, Tile::k_major(v), Tile::k_major(dout));
