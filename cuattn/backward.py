@@ -664,7 +664,7 @@ def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
     window = _window(p)
     if window is not None and window <= NARROW_WINDOW and widest > 128:
         reasons.append(f"does not repay its start in windows to {NARROW_WINDOW} keys, got {window}")
-    if not reasons and not sm90_candidates(backward, device):
+    if not reasons and not _in_one_pass(p) and not sm90_candidates(backward, device):
         reasons.append("has no registers or shared memory left for these modifications")
     return reasons
 
@@ -845,8 +845,10 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
     hopper = not declined
     gemm = _sm90_gemm(p) if hopper else gemm_of(p, device)
     one_pass = hopper and _in_one_pass(p)
-    tiles = (sm90_candidates(backward, device) if hopper else candidates(p, device, backward.deterministic))[0]
-    tiles = _IN_ONE_PASS if one_pass else tiles
+    if one_pass:
+        tiles = _IN_ONE_PASS
+    else:
+        tiles = (sm90_candidates(backward, device) if hopper else candidates(p, device, backward.deterministic))[0]
     longest_q, longest_k = min(p.seqlen_q, p.total_q), min(p.seqlen_k, p.total_k)
     m_blocks, n_blocks = -(-longest_q // tiles.block_m), max(1, -(-longest_k // tiles.block_n))
     if p.packed:
@@ -856,8 +858,10 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
     if not hopper and staged is not None and smem_bytes(p, tiles, gemm, staged) > device.smem_per_block:
         staged = None
     kind = _sm90_bias_kind(backward) if hopper else _bias_kind(backward)
-    smem = sm90_smem_bytes(backward, tiles) if hopper else smem_bytes(p, tiles, gemm, staged)
-    smem = window_smem_bytes(tiles) if one_pass else smem
+    if one_pass:
+        smem = window_smem_bytes(tiles)
+    else:
+        smem = sm90_smem_bytes(backward, tiles) if hopper else smem_bytes(p, tiles, gemm, staged)
     resident = max(1, min(tiles.min_blocks, device.smem_per_sm // (smem + 1024)))
     slots, heads = resident * device.num_sms, max(1, p.num_heads_kv * p.batch)
     dq_splits = 1
