@@ -322,9 +322,21 @@ class BackwardPlan:
         """
         p = self.problem
         row = 2 * self.head_dim + 2 * self.head_dim_v + 4 * self.head_dim
-        in_cache = L2_BYTES // max(1, row * min(p.seqlen_q, p.total_q) * p.group)
-        pairs = self.q_splits * p.num_heads_kv * self.batches
+        queries = -(-p.total_q // max(1, p.batch)) if p.packed else p.seqlen_q
+        in_cache = L2_BYTES // max(1, row * queries * p.group)
+        pairs = self.q_splits * p.num_heads_kv * (1 if self.all_tokens else self.batches)
         return min(max(1, in_cache, -(-2 * self.device.num_sms // self.shares)), max(1, pairs))
+
+    @property
+    def all_tokens(self) -> bool:
+        """backward_sm90: key tiles are numbered over all packed sequences."""
+        return self.kernel == SM90 and self.problem.packed and not self.tiles.runs
+
+    @property
+    def key_tiles(self) -> int:
+        """Of the longest sequence, or of all packed ones, as `slabs` counts those of queries."""
+        p = self.problem
+        return p.total_k // self.tiles.block_n + p.batch + 1 if self.all_tokens else self.n_blocks
 
     @property
     def split_inputs(self) -> bool:
@@ -356,7 +368,7 @@ class BackwardPlan:
     def shares(self) -> int:
         """CTAs that the key tiles of a head are divided among, in one pass the query tiles."""
         in_turn = self.backward.deterministic and not self.uses_tma
-        return self.dq_splits if in_turn else -(-(self.m_blocks if self.in_one_pass else self.n_blocks) // self.run)
+        return self.dq_splits if in_turn else -(-(self.m_blocks if self.in_one_pass else self.key_tiles) // self.run)
 
     @property
     def launches(self) -> tuple[tuple[int, int, int, int], ...]:
@@ -374,7 +386,7 @@ class BackwardPlan:
         return tuple((b, h, nb, nh) for b, nb in parts_b for h, nh in parts_h)
 
     def grid(self, batches: int, heads_kv: int) -> int:
-        return self.shares * self.q_splits * heads_kv * batches
+        return self.shares * self.q_splits * heads_kv * (1 if self.all_tokens else batches)
 
     @property
     def partial_rows(self) -> int:
@@ -737,7 +749,7 @@ def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     bulk = 4 * m * dim if tiles.bulk else 0
     through = 2 if _shares_keys(tiles) else 1  # dS, and P where the warpgroups share their keys
     keys = (1 + tiles.runs) * 2 * n * (dim + dim_v)
-    return keys + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (6 + 7 * stages) + 1024
+    return keys + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (7 + 7 * stages) + 1024
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four
