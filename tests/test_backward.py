@@ -122,6 +122,22 @@ def test_narrow_windows(
 @pytest.mark.parametrize(
     "case",
     [
+        Case("bfloat16", "ieee", 40, 130, 200, 2, 1, 128, mask="causal", sequences="packed"),
+        Case("float16", "ieee", 33, 300, 300, 2, 2, 64, sequences="packed"),
+        Case("bfloat16", "ieee", 3, 900, 1200, 4, 4, 128, mask="causal", sequences="packed"),
+    ],
+    ids=str,
+)
+def test_key_tiles_of_all_sequences(cupy_backend: Any, case: Case, deterministic: bool) -> None:
+    """More sequences than a warp has lanes, and few of several key tiles."""
+    check(cupy_backend, case, deterministic=deterministic)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
         Case("bfloat16", "ieee", 3, 410, 520, 4, 2, 192, 128),
         Case("float16", "ieee", 2, 517, 390, 4, 1, 192, 128, mask="causal"),
         Case("bfloat16", "ieee", 2, 300, 301, 2, 2, 160, 64, mask="causal", sinks=True),
