@@ -104,6 +104,18 @@ def test_windows_in_one_pass(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("run_of", [1, 2, 4])
+@pytest.mark.parametrize(("seqlen_q", "heads"), [(410, 4), (200, 2)])  # whose queries two CTAs share, or one has
+def test_runs_of_key_tiles(
+    cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, seqlen_q: int, heads: int, run_of: int, mask: str
+) -> None:
+    """dk and dv of a key tile are on their way while the next one's dq is added."""
+    monkeypatch.setattr(backward, "_long_run", lambda *_: run_of)
+    check(cupy_backend, Case("bfloat16", "ieee", 3, seqlen_q, 500 + 8 * run_of, heads, 2, 64, mask=mask))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(("head_dim", "narrow"), [(64, 0), (64, 256), (128, 0), (128, 256), (256, 0)])
 def test_narrow_windows(
