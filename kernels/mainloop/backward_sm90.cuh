@@ -11,10 +11,10 @@
 //             loader: one thread of warp 8 issues all tile loads
 //             guide: warp 9 says which query tile a stage holds (Visit) and brings its row statistics, which TMA cannot: their
 //             rows are neither padded nor aligned
-//             doormen: warps 10 and 11, deterministic, a stage each: see to it that dq is added once all key tiles before have
+//             doormen: warps 10 and 11, deterministic or with kCourier, a stage each: have dq added, in order or at once
 // Registers   the producer warpgroup hands all but kProducerRegisters over
 // Memory      sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x sQ (kBlockM x D) | kStages x sdO (kBlockM x Dv) |
-//             2 x sdS (kBlockM x kBlockN) | 2 x sP (likewise, kWide) | sdQ (kBlockM x D floats, with kBulkDq) |
+//             2 x sdS (kBlockM x kBlockN) | 2 x sP (likewise, kWide) | sdQ (kBlockM x D floats, with kBulkDq or kStoreTma) |
 //             kStages x bias tile | 2 x its gradient | bias of the keys | its gradient |
 //             kStages x row statistics | kStages x Visit | barriers
 // Bias        a bias that varies along the queries comes in tiles with them and is read as P^T lies in registers; its gradient
