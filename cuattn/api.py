@@ -158,13 +158,16 @@ def _check_cumulative(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
             raise TypeError(f"{name}: got None, expected an int32 array of shape (batch + 1,)")
 
 
-_FULL, _CAUSAL = parse_mask(False, None, None), parse_mask(True, None, None)
+_FULL, _CAUSAL, _TOP_LEFT = (parse_mask(causal, None, None) for causal in (False, True, "top-left"))
 
 
 def _mask_of(causal: Any, window: Any, mask: Any) -> Mask:
     """`parse_mask`, with the most common answers at hand."""
-    if mask is None and window is None and (causal is False or causal is True):
-        return _CAUSAL if causal else _FULL
+    if mask is None and window is None:
+        if causal is False or causal is True:
+            return _CAUSAL if causal else _FULL
+        if type(causal) is str and causal == "top-left":
+            return _TOP_LEFT
     return parse_mask(causal, window, mask)
 
 
@@ -259,13 +262,12 @@ def attention_with_kvcache(
         "sinks": sinks,
         "out": out,
     }
+    flags = bool(deterministic), num_splits, bool(rotary_interleaved)
     return decode_call.attend(
         named,
         _mask_of(causal, window, mask),
         parse_mods(softcap, alibi_slopes, bias, score_mod),
-        Scalars(
-            scale, return_lse, bool(deterministic), num_splits, bool(rotary_interleaved), max_seqlen_q, precision, head_dim_v
-        ),
+        call.new(Scalars, (scale, return_lse, *flags, max_seqlen_q, precision, head_dim_v)),
     )
 
 

@@ -324,7 +324,7 @@ class Torch(Library):
 
     def _inspect(self, x: Any, name: str) -> None:
         """Refuse a tensor whose memory does not hold its values. Rare enough to be looked at only when something is unusual."""
-        ptr, (dtype, low_bits) = x.data_ptr(), _torch_element(x.dtype)
+        ptr, (dtype, low_bits) = x.data_ptr(), _TORCH_ELEMENTS.get(x.dtype) or _torch_element(x.dtype)
         if ptr == 0 and x.numel():
             raise TypeError(f"{name}: got a tensor without memory (device {x.device}), expected a CPU or CUDA tensor")
         if ptr & low_bits:

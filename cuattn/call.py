@@ -159,7 +159,9 @@ def resolve(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], optio
     library = library_of(q, "q")
     device = library.device(q, "q")
     present = {name: x for name, x in named.items() if x is not None}
-    mask, own = own_arrays(mask, mods, library, q, device)
+    own: tuple[Any, ...] = ()
+    if mods or mask.arrays:
+        mask, own = own_arrays(mask, mods, library, q, device)
     gathered = gather(library, device, present, own, mask, mods)
     needs_grad = check_kinds(library, device, present, mask, mods) if gathered is None else gathered[2]
     if "out" in present and "dout" not in present:
@@ -671,6 +673,8 @@ _FORWARD_NAMES = frozenset(POINTERS) - {"lse"}
 
 def _raw(call: Call, wanted: tuple[bool, ...], results: list[Any]) -> Raw:
     """Results in the order of `prepare_backward`, as the caller gets them; those of user parameters come in float64."""
+    if len(results) == 3:
+        return new(Raw, (*results, ((),) * len(wanted), None))
     dq, dk, dv, *rest = results
     dsinks = rest.pop(0) if "sinks" in call.present else None
     dmods: list[tuple[Any, ...]] = [()] * len(call.mods)
