@@ -98,7 +98,7 @@ class Call(NamedTuple):
 def forward(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], options: Options, seed: int) -> Any:
     """out, or (out, lse) with `options.return_lse`.
 
-    named: q, k, v, and those of sinks, q_lens, kv_lens, out, cu_seqlens_q and cu_seqlens_k that are given (None: not given).
+    named: q, k, v, and those of sinks, q_lens, kv_lens, out, cu_seqlens_q and cu_seqlens_k that are given.
     """
     if arrays.traced(named["q"]):
         from cuattn.torch import trace
@@ -136,9 +136,6 @@ def backward(
 
     wanted: by score modification, whether the gradients of its differentiable arrays are; default: all of them.
     """
-    for name in ("dout", "out", "lse"):
-        if named.get(name) is None:
-            raise TypeError(f"{name}: got None, expected an array")
     if arrays.traced(named["q"]):
         from cuattn.torch import trace_backward
 
@@ -158,19 +155,18 @@ def resolve(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], optio
     q = named["q"]
     library = library_of(q, "q")
     device = library.device(q, "q")
-    present = {name: x for name, x in named.items() if x is not None}
     own: tuple[Any, ...] = ()
     if mods or mask.arrays:
         mask, own = own_arrays(mask, mods, library, q, device)
-    gathered = gather(library, device, present, own, mask, mods)
-    needs_grad = check_kinds(library, device, present, mask, mods) if gathered is None else gathered[2]
-    if "out" in present and "dout" not in present:
-        check_writable(present["out"])
+    gathered = gather(library, device, named, own, mask, mods)
+    needs_grad = check_kinds(library, device, named, mask, mods) if gathered is None else gathered[2]
+    if "out" in named and "dout" not in named:
+        check_writable(named["out"])
     if type(seed) is not int or seed < 0 or seed >> 64:
         seed = _seed(seed)
     if options.max_seqlen_q is not None:
         options = _of_integers(options)
-    return new(Call, (library, device, present, mask, mods, own, options, seed, gathered)), needs_grad
+    return new(Call, (library, device, named, mask, mods, own, options, seed, gathered)), needs_grad
 
 
 def own_arrays(
@@ -560,18 +556,26 @@ def remember(key: Hashable, prepared: Prepared, library: Library, device: ArrayD
 def run(library: Library, device: ArrayDevice, prepared: Prepared, makers: Makers, words: list[int]) -> list[Any]:
     """Step 5: the results of a call. `words`: those that the caller brings. The device is current."""
     results = [make() for make in makers.results]
-    words += [library.address(x) for x in results]
     workspace, address = None, 0
-    if makers.workspace is not None:
-        try:
-            workspace = makers.workspace()
-        except Exception as error:
-            size = prepared.workspace_bytes
-            raise MemoryError(f"no room for a workspace of {size} bytes: {error}\nneeded by {prepared.plan}") from error
-        address = library.address(workspace)
+    try:
+        words += map(library.address, results)
+        if makers.workspace is not None:
+            workspace = _workspace(prepared, makers.workspace)
+            address = library.address(workspace)
+    except RuntimeError:
+        library.check_transforms()
+        raise
     prepared.launch(words, address, library.stream(device))
     del workspace  # its memory is reused in stream order
     return results
+
+
+def _workspace(prepared: Prepared, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except Exception as error:
+        size = prepared.workspace_bytes
+        raise MemoryError(f"no room for a workspace of {size} bytes: {error}\nneeded by {prepared.plan}") from error
 
 
 numbers = itertools.count(secrets.randbits(62))

@@ -422,7 +422,9 @@ def _gradients(
     out = named["out"]
     if dout is None:
         dout = out.new_zeros(out.shape[-1:]).expand(out.shape)
-    named["dout"], named["dlse"] = _readable(dout), dlse
+    named["dout"] = _readable(dout)
+    if dlse is not None:
+        named["dlse"] = dlse
     if not options.deterministic and torch.are_deterministic_algorithms_enabled():
         options = options._replace(deterministic=True)
     wanted: list[bool] = []
