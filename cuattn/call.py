@@ -464,8 +464,6 @@ class Layout(NamedTuple):
     results: tuple[Result, ...]
     workspace: tuple[tuple[int, int], ...]
     """(slot, bytes) of each part that is not empty"""
-    zeroed: int = 0
-    """bytes at the start of the workspace to which kernels add"""
 
     @property
     def position(self) -> dict[int, int]:
@@ -487,10 +485,7 @@ class Prepared:
         starts = itertools.accumulate([size for _, size in layout.workspace], initial=0)
         self._starts = tuple(itertools.islice(starts, len(layout.workspace))) if launches else ()
         first = len(layout.given)
-        cleared = [(first + n, result.cleared) for n, result in enumerate(layout.results)]
-        if launches:
-            cleared.append((first + len(layout.results), layout.zeroed))
-        self._cleared = tuple((position, size) for position, size in cleared if size)
+        self._cleared = tuple((first + n, result.cleared) for n, result in enumerate(layout.results) if result.cleared)
 
     def launch(self, words: list[int], workspace: int, stream: int) -> None:
         """Everything that the GPU has to do, in the order of the stream. words: as `Layout`, without the workspace."""
@@ -712,7 +707,7 @@ def prepare_backward(call: Call, wanted: tuple[bool, ...]) -> Prepared:
     slots = (*[slot_of[name] for name in views], *range(len(POINTERS), len(POINTERS) + len(own_views)), _SEED)
     sizes = zip(WORKSPACE, plan.workspace, strict=True)
     workspace = tuple((slot_of[name], size) for name, size in sizes if size)
-    layout = Layout(slots, tuple(results), workspace, plan.zeroed)
+    layout = Layout(slots, tuple(results), workspace)
     return Prepared(plan, layout, [] if plan.empty else _backward_launches(plan, layout.position))
 
 
