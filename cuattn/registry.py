@@ -186,9 +186,7 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     keeps = problem.dtype == "bfloat16" and not problem.mods and problem.scale > 0
     keeps = keeps and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
     scales_first = wide and weight == 0 and not keeps
-    tiles = [
-        replace(t, late_wait=keeps or not wide, scale_first=scales_first and t.overlap, keep_maxima=keeps) for t in tiles
-    ]
+    tiles = [replace(t, late_wait=keeps or not wide, scale_first=scales_first and t.overlap, keep_maxima=keeps) for t in tiles]
     return _allowed(tiles, weight, device)
 
 
