@@ -17,8 +17,8 @@ from bench.progress import within
 from bench.results import Row, Store, make_row
 from bench.timing import Contender, Deadline, first_line, measure_host
 
-CALLS = 2000
-QUICK_CALLS = 600
+CALLS = 1000
+QUICK_CALLS = 400
 CORE, EMPTY, EMPTY_JIT = "core", "an empty autograd.Function", "an empty jit"
 BARE = "an autograd.Function of the core calls"
 PEERS = ("cudnn", "flash", "fa3", "fa4")
