@@ -195,6 +195,7 @@ def _backward_fields(
         plan.rows_kv,
         plan.slabs,
         plan.dq_elements,
+        plan.zeroed // 16,
         *contiguous_strides(shape),
         *sum_strides,
     ]
