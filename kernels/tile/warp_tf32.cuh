@@ -1,6 +1,9 @@
 // Warp products of fp32 tiles on tensor cores, either tile transposed: mma m16n8k8 of what tf32 keeps of the elements. See
 // warp_half.cuh for the interface.
 //
+// Inputs are rounded. P and dS, which are always on the left, are not: each is multiplied as the sum of two tf32 numbers, for
+// one mma more. They are as large as the product's largest terms, and a rounding in the same place as that of an input adds to it.
+//
 // ldmatrix moves 16-byte rows, so it serves 32-bit elements too where nothing is transposed. Where something is, rows and
 // columns of the sums are dealt to accumulator tiles so that a lane's elements are neighbours (`DealtTile`): one 16-byte load
 // each.
@@ -37,16 +40,23 @@ struct WarpTf32 {
     template <int kRows, int kCols>
     using Tile = SwizzledWideTile<kRows, kCols>;
     template <int kRows, int kCols>
-    using ScoreTile = Tile<kRows, kCols>;
+    using ScoreTile = SwizzledWideTile<kRows, kCols, 2>;
     template <bool kTransA, bool kTransB, int kRows, int kCols, int kWarps>
     using Grid = WarpGrid<kRows, kCols, kWarps, 16, 16>;
     template <bool kTransA, bool kTransB, int kRows, int kCols>
     using Sums = DealtTile<kTransA, kTransB, kRows / 16, kCols / 8>;
 
     // Four operands: a[r] of an A tile, or b[2 i], b[2 i + 1] of two B tiles.
+    template <int kParts>
     struct Fragment {
-        float x[4];
-        __device__ __forceinline__ void set(int r, float element) { x[r] = nearest_tf32(element); }
+        float x[kParts][4];
+        __device__ __forceinline__ void set(int r, float element) {
+            if constexpr (kParts == 1) {
+                x[0][r] = nearest_tf32(element);
+            } else {
+                x[0][r] = beyond_tf32(element), x[1][r] = element;
+            }
+        }
         __device__ __forceinline__ void set_all(const unsigned (&r)[4]) {
 #pragma unroll
             for (int i = 0; i < 4; i++) set(i, __uint_as_float(r[i]));
@@ -65,7 +75,7 @@ struct WarpTf32 {
 
     // Fragments of all kM row blocks at depth k.
     template <bool kTrans, int kM, class ATile>
-    __device__ __forceinline__ static void load_a(Fragment (&f)[kM], const ATile& a, int row, int k) {
+    __device__ __forceinline__ static void load_a(Fragment<ATile::kParts> (&f)[kM], const ATile& a, int row, int k) {
         const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         if constexpr (kTrans) {
             constexpr int kRunM = kM % 2 == 0 ? 2 : 1;
@@ -92,7 +102,7 @@ struct WarpTf32 {
 
     // Fragments of column blocks u to u + kBlocks - 1, two to a Fragment.
     template <bool kTrans, int kBlocks, class BTile>
-    __device__ __forceinline__ static void load_b(Fragment (&f)[kBlocks / 2], const BTile& b, int k, int col) {
+    __device__ __forceinline__ static void load_b(Fragment<1> (&f)[kBlocks / 2], const BTile& b, int k, int col) {
         const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         if constexpr (kTrans) {
             float first[kBlocks], second[kBlocks];
@@ -114,19 +124,19 @@ struct WarpTf32 {
     __device__ __forceinline__ static void multiply(DealtTile<kDealRows, kDealCols, kM, kN>& sums, const ATile& a, int row,
                                                     const BTile& b, int col) {
         constexpr int kBlocks = kN % 4 == 0 ? 4 : 2;
-        static_assert(kN % 2 == 0);
+        static_assert(kN % 2 == 0 && BTile::kParts == 1);
 #pragma unroll 4
         for (int k = 0; k < kDepth; k += 8) {
-            Fragment fa[kM];
+            Fragment<ATile::kParts> fa[kM];
             load_a<kTransA>(fa, a, row, k);
 #pragma unroll
             for (int u = 0; u < kN; u += kBlocks) {
-                Fragment fb[kBlocks / 2];
+                Fragment<1> fb[kBlocks / 2];
                 load_b<kTransB, kBlocks>(fb, b, k, col + 8 * u);
 #pragma unroll
-                for (int x = 0; x < kBlocks * kM; x++) {
-                    const int i = x / kM, m = x % kM, r = i % 2 * 2;
-                    mma_m16n8k8_tf32(sums.data[m][u + i], fa[m].x, fb[i / 2].x[r], fb[i / 2].x[r + 1]);
+                for (int x = 0; x < ATile::kParts * kBlocks * kM; x++) {
+                    const int part = x / (kBlocks * kM), i = x / kM % kBlocks, m = x % kM, r = i % 2 * 2;
+                    mma_m16n8k8_tf32(sums.data[m][u + i], fa[m].x[part], fb[i / 2].x[0][r], fb[i / 2].x[0][r + 1]);
                 }
             }
         }
