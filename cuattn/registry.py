@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 from cuattn.fields import ITEMSIZE, Operand
 from cuattn.masks import And, BooleanMask, Full, SlidingWindow
 from cuattn.problem import Problem
-from cuattn.score_mods import Bias, UserMod
+from cuattn.score_mods import Bias, SoftCap, UserMod
 from cuattn.tma import tma_bias, tma_obstacles
 
 
@@ -64,6 +65,8 @@ class Tiles:
     """forward_sm90: buffers for q; with two, the next query tile's has come before this one's is free"""
     keep_maxima: bool = False
     """forward_sm90: a row keeps the maximum of its first keys until a sum exceeds 2^40, which bfloat16 probabilities may"""
+    bounded: bool = False
+    """forward_sm90: scores are so close to 0 that exponentials need no maximum"""
     late_wait: bool = True
     """forward_sm90: the compiler may not wait for the output before the maxima of the next scores"""
     scale_first: bool = False
@@ -166,6 +169,18 @@ def _keys_of_a_tile(problem: Problem) -> int:
     return len(problem.mask.kv_range(range(middle, min(queries, middle + 128)), queries, keys))
 
 
+LARGEST_EXPONENT = 80
+"""Of 2: probabilities and sums of them that a bfloat16 and a float32 hold with room for the values they are multiplied with."""
+
+
+def _bounded(problem: Problem) -> bool:
+    """Whether exponentials of scores, none relative to a maximum, fit the elements."""
+    if problem.dtype != "bfloat16" or problem.scale <= 0 or len(problem.mods) != 1:
+        return False
+    mod = problem.mods[0]
+    return isinstance(mod, SoftCap) and mod.cap * math.log2(math.e) <= LARGEST_EXPONENT
+
+
 def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     widest, weight = max(_dims_sm90(problem)), _weight_sm90(problem)
     tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
@@ -181,7 +196,8 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
         tiles.insert(0, Tiles(128, 128, 2, 12, persistent=True, max_weight=0))
     # Beside more columns of out the compiler has no room for what a late wait lets it interleave.
     wide = problem.head_dim_v > 128
-    tiles = [replace(t, late_wait=not wide, scale_first=wide and t.overlap and weight == 0) for t in tiles]
+    bounded = _bounded(problem) and not wide
+    tiles = [replace(t, bounded=bounded, late_wait=not wide, scale_first=wide and t.overlap and weight == 0) for t in tiles]
     return _allowed(tiles, weight, device)
 
 

@@ -157,50 +157,75 @@ struct Either<false, First, Second> {
 };
 
 // Modifications that a loop may apply to a whole tile of raw products instead of `apply`, for one head and a positive scale.
-// Afterwards they are scores in units of unit(), which is positive too. For loops that the number of instructions bounds.
+// Afterwards they are scores in units of which factor(), positive too, makes exponents of 2. For loops that the number of
+// instructions bounds. kBounded: no score is larger than the modification allows, and a loop may do the last step itself, among
+// its exponentials: `scale` begins; where it yields true, exponent(x) may follow for each element, and else `cap`.
 template <class Mod>
 struct WholeTile {
-    static constexpr bool kExists = false;
+    static constexpr bool kExists = false, kBounded = false;
 };
 
 template <class Tanh>
 struct WholeTile<SoftCap<float, Tanh>> {
-    static constexpr bool kExists = true;
-    float factor;
+    static constexpr bool kExists = true, kBounded = true;
+    float unit;  // makes four times the argument of tanh out of a product
+    float most;  // the cap as an exponent of 2
 
-    __device__ __forceinline__ static float unit(const SoftCap<float, Tanh>& mod, float) { return mod.cap; }
-    __device__ __forceinline__ static WholeTile of(const SoftCap<float, Tanh>& mod, const Coord&, float scale) {
-        return {2.0f * scale * mod.inverse};
+    __device__ __forceinline__ static float factor(const SoftCap<float, Tanh>& mod, float) {
+        return mod.cap * static_cast<float>(kLog2e);
     }
-    // Scores are mostly much smaller than the cap. While all of a warp's are, a polynomial replaces the division: x P(x^2), of
-    // the least relative error (7e-6) on [-1, 1]. Twice the argument is below 2 if the uppermost bit of its exponent is 0.
+    __device__ __forceinline__ static WholeTile of(const SoftCap<float, Tanh>& mod, const Coord& at, float scale) {
+        return {4.0f * scale * mod.inverse, factor(mod, scale)};
+    }
+    // Scores are mostly much smaller than the cap. While all of a warp's are below half of it, a polynomial replaces the
+    // division. Four times the argument is below 2 if the uppermost bit of its exponent is 0.
     template <class Tile>
-    __device__ __forceinline__ void apply(Tile& s, const Coord&, int, int) const {
+    __device__ __forceinline__ bool scale(Tile& s) const {
         unsigned bits = 0;
 #pragma unroll
         for (int x = 0; x < Tile::kSize; x++) {
-            s[x] *= factor;
+            s[x] *= unit;
             bits |= __float_as_uint(s[x]);
         }
-        if (__all_sync(0xffffffffu, (bits & 0x40000000u) == 0)) {
+        return __all_sync(0xffffffffu, (bits & 0x40000000u) == 0);
+    }
+    // `size` times x P(x^2), of the least relative error (2.3e-5).
+    __device__ __forceinline__ static float small(float x, float size) {
+        const float y = x * x;
+        return x * ((0.000112509615f * size * y - 0.00518268019f * size) * y + 0.249994359f * size);
+    }
+    __device__ __forceinline__ float exponent(float x) const { return small(x, most); }
+    // Beside bfloat16, whose rounding of a score is four times as large as the error of tanh_fast.
+    template <class Tile>
+    __device__ __forceinline__ void cap(Tile& s, bool all_small) const {
+        if (all_small) {
 #pragma unroll
-            for (int x = 0; x < Tile::kSize; x++) {
-                const float y = s[x] * s[x];
-                s[x] *= (((1.76492578e-05f * y - 0.000350137109f) * y + 0.00407400344f) * y - 0.0416225813f) * y + 0.499996545f;
-            }
+            for (int x = 0; x < Tile::kSize; x++) s[x] = exponent(s[x]);
         } else {
 #pragma unroll
-            for (int x = 0; x < Tile::kSize; x++) s[x] = Tanh::of(0.5f * s[x]);
+            for (int x = 0; x < Tile::kSize; x++) s[x] = most * tanh_fast(0.25f * s[x]);
+        }
+    }
+    template <class Tile>
+    __device__ __forceinline__ void apply(Tile& s, const Coord&, int, int) const {
+        if (scale(s)) {
+#pragma unroll
+            for (int x = 0; x < Tile::kSize; x++) s[x] = small(s[x], 1.0f);
+        } else {
+#pragma unroll
+            for (int x = 0; x < Tile::kSize; x++) s[x] = Tanh::of(0.25f * s[x]);
         }
     }
 };
 
 template <class Slope>
 struct WholeTile<Alibi<float, Slope>> {
-    static constexpr bool kExists = true;
+    static constexpr bool kExists = true, kBounded = false;
     float slope;
 
-    __device__ __forceinline__ static float unit(const Alibi<float, Slope>&, float scale) { return scale; }
+    __device__ __forceinline__ static float factor(const Alibi<float, Slope>&, float scale) {
+        return scale * static_cast<float>(kLog2e);
+    }
     __device__ __forceinline__ static WholeTile of(const Alibi<float, Slope>& mod, const Coord& at, float scale) {
         return {static_cast<float>(mod.slopes[at.batch * mod.stride_batch + at.head * mod.stride_head]) / scale};
     }

@@ -23,6 +23,7 @@
 //             none of its rows sees. With kScalesFirst, O is scaled between the issue of S and its own instead, and waited for
 //             after the exponentials. Without kOverlap, O of a tile follows its softmax, which needs fewer registers.
 // Maxima      with kKeepsMaxima, a row's maximum is that of the first tile in which it sees a key, unless sums grow too large.
+//             With kBounded there are none, and O is waited for when S has become P.
 #pragma once
 #include "attention/scores.cuh"
 #include "attention/softmax.cuh"
@@ -103,6 +104,10 @@ struct ForwardSm90 {
     // Modifications of a whole tile of raw products.
     static constexpr bool kWhole = Config::kPositiveScale && WholeTile<ScoreMod>::kExists && kHeadDimV <= 128;
     using Whole = WholeTile<typename Either<kWhole, ScoreMod, NoScoreMod>::Type>;
+
+    // Scores lie so close to 0 that exponentials need no maximum.
+    static constexpr bool kBounded = Config::kBounded;
+    static_assert(!kBounded || (Whole::kBounded && !kKeepsMaxima && !kScalesFirst));
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
@@ -333,6 +338,21 @@ struct ForwardSm90 {
                 modify_scores<kFoldScale, true>(s, w.at, first_row(w), n * kBlockN, scale, mask, score_mod);
             }
         }
+        // Bounded scores to probabilities as operands, with the sums. `when_free` as in exponentiate.
+        template <int kEarly = 0, class WhenFree>
+        __device__ __forceinline__ void cap_and_exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
+                                                             const Work& w, const Tiles& tiles, int n, WhenFree when_free) {
+            const bool small = whole.scale(s);
+            const float unused[2] = {};
+            if (small && tiles.full(kernel.arguments.variant.mask, w.at, n)) {
+                exponentiate_by<false, kEarly>(s, probabilities, unused, w, n, when_free,
+                                               [&](float x, int) { return whole.exponent(x); });
+            } else {
+                whole.cap(s, small);
+                modify_with<true>(s, w, tiles, n, kernel.arguments.variant.score_mod);
+                exponentiate_by<false, kEarly>(s, probabilities, unused, w, n, when_free, [](float x, int) { return x; });
+            }
+        }
         // Takes the maximum of a tile into a row; returns what O and the sums before it are to be multiplied with.
         __device__ __forceinline__ float take_maximum(WgmmaTile<kBlockN>& s, int half) {
             return rows[half].advance(s.row_maximum(half), factor);
@@ -400,6 +420,14 @@ struct ForwardSm90 {
         __device__ __forceinline__ void exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
                                                      const float (&shrink)[2], const Work& w, int n, WhenFree when_free) {
             const float offset[2] = {rows[0].offset(factor), rows[1].offset(factor)};
+            exponentiate_by<kShrink, kEarly>(s, probabilities, shrink, w, n, when_free,
+                                             [&](float x, int row) { return x * factor - offset[row]; });
+        }
+        // The same, with exponent(x, row) of a score.
+        template <bool kShrink, int kEarly, class WhenFree, class Exponent>
+        __device__ __forceinline__ void exponentiate_by(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
+                                                        const float (&shrink)[2], const Work& w, int n, WhenFree when_free,
+                                                        Exponent exponent) {
             float sum[4] = {rows[0].sum, 0.0f, rows[1].sum, 0.0f};
             constexpr int kSteps = kBlockN / 8, kSizeO = kHeadDimV / 2, kEach = (kSizeO + kSteps - 1) / kSteps;
 #pragma unroll
@@ -412,7 +440,7 @@ struct ForwardSm90 {
                 if (u == kSteps) break;
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    s[4 * u + e] = exp2_fast(s[4 * u + e] * factor - offset[e / 2]);
+                    s[4 * u + e] = exp2_fast(exponent(s[4 * u + e], e / 2));
                     sum[e] += s[4 * u + e];
                 }
                 if (!Config::kDropout && u >= kEarly / 8) pack(s, probabilities, u);
@@ -483,10 +511,14 @@ struct ForwardSm90 {
             wgmma_wait_group<0>();
             wgmma_pin(s.data);
             release_k();
-            modify(s, at.w, at.tiles, at.n);
-            shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
-            if constexpr (kScalesFirst) owed[0] = owed[1] = 1.0f;  // O is 0
-            exponentiate<false>(s, probabilities, shrink, at.w, at.n, [](float) {});
+            if constexpr (kBounded) {
+                cap_and_exponentiate(s, probabilities, at.w, at.tiles, at.n, [](float) {});
+            } else {
+                modify(s, at.w, at.tiles, at.n);
+                shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+                if constexpr (kScalesFirst) owed[0] = owed[1] = 1.0f;  // O is 0
+                exponentiate<false>(s, probabilities, shrink, at.w, at.n, [](float) {});
+            }
             wait_v(v, at.w, at.n, false);
         }
         // O times `owed`, before the next product adds to it.
@@ -536,9 +568,18 @@ struct ForwardSm90 {
                 if constexpr (!kLateWait) wait_v(v, at.w, at.n, false);
                 return;
             }
-            modify(s, at.w, at.tiles, at.n);
             const RowState<float> done[2] = {rows[0], rows[1]};
             if constexpr (kCross) rows[0] = rows[1] = RowState<float>();
+            if constexpr (kBounded) {
+                cap_and_exponentiate<kBlockN / 32 * 8>(s, probabilities, at.w, at.tiles, at.n, [&](float sum) {
+                    hold_output<kCross>(at, sum < 0.0f);
+                    wait_output();
+                    if constexpr (kCross) pass_on(skipped, done);
+                });
+                if constexpr (kCross || !kLateWait) wait_v(v, at.w, at.n, false);
+                return;
+            }
+            modify(s, at.w, at.tiles, at.n);
             if constexpr (kScalesFirst) {
                 owed[0] = take_maximum(s, 0), owed[1] = take_maximum(s, 1);
                 exponentiate<false, kBlockN>(s, probabilities, owed, at.w, at.n, [&](float sum) {
@@ -551,26 +592,36 @@ struct ForwardSm90 {
                 return;
             }
             shrink[0] = take_maximum(s, 0);  // the dependency, so that the second row's maximum hides the latency of it
+            hold_output<kCross>(at, shrink[0] < 0.0f);
+            shrink[1] = take_maximum(s, 1);
+            wait_output();
+            if constexpr (kCross) pass_on(skipped, done);
+            exponentiate<!kCross>(s, probabilities, shrink, at.w, at.n, [](float) {});
+            if constexpr (kCross || !kLateWait) wait_v(v, at.w, at.n, false);
+        }
+        // Keeps the compiler from waiting for O before `never`, which is false, is known.
+        template <bool kCross>
+        __device__ __forceinline__ void hold_output(const Visit& at, bool never) const {
             if constexpr (kLateWait) {
                 if constexpr (kCross) {  // this one has come; the next may need the buffer that O still reads
-                    mbarrier_wait(kernel.v_full(v.stage), v.parity ^ (shrink[0] < 0.0f ? 1 : 0));
+                    mbarrier_wait(kernel.v_full(v.stage), v.parity ^ (never ? 1 : 0));
                 } else {
-                    wait_v(next_v(), at.w, at.n, shrink[0] < 0.0f);
+                    wait_v(next_v(), at.w, at.n, never);
                 }
             }
-            shrink[1] = take_maximum(s, 1);
+        }
+        __device__ __forceinline__ void wait_output() {
             wgmma_wait_group<0>();
             wgmma_pin(o.data);
             wgmma_pin(probabilities);
             release_v();
-            if constexpr (kCross) {
-                skip_v(skipped);
-                finish(done);
+        }
+        // From a query tile that is done, with `done` of its rows, to the next.
+        __device__ __forceinline__ void pass_on(int skipped, const RowState<float> (&done)[2]) {
+            skip_v(skipped);
+            finish(done);
 #pragma unroll
-                for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
-            }
-            exponentiate<!kCross>(s, probabilities, shrink, at.w, at.n, [](float) {});
-            if constexpr (kCross || !kLateWait) wait_v(v, at.w, at.n, false);
+            for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
         }
         // The output of the last keys.
         __device__ __forceinline__ void drain() {
@@ -594,6 +645,12 @@ struct ForwardSm90 {
                 wgmma_wait_group<0>();
                 wgmma_pin(s.data);
                 release_k();
+                if constexpr (kBounded) {
+                    cap_and_exponentiate(s, probabilities, at.w, at.tiles, at.n, [](float) {});
+                    wait_v(v, at.w, at.n, false);
+                    drain();
+                    continue;
+                }
                 modify(s, at.w, at.tiles, at.n);
                 if constexpr (kKeepsMaxima) {
                     if (unset()) set_maxima(s);
@@ -637,6 +694,7 @@ struct ForwardSm90 {
                 RowState<float> row = state[half];
                 row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 1);
                 row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 2);
+                if constexpr (kBounded) row.max = row.sum == 0.0f ? row.max : 0.0f;
                 const float top = row.max == negative_infinity<float>() ? row.max : row.max * factor;
                 const int i = first_row(w) + o.row(2 * half);
                 const float scale = finish_output_row<Config>(p, w, i, top, row.sum, threadIdx.x % 4 == 0);
@@ -651,8 +709,7 @@ struct ForwardSm90 {
         Consumer consumer{*this, wg};
         consumer.factor = exponent_factor<Config, float>(p);
         if constexpr (kWhole) {
-            consumer.factor =
-                Whole::unit(arguments.variant.score_mod, static_cast<float>(p.scale)) * static_cast<float>(kLog2e);
+            consumer.factor = Whole::factor(arguments.variant.score_mod, static_cast<float>(p.scale));
         }
         consumer.desc_q = QTile::k_major(base + wg * QTile::kBytes);
         consumer.desc_k = KTile::k_major(base + kOffsetK);

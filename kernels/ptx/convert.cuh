@@ -39,7 +39,7 @@ __device__ __forceinline__ float2 unpack_pair<__nv_bfloat16>(unsigned pair) {
 // drops or the tensor core does: half a unit in the last place at most, for two instructions. NaN stays NaN.
 __device__ __forceinline__ float nearest_tf32(float x) { return x == x ? __uint_as_float(__float_as_uint(x) + 0x1000u) : x; }
 
-// What the tensor core drops of x itself: x is the sum of two tf32 numbers up to 2^-21 of it. 0 of an infinity.
+// What the tensor core drops of x itself; 0 of an infinity.
 __device__ __forceinline__ float beyond_tf32(float x) {
     const float rest = x - __uint_as_float(__float_as_uint(x) & 0xffffe000u);
     return fabsf(x) < __uint_as_float(0x7f800000u) ? rest : 0.0f;

@@ -62,8 +62,8 @@ struct SwizzledTile {
 };
 
 // For 32-bit elements read by ldmatrix (eight rows at one unit) or as units g, g + 1 of rows t = 0 ... 3: panels of 32 columns,
-// 128 bytes a row, in which unit u of row r lies at place u ^ (2 (r % 4) + r / 4 % 2). kParts: of how many tf32 numbers an
-// element is multiplied as the sum.
+// 128 bytes a row, in which unit u of row r lies at place u ^ (2 (r % 4) + r / 4 % 2). kParts: of how many narrower numbers
+// an element is multiplied as the sum.
 template <int kRows_, int kCols_, int kParts_ = 1>
 struct SwizzledWideTile {
     using Element = float;

@@ -43,6 +43,7 @@ struct WarpSimt {
     using Element = float;
     using Accum = float;
     static constexpr int kParts = 1;
+    static constexpr bool kRounds = false;
     template <bool kTransA, bool kTransB, int kRows, int kCols, int kWarps>
     using Grid = WarpGrid<kRows, kCols, kWarps, kTransA ? 16 : 4, kTransB ? 32 : 16>;
     template <int kRows, int kCols>

@@ -17,6 +17,7 @@ struct WarpSplit {
     using Element = __half;
     using Accum = float;
     static constexpr int kParts = 2, kRun = 32;
+    static constexpr bool kRounds = false;
     template <bool kTransA, bool kTransB, int kRows, int kCols, int kWarps>
     using Grid = WarpGrid<kRows, kCols, kWarps, 16, 16>;
     template <int kRows, int kCols>

@@ -15,6 +15,7 @@ struct WarpWide {
     using Element = typename Product::Element;
     using Accum = Element;
     static constexpr int kParts = 1;
+    static constexpr bool kRounds = false;
     using Operand = typename Product::Operand;
     template <bool kTransA, bool kTransB, int kRows, int kCols, int kWarps>
     using Grid = WarpGrid<kRows, kCols, kWarps, 16, 8>;
