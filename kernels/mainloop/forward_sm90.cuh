@@ -68,6 +68,7 @@ struct ForwardSm90 {
     using QTile = PanelTile<64, kHeadDim>;  // a warpgroup's
     using KTile = PanelTile<kBlockN, kHeadDim>;
     using VTile = PanelTile<kBlockN, kHeadDimV>;
+    using OutTile = PanelTile<64, kHeadDimV>;  // a warpgroup's
     using Tiles = KeyTiles<Mask, kBlockM, kBlockN>;
     using Schedule = TileSchedule<Config>;
     using Slot = RingSlot<kStages>;
@@ -78,7 +79,10 @@ struct ForwardSm90 {
     // O is scaled between the issue of S and its own: an iteration late, while S is multiplied.
     static constexpr bool kScalesFirst = Config::kOverlap && Config::kScalesFirst;
     static_assert(!kScalesFirst || (!kCrosses && kStages > 1));
-    static constexpr int kTileStages = 2;  // of query tiles: the one being finished and the next
+    // Columns whose exponentials are taken before O is waited for, where no maxima are in between, and where a query tile
+    // begins.
+    static constexpr int kEarly = Config::kScalesFirst ? kBlockN : kBlockN / 32 * 8, kEarlyCross = kBlockN / 16 * 8;
+    static constexpr int kTileStages = 3;  // of query tiles: the one being stored, the current and the next
     using TileSlot = RingSlot<kTileStages>;
     // A bias that TMA can load comes in tiles like K; kBiasStages 0: there is none, or it is read from global memory.
     static constexpr int kBiasStages = Config::kBiasStages;
@@ -111,6 +115,11 @@ struct ForwardSm90 {
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
+    // The output of a query tile is staged where its Q lay and stored under the next one's products, and what comes after that
+    // is looked up under the last products of that one. Three consumers and foreign rows leave no registers for it.
+    static constexpr bool kStagesOutput =
+        kCrosses && kQStages == 2 && kConsumers == 2 && !kForeignRows && kHeadDimV % 64 == 0 && kHeadDimV <= kHeadDim;
+    static constexpr bool kLooksAhead = kStagesOutput && !kWhole;
     // Named barriers; 0 is __syncthreads.
     static constexpr int kTurnBarrier = 1, kClearBarrier = kTurnBarrier + kConsumers;
 
@@ -239,6 +248,8 @@ struct ForwardSm90 {
         WgmmaTile<kHeadDimV> o;
         RowState<float> rows[2];  // max: of the row; sum: over this thread's keys
         float owed[2];            // what O is still to be multiplied with (kScalesFirst)
+        float lse_log2[2];        // of the rows whose output is staged (kStagesOutput)
+        bool staged = false;      // the query tile before this one is still to be stored
         Whole whole;
 
         __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
@@ -303,11 +314,11 @@ struct ForwardSm90 {
             }
         }
         __device__ __forceinline__ void issue_s(WgmmaTile<kBlockN>& s) const {
-            wgmma_qk<Element, kHeadDim, QTile, KTile>(s, desc_q + q.stage * (kConsumers * QTile::kTileStep),
-                                                      desc_k + k.stage * KTile::kTileStep);
+            wgmma_qk<Element, kHeadDim, QTile, KTile>(s, QTile::advance(desc_q, q.stage * (kConsumers * QTile::kTileStep)),
+                                                      KTile::advance(desc_k, k.stage * KTile::kTileStep));
         }
         __device__ __forceinline__ void issue_o(const unsigned (&probabilities)[kBlockN / 4]) {
-            wgmma_pv<Element, VTile>(o, probabilities, desc_v + v.stage * VTile::kTileStep);
+            wgmma_pv<Element, VTile>(o, probabilities, VTile::advance(desc_v, v.stage * VTile::kTileStep));
         }
 
         __device__ __forceinline__ void modify(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n) {
@@ -338,20 +349,28 @@ struct ForwardSm90 {
                 modify_scores<kFoldScale, true>(s, w.at, first_row(w), n * kBlockN, scale, mask, score_mod);
             }
         }
-        // Bounded scores to probabilities as operands, with the sums. `when_free` as in exponentiate.
-        template <int kEarly = 0, class WhenFree>
-        __device__ __forceinline__ void cap_and_exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
-                                                             const Work& w, const Tiles& tiles, int n, WhenFree when_free) {
+        // Bounded scores, modified and masked, to probabilities in their place, with the sums.
+        __device__ __forceinline__ void cap_and_exponentiate(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n) {
             const bool small = whole.scale(s);
-            const float unused[2] = {};
             if (small && tiles.full(kernel.arguments.variant.mask, w.at, n)) {
-                exponentiate_by<false, kEarly>(s, probabilities, unused, w, n, when_free,
-                                               [&](float x, int) { return whole.exponent(x); });
+                exponentiate_bounded(s, [&](float x) { return whole.exponent(x); });
             } else {
                 whole.cap(s, small);
                 modify_with<true>(s, w, tiles, n, kernel.arguments.variant.score_mod);
-                exponentiate_by<false, kEarly>(s, probabilities, unused, w, n, when_free, [](float x, int) { return x; });
+                exponentiate_bounded(s, [](float x) { return x; });
             }
+            if constexpr (Config::kDropout) drop(s, w, n);
+        }
+        template <class Exponent>
+        __device__ __forceinline__ void exponentiate_bounded(WgmmaTile<kBlockN>& s, Exponent exponent) {
+            float sum[4] = {rows[0].sum, 0.0f, rows[1].sum, 0.0f};
+#pragma unroll
+            for (int x = 0; x < kBlockN / 2; x++) {
+                s[x] = exp2_fast(exponent(s[x]));
+                sum[x % 4] += s[x];
+            }
+            rows[0].sum = sum[0] + sum[1];
+            rows[1].sum = sum[2] + sum[3];
         }
         // Takes the maximum of a tile into a row; returns what O and the sums before it are to be multiplied with.
         __device__ __forceinline__ float take_maximum(WgmmaTile<kBlockN>& s, int half) {
@@ -420,14 +439,6 @@ struct ForwardSm90 {
         __device__ __forceinline__ void exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
                                                      const float (&shrink)[2], const Work& w, int n, WhenFree when_free) {
             const float offset[2] = {rows[0].offset(factor), rows[1].offset(factor)};
-            exponentiate_by<kShrink, kEarly>(s, probabilities, shrink, w, n, when_free,
-                                             [&](float x, int row) { return x * factor - offset[row]; });
-        }
-        // The same, with exponent(x, row) of a score.
-        template <bool kShrink, int kEarly, class WhenFree, class Exponent>
-        __device__ __forceinline__ void exponentiate_by(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
-                                                        const float (&shrink)[2], const Work& w, int n, WhenFree when_free,
-                                                        Exponent exponent) {
             float sum[4] = {rows[0].sum, 0.0f, rows[1].sum, 0.0f};
             constexpr int kSteps = kBlockN / 8, kSizeO = kHeadDimV / 2, kEach = (kSizeO + kSteps - 1) / kSteps;
 #pragma unroll
@@ -440,7 +451,7 @@ struct ForwardSm90 {
                 if (u == kSteps) break;
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    s[4 * u + e] = exp2_fast(exponent(s[4 * u + e], e / 2));
+                    s[4 * u + e] = exp2_fast(s[4 * u + e] * factor - offset[e / 2]);
                     sum[e] += s[4 * u + e];
                 }
                 if (!Config::kDropout && u >= kEarly / 8) pack(s, probabilities, u);
@@ -452,11 +463,16 @@ struct ForwardSm90 {
             rows[0].sum = sum[0] + sum[1];
             rows[1].sum = sum[2] + sum[3];
             if constexpr (Config::kDropout) {
-                drop_probabilities<kBlockN % 32 == 0>(s, w.at, first_row(w), n * kBlockN, params().seed,
-                                                      params().dropout_threshold);
-#pragma unroll
-                for (int u = 0; u < kSteps; u++) pack(s, probabilities, u);
+                drop(s, w, n);
+                pack(s, probabilities);
             }
+        }
+        __device__ __forceinline__ void drop(WgmmaTile<kBlockN>& s, const Work& w, int n) const {
+            drop_probabilities<kBlockN % 32 == 0>(s, w.at, first_row(w), n * kBlockN, params().seed, params().dropout_threshold);
+        }
+        __device__ __forceinline__ static void pack(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4]) {
+#pragma unroll
+            for (int u = 0; u < kBlockN / 8; u++) pack(s, probabilities, u);
         }
         __device__ __forceinline__ static void pack(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4], int u) {
             probabilities[2 * u] = pack_pair<Element>(s[4 * u], s[4 * u + 1]);
@@ -512,7 +528,8 @@ struct ForwardSm90 {
             wgmma_pin(s.data);
             release_k();
             if constexpr (kBounded) {
-                cap_and_exponentiate(s, probabilities, at.w, at.tiles, at.n, [](float) {});
+                cap_and_exponentiate(s, at.w, at.tiles, at.n);
+                pack(s, probabilities);
             } else {
                 modify(s, at.w, at.tiles, at.n);
                 shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
@@ -531,9 +548,10 @@ struct ForwardSm90 {
             }
         }
         // Scores and probabilities of `at`, and the output of the keys before. kCross: those belong to the query tile before,
-        // whose output is stored then; `skipped` tiles of V lie between the two.
-        template <bool kCross>
-        __device__ __forceinline__ void step(const Visit& at, int skipped) {
+        // whose output is stored or staged then; `skipped` tiles of V lie between the two. `meanwhile` is called while both
+        // products are under way.
+        template <bool kCross, class Meanwhile>
+        __device__ __forceinline__ void step(const Visit& at, int skipped, Meanwhile meanwhile) {
             float shrink[2];
             if constexpr (kCross) wait_q();
             wait_k();
@@ -546,82 +564,66 @@ struct ForwardSm90 {
             scale_output();
             issue_o(probabilities);
             pass_turn();
+            meanwhile();
             wgmma_wait_group<1>();
             wgmma_pin(s.data);
             // By the end of the maxima, or of some exponentials, O is all but done, and if it is waited for there, the compiler
-            // hides the conversions and the scaling of O among the exponentials. NOTE: it would move that wait up were it not
-            // for a dependency. V must have come before its products are issued, not between two of them, which would
-            // serialise them.
+            // hides the conversions and the scaling or storing of O among the exponentials. NOTE: it would move that wait up
+            // were it not for a dependency. V must have come before its products are issued, not between two of them, which
+            // would serialise them.
             release_k();
-            if constexpr (kKeepsMaxima && !kCross) {
-                modify(s, at.w, at.tiles, at.n);
-                if (unset()) set_maxima(s);
-                const float before[2] = {rows[0].sum, rows[1].sum};
-                exponentiate<false, kBlockN / 32 * 8>(s, probabilities, shrink, at.w, at.n, [&](float sum) {
-                    if constexpr (kLateWait) wait_v(next_v(), at.w, at.n, sum < 0.0f);
-                    wgmma_wait_group<0>();
-                    wgmma_pin(o.data);
-                    wgmma_pin(probabilities);
-                    release_v();
-                });
-                check_sums(s, probabilities, at.w, at.tiles, at.n, before);
-                if constexpr (!kLateWait) wait_v(v, at.w, at.n, false);
-                return;
-            }
             const RowState<float> done[2] = {rows[0], rows[1]};
-            if constexpr (kCross) rows[0] = rows[1] = RowState<float>();
-            if constexpr (kBounded) {
-                cap_and_exponentiate<kBlockN / 32 * 8>(s, probabilities, at.w, at.tiles, at.n, [&](float sum) {
-                    hold_output<kCross>(at, sum < 0.0f);
-                    wait_output();
-                    if constexpr (kCross) pass_on(skipped, done);
-                });
-                if constexpr (kCross || !kLateWait) wait_v(v, at.w, at.n, false);
-                return;
-            }
-            modify(s, at.w, at.tiles, at.n);
-            if constexpr (kScalesFirst) {
-                owed[0] = take_maximum(s, 0), owed[1] = take_maximum(s, 1);
-                exponentiate<false, kBlockN>(s, probabilities, owed, at.w, at.n, [&](float sum) {
-                    wait_v(next_v(), at.w, at.n, sum < 0.0f);
-                    wgmma_wait_group<0>();
-                    wgmma_pin(o.data);
-                    wgmma_pin(probabilities);
-                    release_v();
-                });
-                return;
-            }
-            shrink[0] = take_maximum(s, 0);  // the dependency, so that the second row's maximum hides the latency of it
-            hold_output<kCross>(at, shrink[0] < 0.0f);
-            shrink[1] = take_maximum(s, 1);
-            wait_output();
-            if constexpr (kCross) pass_on(skipped, done);
-            exponentiate<!kCross>(s, probabilities, shrink, at.w, at.n, [](float) {});
-            if constexpr (kCross || !kLateWait) wait_v(v, at.w, at.n, false);
-        }
-        // Keeps the compiler from waiting for O before `never`, which is false, is known.
-        template <bool kCross>
-        __device__ __forceinline__ void hold_output(const Visit& at, bool never) const {
-            if constexpr (kLateWait) {
-                if constexpr (kCross) {  // this one has come; the next may need the buffer that O still reads
-                    mbarrier_wait(kernel.v_full(v.stage), v.parity ^ (never ? 1 : 0));
-                } else {
-                    wait_v(next_v(), at.w, at.n, never);
-                }
-            }
-        }
-        __device__ __forceinline__ void wait_output() {
-            wgmma_wait_group<0>();
-            wgmma_pin(o.data);
-            wgmma_pin(probabilities);
-            release_v();
-        }
-        // From a query tile that is done, with `done` of its rows, to the next.
-        __device__ __forceinline__ void pass_on(int skipped, const RowState<float> (&done)[2]) {
-            skip_v(skipped);
-            finish(done);
+            auto take_output = [&] {
+                wgmma_wait_group<0>();
+                wgmma_pin(o.data);
+                wgmma_pin(probabilities);
+                release_v();
+                if constexpr (kCross) {
+                    skip_v(skipped);
+                    if constexpr (kStagesOutput) {
+                        stage(done, q.stage ^ 1, true);
+                    } else {
+                        finish(done);
+                    }
 #pragma unroll
-            for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
+                    for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
+                }
+            };
+            // `sum` is never negative.
+            auto wait_and_take_output = [&](float sum) {
+                if constexpr (kCross) {  // This V has come; the next may need the buffer that O still reads.
+                    mbarrier_wait(kernel.v_full(v.stage), v.parity ^ (sum < 0.0f ? 1 : 0));
+                } else if constexpr (kLateWait || kScalesFirst) {
+                    wait_v(next_v(), at.w, at.n, sum < 0.0f);
+                }
+                take_output();
+            };
+            if constexpr (kCross) rows[0] = rows[1] = RowState<float>();
+            if constexpr (!kBounded) modify(s, at.w, at.tiles, at.n);
+            if constexpr (kBounded) {
+                cap_and_exponentiate(s, at.w, at.tiles, at.n);
+                wait_and_take_output(rows[0].sum + rows[1].sum);
+                pack(s, probabilities);
+            } else if constexpr (kCross) {
+                shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+                exponentiate<false, kEarlyCross>(s, probabilities, shrink, at.w, at.n, wait_and_take_output);
+            } else if constexpr (kKeepsMaxima || kScalesFirst) {
+                if constexpr (kScalesFirst) {
+                    owed[0] = take_maximum(s, 0), owed[1] = take_maximum(s, 1);
+                } else if (unset()) {
+                    set_maxima(s);
+                }
+                const float before[2] = {rows[0].sum, rows[1].sum};
+                exponentiate<false, kEarly>(s, probabilities, shrink, at.w, at.n, wait_and_take_output);
+                if constexpr (kKeepsMaxima) check_sums(s, probabilities, at.w, at.tiles, at.n, before);
+            } else {
+                shrink[0] = take_maximum(s, 0);  // the dependency, so that the second row's maximum hides the latency of it
+                if constexpr (kLateWait) wait_v(next_v(), at.w, at.n, shrink[0] < 0.0f);
+                shrink[1] = take_maximum(s, 1);
+                take_output();
+                exponentiate<true>(s, probabilities, shrink, at.w, at.n, [](float) {});
+            }
+            if constexpr (kCross || !(kLateWait || kScalesFirst)) wait_v(v, at.w, at.n, false);
         }
         // The output of the last keys.
         __device__ __forceinline__ void drain() {
@@ -646,7 +648,8 @@ struct ForwardSm90 {
                 wgmma_pin(s.data);
                 release_k();
                 if constexpr (kBounded) {
-                    cap_and_exponentiate(s, probabilities, at.w, at.tiles, at.n, [](float) {});
+                    cap_and_exponentiate(s, at.w, at.tiles, at.n);
+                    pack(s, probabilities);
                     wait_v(v, at.w, at.n, false);
                     drain();
                     continue;
@@ -683,6 +686,65 @@ struct ForwardSm90 {
             if (leads()) mbarrier_arrive(kernel.tile_empty(tile.stage));
             tile.advance();
         }
+        // Scales the output of a query tile, whose rows' statistics are `state`, and leaves it where its Q was, if it has been
+        // loaded.
+        __device__ __forceinline__ void stage(const RowState<float> (&state)[2], int q_stage, bool loaded) {
+            const ForwardParams& p = params();
+            const int head = Config::kSinks ? read_tile(tile.stage).head : 0;
+            float scale[2];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const RowResult<float> result = finish_row_of_four(p, head, state[half]);
+                scale[half] = result.factor, lse_log2[half] = result.lse_log2;
+            }
+            staged = true;
+            if (!loaded) return;
+#pragma unroll
+            for (int panel = 0; panel < VTile::kPanels; panel++) {
+                unsigned operand[16];
+#pragma unroll
+                for (int x = 0; x < 16; x++) {
+                    const int at = 32 * panel + 2 * x;
+                    operand[x] = pack_pair<Element>(o[at] * scale[x % 2], o[at + 1] * scale[x % 2]);
+                }
+                store_operand(kernel.base + (q_stage * kConsumers + wg) * QTile::kBytes + panel * QTile::kPanelBytes, operand);
+            }
+        }
+        // Stores the output of the oldest query tile from there, and gives the buffer of its Q back; zeros where Q has not been
+        // loaded.
+        __device__ __forceinline__ void store_staged(int q_stage, bool loaded) {
+            const ForwardParams& p = params();
+            const Work w = Schedule::work(p, read_tile(tile.stage));
+            __syncwarp();
+            if (leads()) mbarrier_arrive(kernel.tile_empty(tile.stage));
+            tile.advance();
+            Element* out = static_cast<Element*>(p.out) + w.seq.out + w.at.head * p.out_head;
+            OutTile::template store_rows<Element, Config::kVecOut>(
+                kernel.smem + (q_stage * kConsumers + wg) * QTile::kBytes, loaded, static_cast<int>(threadIdx.x % 128 / 32),
+                out + first_row(w) * p.out_row, p.out_row, w.at.seqlen_q - first_row(w), p.head_dim_v);
+            if (loaded) {
+                fence_proxy_async();
+                __syncwarp();
+                if (leads()) mbarrier_arrive(kernel.q_empty(q_stage, wg));
+            }
+            if (threadIdx.x % 4 == 0) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int i = first_row(w) + o.row(2 * half);
+                    if (i < w.at.seqlen_q) store_lse(p, w, i, lse_log2[half]);
+                }
+            }
+            staged = false;
+        }
+        // A row whose sums are spread over four lanes.
+        __device__ __forceinline__ RowResult<float> finish_row_of_four(const ForwardParams& p, int head,
+                                                                       RowState<float> row) const {
+            row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 1);
+            row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 2);
+            if constexpr (kBounded) row.max = row.sum == 0.0f ? row.max : 0.0f;
+            const float top = row.max == negative_infinity<float>() ? row.max : row.max * factor;
+            return finish_output_row<Config>(p, head, top, row.sum);
+        }
         // Stores the output of a query tile, whose rows' statistics are `state`.
         __device__ __forceinline__ void store(const Work& w, const RowState<float> (&state)[2]) {
             const ForwardParams& p = params();
@@ -691,14 +753,11 @@ struct ForwardSm90 {
             Element* out = static_cast<Element*>(p.out) + w.seq.out + w.at.head * p.out_head;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                RowState<float> row = state[half];
-                row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 1);
-                row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 2);
-                if constexpr (kBounded) row.max = row.sum == 0.0f ? row.max : 0.0f;
-                const float top = row.max == negative_infinity<float>() ? row.max : row.max * factor;
+                const RowResult<float> result = finish_row_of_four(p, w.at.head, state[half]);
                 const int i = first_row(w) + o.row(2 * half);
-                const float scale = finish_output_row<Config>(p, w, i, top, row.sum, threadIdx.x % 4 == 0);
-                store_row<Element, Config::kVecOut>(o, half, scale, out + i * p.out_row, p.head_dim_v, i < w.at.seqlen_q);
+                const bool inside = i < w.at.seqlen_q;
+                if (threadIdx.x % 4 == 0 && inside) store_lse(p, w, i, result.lse_log2);
+                store_row<Element, Config::kVecOut>(o, half, result.factor, out + i * p.out_row, p.head_dim_v, inside);
             }
         }
     };
@@ -712,8 +771,8 @@ struct ForwardSm90 {
             consumer.factor = Whole::factor(arguments.variant.score_mod, static_cast<float>(p.scale));
         }
         consumer.desc_q = QTile::k_major(base + wg * QTile::kBytes);
-        consumer.desc_k = KTile::k_major(base + kOffsetK);
-        consumer.desc_v = VTile::mn_major(base + kOffsetV);
+        consumer.desc_k = KTile::advance(KTile::k_major(base), kOffsetK / 16);
+        consumer.desc_v = VTile::advance(VTile::mn_major(base), kOffsetV / 16);
         if (Config::kPingPong && wg == kConsumers - 1) bar_arrive(kTurnBarrier, 256);  // the first turn is free
         using Visit = typename Consumer::Visit;
         auto arrive = [&](const QueryTile& tile) {
@@ -727,7 +786,14 @@ struct ForwardSm90 {
         };
         QueryTile tile = consumer.receive_tile(consumer.tile);
         while (tile.m_block >= 0) {
-            Visit at = arrive(tile);
+            Visit at = arrive(tile), then;
+            bool announced = false;  // `tile` and `then` are those of the next query tile
+            auto look_ahead = [&] {
+                TileSlot next = consumer.tile;
+                next.advance();
+                tile = consumer.receive_tile(next), announced = true;
+                if (tile.m_block >= 0) then = arrive(tile);
+            };
             consumer.reset();
             const bool loaded = at.any() || at.before > 0;
             if (loaded) consumer.wait_q();
@@ -740,30 +806,35 @@ struct ForwardSm90 {
             }
             bool passed = false;  // the keys after this warpgroup's
             for (bool crossed = true; crossed;) {
-                crossed = false;
+                crossed = announced = false;
+                auto store_staged = [&] {
+                    if constexpr (kStagesOutput) {
+                        if (consumer.staged) consumer.store_staged(consumer.q.stage ^ 1, true);
+                    }
+                };
                 if (pending) {
                     for (int n = at.tiles.next(at.n + 1); n < at.stop; n = at.tiles.next(n + 1)) {
                         at.n = n;
-                        consumer.template step<false>(at, 0);
+                        consumer.template step<false>(at, 0, [&] {
+                            store_staged();
+                            if (kLooksAhead && at.after == 0 && at.tiles.next(n + 1) >= at.stop) look_ahead();
+                        });
                     }
                 }
-                if (loaded) consumer.release_q();
+                store_staged();
+                if (!kStagesOutput && loaded) consumer.release_q();
                 if constexpr (kCrosses) {
                     // The producer announces the next tile when it has loaded all of this one, and V of kStages tiles after
                     // this warpgroup's last would find no buffer before O is done.
                     passed = pending && at.after < kStages;
                     if (passed) {
                         consumer.skip_k(at.after);
-                        TileSlot next = consumer.tile;
-                        next.advance();
-                        tile = consumer.receive_tile(next);
-                        if (tile.m_block >= 0) {
-                            const Visit then = arrive(tile);
-                            if (then.any() && at.after + then.before < kStages) {
-                                consumer.skip_k(then.before);
-                                consumer.template step<true>(then, at.after + then.before);
-                                at = then, crossed = true;
-                            }
+                        if (!announced) look_ahead();
+                        if (tile.m_block >= 0 && then.any() && at.after + then.before < kStages) {
+                            consumer.skip_k(then.before);
+                            if constexpr (kStagesOutput) consumer.q.advance();
+                            consumer.template step<true>(then, at.after + then.before, [] {});
+                            at = then, crossed = true;
                         }
                     }
                 }
@@ -774,7 +845,13 @@ struct ForwardSm90 {
             } else {
                 consumer.skip(at.after);
             }
-            consumer.finish(consumer.rows);
+            if constexpr (kStagesOutput) {
+                consumer.stage(consumer.rows, consumer.q.stage, loaded);
+                consumer.store_staged(consumer.q.stage, loaded);
+                if (loaded) consumer.q.advance();
+            } else {
+                consumer.finish(consumer.rows);
+            }
             if constexpr (!Config::kPersistent) break;
             tile = consumer.receive_tile(consumer.tile);
         }
