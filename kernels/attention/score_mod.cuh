@@ -158,27 +158,29 @@ struct Either<false, First, Second> {
 
 // Modifications that a loop may apply to a whole tile of raw products instead of `apply`, for one head and a positive scale.
 // Afterwards they are scores in units of which factor(), positive too, makes exponents of 2. For loops that the number of
-// instructions bounds. kBounded: no score is larger than the modification allows, and a loop may do the last step itself, among
-// its exponentials: `scale` begins; where it yields true, exponent(x) may follow for each element, and else `cap`.
-template <class Mod>
+// instructions bounds. kBounded: bfloat16 scores so close to 0 that no maximum is needed, of a modification that bounds them. A
+// loop may then do the last step itself, among its exponentials: `scale` begins; where it yields true, exponent(x) may follow
+// for each element, and else `cap`, which yields exponents of 2 too.
+template <class Mod, bool kBounded>
 struct WholeTile {
-    static constexpr bool kExists = false, kBounded = false;
+    static constexpr bool kExists = false;
 };
 
-template <class Tanh>
-struct WholeTile<SoftCap<float, Tanh>> {
-    static constexpr bool kExists = true, kBounded = true;
-    float unit;  // makes four times the argument of tanh out of a product
+template <class Tanh, bool kBounded>
+struct WholeTile<SoftCap<float, Tanh>, kBounded> {
+    static constexpr bool kExists = true;
+    // Scores are mostly much smaller than the cap. While all of a warp's are below kReach of it, a polynomial stands for tanh.
+    static constexpr float kReach = kBounded ? 0.25f : 0.5f;
+    float unit;  // makes 2 / kReach times the argument of tanh out of a product
     float most;  // the cap as an exponent of 2
 
     __device__ __forceinline__ static float factor(const SoftCap<float, Tanh>& mod, float) {
         return mod.cap * static_cast<float>(kLog2e);
     }
-    __device__ __forceinline__ static WholeTile of(const SoftCap<float, Tanh>& mod, const Coord& at, float scale) {
-        return {4.0f * scale * mod.inverse, factor(mod, scale)};
+    __device__ __forceinline__ static WholeTile of(const SoftCap<float, Tanh>& mod, const Coord&, float scale) {
+        return {2.0f / kReach * scale * mod.inverse, factor(mod, scale)};
     }
-    // Scores are mostly much smaller than the cap. While all of a warp's are below half of it, a polynomial replaces the
-    // division. Four times the argument is below 2 if the uppermost bit of its exponent is 0.
+    // Whether all of the warp's products are within reach: then the uppermost bit of their exponents is 0.
     template <class Tile>
     __device__ __forceinline__ bool scale(Tile& s) const {
         unsigned bits = 0;
@@ -189,38 +191,39 @@ struct WholeTile<SoftCap<float, Tanh>> {
         }
         return __all_sync(0xffffffffu, (bits & 0x40000000u) == 0);
     }
-    // `size` times x P(x^2), of the least relative error (2.3e-5).
-    __device__ __forceinline__ static float small(float x, float size) {
-        const float y = x * x;
-        return x * ((0.000112509615f * size * y - 0.00518268019f * size) * y + 0.249994359f * size);
+    // x P(x^2), of the least relative error (6.3e-5).
+    __device__ __forceinline__ float exponent(float x) const {
+        return x * (-0.000635126957f * most * (x * x) + 0.124992081f * most);
     }
-    __device__ __forceinline__ float exponent(float x) const { return small(x, most); }
-    // Beside bfloat16, whose rounding of a score is four times as large as the error of tanh_fast.
+    // bfloat16 rounds a score by four times the error of tanh_fast.
     template <class Tile>
-    __device__ __forceinline__ void cap(Tile& s, bool all_small) const {
-        if (all_small) {
+    __device__ __forceinline__ void cap(Tile& s, bool within_reach) const {
+        if (within_reach) {
 #pragma unroll
             for (int x = 0; x < Tile::kSize; x++) s[x] = exponent(s[x]);
         } else {
 #pragma unroll
-            for (int x = 0; x < Tile::kSize; x++) s[x] = most * tanh_fast(0.25f * s[x]);
+            for (int x = 0; x < Tile::kSize; x++) s[x] = most * tanh_fast(kReach / 2 * s[x]);
         }
     }
     template <class Tile>
     __device__ __forceinline__ void apply(Tile& s, const Coord&, int, int) const {
         if (scale(s)) {
 #pragma unroll
-            for (int x = 0; x < Tile::kSize; x++) s[x] = small(s[x], 1.0f);
+            for (int x = 0; x < Tile::kSize; x++) {  // relative error 2.3e-5
+                const float y = s[x] * s[x];
+                s[x] *= (0.000112509615f * y - 0.00518268019f) * y + 0.249994359f;
+            }
         } else {
 #pragma unroll
-            for (int x = 0; x < Tile::kSize; x++) s[x] = Tanh::of(0.25f * s[x]);
+            for (int x = 0; x < Tile::kSize; x++) s[x] = Tanh::of(kReach / 2 * s[x]);
         }
     }
 };
 
 template <class Slope>
-struct WholeTile<Alibi<float, Slope>> {
-    static constexpr bool kExists = true, kBounded = false;
+struct WholeTile<Alibi<float, Slope>, false> {
+    static constexpr bool kExists = true;
     float slope;
 
     __device__ __forceinline__ static float factor(const Alibi<float, Slope>&, float scale) {

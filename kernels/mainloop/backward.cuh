@@ -55,6 +55,8 @@ struct Backward {
     using KTile = typename Gemm::template Tile<kBlockN, kHeadDim>;
     using VTile = typename Gemm::template Tile<kBlockN, kHeadDimV>;
     using PTile = typename Gemm::template ScoreTile<kBlockM, kBlockN>;
+    using DsTile = typename Gemm::template GradientTile<kBlockM, kBlockN>;
+    static_assert(DsTile::kBytes == PTile::kBytes);
     static constexpr bool kSplitInput = Gemm::kParts > 1;  // see mainloop/split_input.cuh
     using Sums = ModSums<Config, Scores>;
     using Stats = RowStats<Config>;
@@ -132,7 +134,7 @@ struct Backward {
         return {reinterpret_cast<BiasElement*>(stage_start(stage) + QTile::kBytes + DoTile::kBytes + kStatsBytes)};
     }
     __device__ __forceinline__ PTile sP() const { return {reinterpret_cast<Element*>(smem + kOffsetP)}; }
-    __device__ __forceinline__ PTile sdS() const { return {reinterpret_cast<Element*>(smem + kOffsetDs)}; }
+    __device__ __forceinline__ DsTile sdS() const { return {reinterpret_cast<Element*>(smem + kOffsetDs)}; }
     __device__ __forceinline__ Real* sSums() const { return reinterpret_cast<Real*>(smem + kOffsetSums); }
     // kBiasColumns: this thread's sum of its column c over the tiles of a head, where no register is needed to keep it.
     __device__ __forceinline__ Real& own_column(int c) const {

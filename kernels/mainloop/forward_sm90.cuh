@@ -105,13 +105,11 @@ struct ForwardSm90 {
     // One buffer for V is not free for the next tile before O is done.
     static constexpr bool kLateWait = Config::kLateWait && kStages > 1;
 
-    // Modifications of a whole tile of raw products.
-    static constexpr bool kWhole = Config::kPositiveScale && WholeTile<ScoreMod>::kExists && kHeadDimV <= 128;
-    using Whole = WholeTile<typename Either<kWhole, ScoreMod, NoScoreMod>::Type>;
-
-    // Scores lie so close to 0 that exponentials need no maximum.
+    // Modifications of a whole tile of raw products, and whether exponentials need no maximum afterwards.
     static constexpr bool kBounded = Config::kBounded;
-    static_assert(!kBounded || (Whole::kBounded && !kKeepsMaxima && !kScalesFirst));
+    static constexpr bool kWhole = Config::kPositiveScale && WholeTile<ScoreMod, kBounded>::kExists && kHeadDimV <= 128;
+    using Whole = WholeTile<typename Either<kWhole, ScoreMod, NoScoreMod>::Type, kBounded>;
+    static_assert(!kBounded || (kWhole && !kKeepsMaxima && !kScalesFirst));
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;

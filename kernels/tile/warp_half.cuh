@@ -28,6 +28,8 @@ struct WarpHalf {
     using Tile = SwizzledTile<Element, kRows, kCols>;
     template <int kRows, int kCols>
     using ScoreTile = SwizzledTile<Element, kRows, kCols>;
+    template <int kRows, int kCols>
+    using GradientTile = ScoreTile<kRows, kCols>;
     template <bool kTransA, bool kTransB, int kRows, int kCols>
     using Sums = RegTile<float, kRows / 16, kCols / 8>;
 

@@ -50,6 +50,8 @@ struct WarpSimt {
     using Tile = SmemTile<float, kRows, kCols, 1>;
     template <int kRows, int kCols>
     using ScoreTile = SmemTile<float, kRows, kCols, 2>;
+    template <int kRows, int kCols>
+    using GradientTile = ScoreTile<kRows, kCols>;
     template <bool kTransA, bool kTransB, int kRows, int kCols>
     using Sums = LaneTile<kTransA, kTransB, kRows, kCols>;
 

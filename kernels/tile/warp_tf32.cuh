@@ -1,9 +1,9 @@
 // Warp products of fp32 tiles on tensor cores, either tile transposed: mma m16n8k8 of what tf32 keeps of the elements. See
 // warp_half.cuh for the interface.
 //
-// Inputs are rounded, once, where they lie. P and dS, which are always on the left, are not: what tf32 drops of them is multiplied
-// too, as bfloat16, so that the rounding of inputs is all that tf32 costs in accuracy. A bfloat16 has the range of a float, and
-// the product of two takes half the time.
+// Inputs are rounded, once, where they lie, and P where it is stored. dS, a difference that gets a rounding of its own on top of
+// those of the inputs, is not: what tf32 drops of it is multiplied too, as bfloat16, which has the range of a float and takes half
+// the time.
 //
 // ldmatrix moves 16-byte rows, so it serves 32-bit elements too where nothing is transposed. Where something is, rows and
 // columns of the sums are dealt to accumulator tiles so that a lane's elements are neighbours (`DealtTile`): one 16-byte load
@@ -42,7 +42,9 @@ struct WarpTf32 {
     template <int kRows, int kCols>
     using Tile = SwizzledWideTile<kRows, kCols>;
     template <int kRows, int kCols>
-    using ScoreTile = SwizzledWideTile<kRows, kCols, 2>;
+    using ScoreTile = Tile<kRows, kCols>;
+    template <int kRows, int kCols>
+    using GradientTile = SwizzledWideTile<kRows, kCols, 2>;
     template <bool kTransA, bool kTransB, int kRows, int kCols, int kWarps>
     using Grid = WarpGrid<kRows, kCols, kWarps, 16, 16>;
     template <bool kTransA, bool kTransB, int kRows, int kCols>
@@ -168,10 +170,11 @@ struct WarpTf32 {
 
     template <class Accumulators, class Tile>
     __device__ __forceinline__ static void store(Accumulators& sums, const Tile& tile, int row, int col) {
+        const auto element = [&](int x) { return Tile::kParts == 1 ? nearest_tf32(sums[x]) : sums[x]; };
 #pragma unroll
         for (int x = 0; x < Accumulators::kSize; x += 2) {
             *reinterpret_cast<float2*>(tile.at(row + Accumulators::row(x), col + Accumulators::col(x))) =
-                make_float2(sums[x], sums[x + 1]);
+                make_float2(element(x), element(x + 1));
         }
     }
 };

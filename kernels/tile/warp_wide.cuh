@@ -24,6 +24,8 @@ struct WarpWide {
     using Tile = SmemTile<Element, kRows, kCols, kPadUnits>;
     template <int kRows, int kCols>
     using ScoreTile = Tile<kRows, kCols>;
+    template <int kRows, int kCols>
+    using GradientTile = ScoreTile<kRows, kCols>;
     template <bool kTransA, bool kTransB, int kRows, int kCols>
     using Sums = RegTile<Accum, kRows / 16, kCols / 8>;
 
