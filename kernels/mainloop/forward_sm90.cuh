@@ -466,7 +466,8 @@ struct ForwardSm90 {
             }
         }
         __device__ __forceinline__ void drop(WgmmaTile<kBlockN>& s, const Work& w, int n) const {
-            drop_probabilities<kBlockN % 32 == 0>(s, w.at, first_row(w), n * kBlockN, params().seed, params().dropout_threshold);
+            drop_probabilities<kBlockN % 32 == 0>(s, w.at, first_row(w), n * kBlockN, params().seed,
+                                                  params().dropout_threshold);
         }
         __device__ __forceinline__ static void pack(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4]) {
 #pragma unroll

@@ -1,9 +1,9 @@
 // Warp products of fp32 tiles on tensor cores, either tile transposed: mma m16n8k8 of what tf32 keeps of the elements. See
 // warp_half.cuh for the interface.
 //
-// Inputs are rounded, once, where they lie, and P where it is stored. dS, a difference that gets a rounding of its own on top of
-// those of the inputs, is not: what tf32 drops of it is multiplied too, as bfloat16, which has the range of a float and takes half
-// the time.
+// Inputs are rounded, once, where they lie, and P where it is stored. dS, a difference that gets a rounding of its own on top
+// of those of the inputs, is not: what tf32 drops of it is multiplied too, as bfloat16, which has the range of a float and
+// takes half the time.
 //
 // ldmatrix moves 16-byte rows, so it serves 32-bit elements too where nothing is transposed. Where something is, rows and
 // columns of the sums are dealt to accumulator tiles so that a lane's elements are neighbours (`DealtTile`): one 16-byte load
@@ -141,7 +141,7 @@ struct WarpTf32 {
             for (int x = 0; x < kSteps; x++) load_a<kTransA>(fa[x], a, row, k + 8 * x);
 #pragma unroll
             for (int x = 0; x < (kSteps == 2 ? 4 * kM : 0); x++) {  // a lane's depths of two steps are its four of one
-                const float(&from)[4] = fa[x % 4 / 2][x / 4].x;
+                const float (&from)[4] = fa[x % 4 / 2][x / 4].x;
                 low[x / 4][x % 4] = pack_pair<__nv_bfloat16>(beyond_tf32(from[x % 2]), beyond_tf32(from[x % 2 + 2]));
             }
 #pragma unroll
