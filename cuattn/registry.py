@@ -177,11 +177,11 @@ LARGEST_EXPONENT = 80
 
 
 def _bounded(problem: Problem) -> bool:
-    """Whether exponentials of scores, none relative to a maximum, fit the elements."""
-    if problem.dtype != "bfloat16" or problem.scale <= 0 or len(problem.mods) != 1:
+    """Whether exponentials of scores, none relative to a maximum, fit bfloat16, as do queries in units of a softcap."""
+    mod = problem.mods[0] if len(problem.mods) == 1 else None
+    if problem.dtype != "bfloat16" or not isinstance(mod, SoftCap):
         return False
-    mod = problem.mods[0]
-    return isinstance(mod, SoftCap) and mod.cap * math.log2(math.e) <= LARGEST_EXPONENT
+    return mod.cap * math.log2(math.e) <= LARGEST_EXPONENT and 2.0**-30 <= problem.scale / mod.cap <= 1
 
 
 def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:

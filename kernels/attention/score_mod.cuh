@@ -158,71 +158,96 @@ struct Either<false, First, Second> {
 
 // Modifications that a loop may apply to a whole tile of raw products instead of `apply`, for one head and a positive scale.
 // Afterwards they are scores in units of which factor(), positive too, makes exponents of 2. For loops that the number of
-// instructions bounds. kBounded: bfloat16 scores so close to 0 that no maximum is needed, of a modification that bounds them. A
-// loop may then do the last step itself, among its exponentials: `scale` begins; where it yields true, exponent(x) may follow
-// for each element, and else `cap`, which yields exponents of 2 too.
-template <class Mod, bool kBounded>
+// instructions bounds.
+template <class Mod>
 struct WholeTile {
     static constexpr bool kExists = false;
 };
 
-template <class Tanh, bool kBounded>
-struct WholeTile<SoftCap<float, Tanh>, kBounded> {
+template <class Tanh>
+struct WholeTile<SoftCap<float, Tanh>> {
     static constexpr bool kExists = true;
-    // Scores are mostly much smaller than the cap. While all of a warp's are below kReach of it, a polynomial stands for tanh.
-    static constexpr float kReach = kBounded ? 0.25f : 0.5f;
-    float unit;  // makes 2 / kReach times the argument of tanh out of a product
-    float most;  // the cap as an exponent of 2
+    float unit;  // makes four times the argument of tanh out of a product
 
     __device__ __forceinline__ static float factor(const SoftCap<float, Tanh>& mod, float) {
         return mod.cap * static_cast<float>(kLog2e);
     }
     __device__ __forceinline__ static WholeTile of(const SoftCap<float, Tanh>& mod, const Coord&, float scale) {
-        return {2.0f / kReach * scale * mod.inverse, factor(mod, scale)};
+        return {4.0f * scale * mod.inverse};
     }
-    // Whether all of the warp's products are within reach: then the uppermost bit of their exponents is 0.
+    // Scores are mostly much smaller than the cap. While all of a warp's are below half of it, a polynomial replaces the
+    // division: x P(x^2), of the least relative error (2.3e-5). Four times the argument is below 2 if the uppermost bit of its
+    // exponent is 0.
     template <class Tile>
-    __device__ __forceinline__ bool scale(Tile& s) const {
+    __device__ __forceinline__ void apply(Tile& s, const Coord&, int, int) const {
         unsigned bits = 0;
 #pragma unroll
         for (int x = 0; x < Tile::kSize; x++) {
             s[x] *= unit;
             bits |= __float_as_uint(s[x]);
         }
-        return __all_sync(0xffffffffu, (bits & 0x40000000u) == 0);
-    }
-    // x P(x^2), of the least relative error (6.3e-5).
-    __device__ __forceinline__ float exponent(float x) const {
-        return x * (-0.000635126957f * most * (x * x) + 0.124992081f * most);
-    }
-    // bfloat16 rounds a score by four times the error of tanh_fast.
-    template <class Tile>
-    __device__ __forceinline__ void cap(Tile& s, bool within_reach) const {
-        if (within_reach) {
+        if (__all_sync(0xffffffffu, (bits & 0x40000000u) == 0)) {
 #pragma unroll
-            for (int x = 0; x < Tile::kSize; x++) s[x] = exponent(s[x]);
-        } else {
-#pragma unroll
-            for (int x = 0; x < Tile::kSize; x++) s[x] = most * tanh_fast(kReach / 2 * s[x]);
-        }
-    }
-    template <class Tile>
-    __device__ __forceinline__ void apply(Tile& s, const Coord&, int, int) const {
-        if (scale(s)) {
-#pragma unroll
-            for (int x = 0; x < Tile::kSize; x++) {  // relative error 2.3e-5
+            for (int x = 0; x < Tile::kSize; x++) {
                 const float y = s[x] * s[x];
                 s[x] *= (0.000112509615f * y - 0.00518268019f) * y + 0.249994359f;
             }
         } else {
 #pragma unroll
-            for (int x = 0; x < Tile::kSize; x++) s[x] = Tanh::of(kReach / 2 * s[x]);
+            for (int x = 0; x < Tile::kSize; x++) s[x] = Tanh::of(0.25f * s[x]);
+        }
+    }
+};
+
+// Modifications that bound scores so closely to 0 that no maximum is needed: from products with queries times power(), of
+// bfloat16, to exponents of 2. Where within_reach(), exponent(x) is that of each element; `cap` is for any.
+template <class Mod>
+struct BoundedTile {
+    static constexpr bool kExists = false;
+};
+
+template <class Tanh>
+struct BoundedTile<SoftCap<float, Tanh>> {
+    static constexpr bool kExists = true;
+    float linear, cubic;  // of the exponent in a product: the least relative error (6.3e-5) to a quarter of the cap
+
+    // Eight times the argument of tanh, by a product; and the power of two that is no less.
+    __device__ __forceinline__ static float eighth(const SoftCap<float, Tanh>& mod, float scale) {
+        return 8.0f * scale * mod.inverse;
+    }
+    __device__ __forceinline__ static float power(const SoftCap<float, Tanh>& mod, float scale) {
+        return __uint_as_float((__float_as_uint(eighth(mod, scale)) + 0x7fffffu) & 0x7f800000u);
+    }
+    __device__ __forceinline__ static BoundedTile of(const SoftCap<float, Tanh>& mod, float scale) {
+        const float rest = eighth(mod, scale) / power(mod, scale), most = mod.cap * static_cast<float>(kLog2e);
+        return {0.124992081f * most * rest, -0.000635126957f * most * (rest * rest * rest)};
+    }
+    // All of the warp's products are below 2: the uppermost bits of their exponents are 0.
+    template <class Tile>
+    __device__ __forceinline__ static bool within_reach(Tile& s) {
+        unsigned bits = 0;
+#pragma unroll
+        for (int x = 0; x < Tile::kSize; x++) bits |= __float_as_uint(s[x]);
+        return __all_sync(0xffffffffu, (bits & 0x40000000u) == 0);
+    }
+    __device__ __forceinline__ float exponent(float x) const { return x * (cubic * (x * x) + linear); }
+    // bfloat16 rounds a score by four times the error of tanh_fast.
+    template <class Tile>
+    __device__ __forceinline__ void cap(Tile& s, bool near, const SoftCap<float, Tanh>& mod, float scale) const {
+        if (near) {
+#pragma unroll
+            for (int x = 0; x < Tile::kSize; x++) s[x] = exponent(s[x]);
+        } else {
+            const float argument = 0.125f * eighth(mod, scale) / power(mod, scale);
+            const float most = mod.cap * static_cast<float>(kLog2e);
+#pragma unroll
+            for (int x = 0; x < Tile::kSize; x++) s[x] = most * tanh_fast(argument * s[x]);
         }
     }
 };
 
 template <class Slope>
-struct WholeTile<Alibi<float, Slope>, false> {
+struct WholeTile<Alibi<float, Slope>> {
     static constexpr bool kExists = true;
     float slope;
 

@@ -105,11 +105,12 @@ struct ForwardSm90 {
     // One buffer for V is not free for the next tile before O is done.
     static constexpr bool kLateWait = Config::kLateWait && kStages > 1;
 
-    // Modifications of a whole tile of raw products, and whether exponentials need no maximum afterwards.
+    // Modifications of a whole tile of raw products; exponentials of bounded scores need no maximum.
     static constexpr bool kBounded = Config::kBounded;
-    static constexpr bool kWhole = Config::kPositiveScale && WholeTile<ScoreMod, kBounded>::kExists && kHeadDimV <= 128;
-    using Whole = WholeTile<typename Either<kWhole, ScoreMod, NoScoreMod>::Type, kBounded>;
-    static_assert(!kBounded || (kWhole && !kKeepsMaxima && !kScalesFirst));
+    static constexpr bool kWhole = Config::kPositiveScale && WholeTile<ScoreMod>::kExists && kHeadDimV <= 128 && !kBounded;
+    using Whole = WholeTile<typename Either<kWhole, ScoreMod, NoScoreMod>::Type>;
+    using Bounded = BoundedTile<typename Either<kBounded, ScoreMod, NoScoreMod>::Type>;
+    static_assert(!kBounded || (Bounded::kExists && !kKeepsMaxima && !kScalesFirst));
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
@@ -249,12 +250,28 @@ struct ForwardSm90 {
         float lse_log2[2];        // of the rows whose output is staged (kStagesOutput)
         bool staged = false;      // the query tile before this one is still to be stored
         Whole whole;
+        Bounded bounded;
 
         __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
         __device__ __forceinline__ const ForwardParams& params() const { return kernel.params(); }
         __device__ __forceinline__ int first_row(const Work& w) const { return w.m_block * kBlockM + 64 * wg; }
 
-        __device__ __forceinline__ void wait_q() const { mbarrier_wait(kernel.q_full(q.stage, wg), q.parity); }
+        __device__ __forceinline__ void wait_q() const {
+            mbarrier_wait(kernel.q_full(q.stage, wg), q.parity);
+            if constexpr (kBounded) {  // times a power of two, so that products can be compared with 2 by their bits
+                const float power = Bounded::power(kernel.arguments.variant.score_mod, static_cast<float>(params().scale));
+                uint4* data = reinterpret_cast<uint4*>(kernel.smem + (q.stage * kConsumers + wg) * QTile::kBytes);
+#pragma unroll 1
+                for (int i = threadIdx.x % 128; i < QTile::kBytes / 16; i += 128) {
+                    uint4 x = data[i];
+                    x.x = scaled_pair<Element>(x.x, power), x.y = scaled_pair<Element>(x.y, power);
+                    x.z = scaled_pair<Element>(x.z, power), x.w = scaled_pair<Element>(x.w, power);
+                    data[i] = x;
+                }
+                fence_proxy_async();
+                bar_sync(kClearBarrier + wg, 128);
+            }
+        }
         __device__ __forceinline__ void release_q() {
             if (leads()) mbarrier_arrive(kernel.q_empty(q.stage, wg));
             q.advance();
@@ -349,11 +366,11 @@ struct ForwardSm90 {
         }
         // Bounded scores, modified and masked, to probabilities in their place, with the sums.
         __device__ __forceinline__ void cap_and_exponentiate(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n) {
-            const bool small = whole.scale(s);
-            if (small && tiles.full(kernel.arguments.variant.mask, w.at, n)) {
-                exponentiate_bounded(s, [&](float x) { return whole.exponent(x); });
+            const bool near = Bounded::within_reach(s);
+            if (near && tiles.full(kernel.arguments.variant.mask, w.at, n)) {
+                exponentiate_bounded(s, [&](float x) { return bounded.exponent(x); });
             } else {
-                whole.cap(s, small);
+                bounded.cap(s, near, kernel.arguments.variant.score_mod, static_cast<float>(params().scale));
                 modify_with<true>(s, w, tiles, n, kernel.arguments.variant.score_mod);
                 exponentiate_bounded(s, [](float x) { return x; });
             }
@@ -777,6 +794,9 @@ struct ForwardSm90 {
         auto arrive = [&](const QueryTile& tile) {
             const Work w = schedule.work(p, tile);
             if constexpr (kForeignRows) store_padding<Element, float, kBlockM, 128 * kConsumers>(p, w, p.head_dim_v);
+            if constexpr (kBounded) {
+                consumer.bounded = Bounded::of(arguments.variant.score_mod, static_cast<float>(p.scale));
+            }
             if constexpr (kWhole) {  // the padding past packed sequences counts as one more, which has no slope
                 const bool exists = w.at.seqlen_k > 0;
                 if (exists) consumer.whole = Whole::of(arguments.variant.score_mod, w.at, static_cast<float>(p.scale));
