@@ -199,49 +199,57 @@ struct WholeTile<SoftCap<float, Tanh>> {
     }
 };
 
-// Modifications that bound scores so closely to 0 that no maximum is needed: from products with queries times power(), of
-// bfloat16, to exponents of 2. Where within_reach(), exponent(x) is that of each element; `cap` is for any.
-template <class Mod>
+// Modifications that bound scores so closely to 0 that no maximum is needed: from raw products to exponents of 2. Where
+// within_reach(), exponent(x) is that of each element; `cap` is for any. kScaledQueries: the products are with queries times
+// power(), of bfloat16; otherwise within_reach() scales them.
+template <class Mod, bool kScaledQueries>
 struct BoundedTile {
     static constexpr bool kExists = false;
 };
 
-template <class Tanh>
-struct BoundedTile<SoftCap<float, Tanh>> {
+template <class Tanh, bool kScaledQueries>
+struct BoundedTile<SoftCap<float, Tanh>, kScaledQueries> {
     static constexpr bool kExists = true;
-    float linear, cubic;  // of the exponent in a product: the least relative error (6.3e-5) to a quarter of the cap
+    using Mod = SoftCap<float, Tanh>;
+    float linear, cubic;  // of the exponent in a scaled product: the least relative error (6.3e-5) to a quarter of the cap
+    float unit;           // scales a product where queries are not scaled
 
     // Eight times the argument of tanh, by a product; and the power of two that is no less.
-    __device__ __forceinline__ static float eighth(const SoftCap<float, Tanh>& mod, float scale) {
-        return 8.0f * scale * mod.inverse;
-    }
-    __device__ __forceinline__ static float power(const SoftCap<float, Tanh>& mod, float scale) {
+    __device__ __forceinline__ static float eighth(const Mod& mod, float scale) { return 8.0f * scale * mod.inverse; }
+    __device__ __forceinline__ static float power(const Mod& mod, float scale) {
         return __uint_as_float((__float_as_uint(eighth(mod, scale)) + 0x7fffffu) & 0x7f800000u);
     }
-    __device__ __forceinline__ static BoundedTile of(const SoftCap<float, Tanh>& mod, float scale) {
-        const float rest = eighth(mod, scale) / power(mod, scale), most = mod.cap * static_cast<float>(kLog2e);
-        return {0.124992081f * most * rest, -0.000635126957f * most * (rest * rest * rest)};
+    // Eight times the argument of tanh, by a scaled product: at most 1.
+    __device__ __forceinline__ static float rest(const Mod& mod, float scale) {
+        return kScaledQueries ? eighth(mod, scale) / power(mod, scale) : 1.0f;
     }
-    // All of the warp's products are below 2: the uppermost bits of their exponents are 0.
+    __device__ __forceinline__ static float most(const Mod& mod) { return mod.cap * static_cast<float>(kLog2e); }
+    __device__ __forceinline__ static BoundedTile of(const Mod& mod, float scale) {
+        const float x = rest(mod, scale);
+        return {0.124992081f * most(mod) * x, -0.000635126957f * most(mod) * (x * x * x), eighth(mod, scale)};
+    }
+    // All of the warp's scaled products are below 2: the uppermost bits of their exponents are 0.
     template <class Tile>
-    __device__ __forceinline__ static bool within_reach(Tile& s) {
+    __device__ __forceinline__ bool within_reach(Tile& s) const {
         unsigned bits = 0;
 #pragma unroll
-        for (int x = 0; x < Tile::kSize; x++) bits |= __float_as_uint(s[x]);
+        for (int x = 0; x < Tile::kSize; x++) {
+            if constexpr (!kScaledQueries) s[x] *= unit;
+            bits |= __float_as_uint(s[x]);
+        }
         return __all_sync(0xffffffffu, (bits & 0x40000000u) == 0);
     }
     __device__ __forceinline__ float exponent(float x) const { return x * (cubic * (x * x) + linear); }
     // bfloat16 rounds a score by four times the error of tanh_fast.
     template <class Tile>
-    __device__ __forceinline__ void cap(Tile& s, bool near, const SoftCap<float, Tanh>& mod, float scale) const {
+    __device__ __forceinline__ void cap(Tile& s, bool near, const Mod& mod, float scale) const {
         if (near) {
 #pragma unroll
             for (int x = 0; x < Tile::kSize; x++) s[x] = exponent(s[x]);
         } else {
-            const float argument = 0.125f * eighth(mod, scale) / power(mod, scale);
-            const float most = mod.cap * static_cast<float>(kLog2e);
+            const float argument = 0.125f * rest(mod, scale);
 #pragma unroll
-            for (int x = 0; x < Tile::kSize; x++) s[x] = most * tanh_fast(argument * s[x]);
+            for (int x = 0; x < Tile::kSize; x++) s[x] = most(mod) * tanh_fast(argument * s[x]);
         }
     }
 };

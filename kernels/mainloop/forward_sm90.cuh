@@ -109,7 +109,9 @@ struct ForwardSm90 {
     static constexpr bool kBounded = Config::kBounded;
     static constexpr bool kWhole = Config::kPositiveScale && WholeTile<ScoreMod>::kExists && kHeadDimV <= 128 && !kBounded;
     using Whole = WholeTile<typename Either<kWhole, ScoreMod, NoScoreMod>::Type>;
-    using Bounded = BoundedTile<typename Either<kBounded, ScoreMod, NoScoreMod>::Type>;
+    // Heads to 64 have three consumers, in whose loop scaled products were faster.
+    static constexpr bool kScalesQueries = kBounded && kHeadDim > 64;
+    using Bounded = BoundedTile<typename Either<kBounded, ScoreMod, NoScoreMod>::Type, kScalesQueries>;
     static_assert(!kBounded || (Bounded::kExists && !kKeepsMaxima && !kScalesFirst));
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
@@ -258,7 +260,7 @@ struct ForwardSm90 {
 
         __device__ __forceinline__ void wait_q() const {
             mbarrier_wait(kernel.q_full(q.stage, wg), q.parity);
-            if constexpr (kBounded) {  // times a power of two, so that products can be compared with 2 by their bits
+            if constexpr (kScalesQueries) {  // by a power of two, so that products can be compared with 2 by their bits
                 const float power = Bounded::power(kernel.arguments.variant.score_mod, static_cast<float>(params().scale));
                 uint4* data = reinterpret_cast<uint4*>(kernel.smem + (q.stage * kConsumers + wg) * QTile::kBytes);
 #pragma unroll 1
@@ -366,7 +368,7 @@ struct ForwardSm90 {
         }
         // Bounded scores, modified and masked, to probabilities in their place, with the sums.
         __device__ __forceinline__ void cap_and_exponentiate(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n) {
-            const bool near = Bounded::within_reach(s);
+            const bool near = bounded.within_reach(s);
             if (near && tiles.full(kernel.arguments.variant.mask, w.at, n)) {
                 exponentiate_bounded(s, [&](float x) { return bounded.exponent(x); });
             } else {
