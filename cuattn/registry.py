@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cuattn.fields import ITEMSIZE, Operand
 from cuattn.masks import And, BooleanMask, Full, SlidingWindow
 from cuattn.problem import Problem
-from cuattn.score_mods import Bias, UserMod
+from cuattn.score_mods import Bias, SoftCap, UserMod
 from cuattn.tma import tma_bias, tma_obstacles
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class Tiles:
     """forward_sm90: buffers for q; with two, the next query tile's has come before this one's is free"""
     keep_maxima: bool = False
     """forward_sm90: a row keeps the maximum of its first keys until a sum exceeds 2^40, which bfloat16 probabilities may"""
+    bounded: bool = False
+    """forward_sm90: scores are so close to 0 that exponentials need no maximum"""
     late_wait: bool = True
     """forward_sm90: the compiler may not wait for the output before the maxima of the next scores"""
     scale_first: bool = False
@@ -169,6 +172,18 @@ def _keys_of_a_tile(problem: Problem) -> int:
     return len(problem.mask.kv_range(range(middle, min(queries, middle + 128)), queries, keys))
 
 
+LARGEST_EXPONENT = 80
+"""Of 2: probabilities and sums of them that a bfloat16 and a float32 hold with room for the values they are multiplied with."""
+
+
+def _bounded(problem: Problem) -> bool:
+    """Whether exponentials of scores, none relative to a maximum, fit bfloat16, as do queries in units of a softcap."""
+    mod = problem.mods[0] if len(problem.mods) == 1 else None
+    if problem.dtype != "bfloat16" or not isinstance(mod, SoftCap):
+        return False
+    return mod.cap * math.log2(math.e) <= LARGEST_EXPONENT and 2.0**-30 <= problem.scale / mod.cap <= 1
+
+
 def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     widest, weight = max(_dims_sm90(problem)), _weight_sm90(problem)
     tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
@@ -186,7 +201,11 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     keeps = problem.dtype == "bfloat16" and not problem.mods and problem.scale > 0
     keeps = keeps and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
     scales_first = wide and weight == 0 and not keeps
-    tiles = [replace(t, late_wait=keeps or not wide, scale_first=scales_first and t.overlap, keep_maxima=keeps) for t in tiles]
+    waits_late, bounded = keeps or not wide, _bounded(problem) and not wide
+    tiles = [
+        replace(t, late_wait=waits_late, scale_first=scales_first and t.overlap, keep_maxima=keeps, bounded=bounded)
+        for t in tiles
+    ]
     return _allowed(tiles, weight, device)
 
 
