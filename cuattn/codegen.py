@@ -25,6 +25,8 @@ class Unit(NamedTuple):
     source: str
     threads: int
     smem_bytes: int
+    chained: bool = False
+    """whether it waits for the grids ahead by itself (kernels/ptx/griddepcontrol.cuh)"""
 
 
 def units(plan: Plan) -> dict[str, Unit]:
@@ -335,6 +337,7 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
             "kWarpsN": plan.warps_n,
             "kStages": plan.stages,
             "kCluster": plan.cluster,
+            "kBoxRows": plan.box_rows,
             **{f"kVec{name}": n for name, n in zip(("Q", "K", "V", "Out"), p.vectors, strict=True)},
         }
         flags["kSinks"] = sinks is not None
@@ -344,10 +347,12 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
         flags["kParted"] = plan.max_parts > 0
         flags["kAlike"] = len({op.strides for op in caches if op is not None}) == 1
     arguments = "DecodeArguments"
+    if attends and plan.boxed:
+        arguments = "BoxedArguments"
     if attends and isinstance(plan, LatentPlan):
         arguments = "LatentArguments"
-        constants["kBoxRows"] = plan.box_rows
         flags["kFoldScale"] = not p.mods and p.scale > 0
     definitions = _definitions(plan, kernel) if attends else []
     size = len(decode_struct(plan, attends).image)
-    return _source(kernel, arguments, size, CTYPES[p.real], definitions, types, constants, flags)
+    unit = _source(kernel, arguments, size, CTYPES[p.real], definitions, types, constants, flags)
+    return unit._replace(chained=plan.device.number == 90)

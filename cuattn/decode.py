@@ -424,6 +424,8 @@ class DecodePlan:
     min_keys: int = MIN_KEYS
     cluster: int = 1
     """CTAs that divide an item among them; 1: they find their work by the lengths of all sequences"""
+    boxed: bool = False
+    """whether keys and values are loaded by TMA"""
 
     kernel: ClassVar[str] = "decode"
 
@@ -444,6 +446,16 @@ class DecodePlan:
     @property
     def threads(self) -> int:
         return 32 * self.warps_m * self.warps_n
+
+    @property
+    def box_rows(self) -> int:
+        """Tokens that TMA loads at once, neighbours in every page; 0 without it."""
+        return _box_rows(self.problem, self.block_n // self.warps_n) if self.boxed else 0
+
+    @property
+    def box_columns(self) -> int:
+        """of 128 bytes"""
+        return 128 // ITEMSIZE[self.problem.cache_dtype]
 
     @property
     def rows(self) -> int:
@@ -566,8 +578,12 @@ class LatentPlan(DecodePlan):
 
     @property
     def box_rows(self) -> int:
-        """Tokens that are loaded at once: neighbours in every page."""
-        return math.gcd(self.problem.page_size, self.block_n) if self.problem.paged else self.block_n
+        return _box_rows(self.problem, self.block_n)
+
+
+def _box_rows(problem: DecodeProblem, rows: int) -> int:
+    """Of `rows` tokens, as many as are neighbours in every page."""
+    return math.gcd(problem.page_size, rows) if problem.paged else rows
 
 
 def declines_latent(problem: DecodeProblem, device: Device) -> list[str]:
@@ -681,8 +697,22 @@ TILES = tuple(
     for ctas in (2, 1)
 )
 """(warps_m, warps_n, CTAs an SM holds), best first. Of two CTAs, one computes while the other waits."""
+BOXES = True
 CLUSTER_TILE = (1, 8, 1)
 """In clusters."""
+
+
+def _boxed(problem: DecodeProblem, device: Device, warps_m: int, keys: int) -> bool:
+    """Whether warps load their own `keys` keys by TMA."""
+    p = problem
+    caches = [(name, p.operand(name), p.vectors[n]) for n, name in ((1, "k_cache"), (2, "v_cache"))]
+    if device.arch != "sm_90a" or warps_m > 1 or ITEMSIZE[p.cache_dtype] > 2 or _box_rows(p, keys) < LATENT_BOX:
+        return False
+    if p.latent or p.head_dim_v > WIDEST_PIECE:
+        return False
+    if p.paged and p.operand("cache_leftpad") is not None:
+        return False
+    return all(op is not None and 0 not in op.shape and not tma_obstacles(name, op, v) for name, op, v in caches)
 
 
 def _clustered(problem: DecodeProblem, device: Device, rows: int) -> bool:
@@ -726,8 +756,21 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
         stages = min(MAX_STAGES, budget // stage)
         if stages >= 2 and merged <= budget:
             smem = bytes_q + max(stages * stage, merged)
+            boxed = BOXES and _boxed(problem, device, warps_m, block_n // warps_n)
             plan = DecodePlan(
-                problem, device, mma, warps_m, warps_n, block_n, stages, ctas, head_dim, head_dim_v, smem, bytes_q
+                problem,
+                device,
+                mma,
+                warps_m,
+                warps_n,
+                block_n,
+                stages,
+                ctas,
+                head_dim,
+                head_dim_v,
+                smem + 1024 * boxed,
+                bytes_q,
+                boxed=boxed,
             )
             return replace(plan, cluster=CLUSTER) if clustered and warps_n == CLUSTER_TILE[1] else plan
     raise NotImplementedError(f"no tile of {problem} fits the {device.smem_per_block} bytes of shared memory of a block")

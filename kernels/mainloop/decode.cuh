@@ -15,11 +15,21 @@
 #include "attention/softmax.cuh"
 #include "mainloop/decode_schedule.cuh"
 #include "ptx/cluster.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/warpgroup.cuh"
 #include "tile/copy.cuh"
 #include "tile/gemm.cuh"
 #include "tile/reg_tile.cuh"
 
 namespace cuattn {
+
+// Of a plan that loads keys and values by the copy engine.
+template <class Config>
+struct BoxedArguments {
+    TensorMap k, v;  // of the caches over (column, slot, head, page), in boxes of a panel and kBoxRows slots
+    DecodeArguments<Config> variant;
+};
 
 template <class Config>
 struct Decode {
@@ -40,15 +50,21 @@ struct Decode {
     // q as it comes from memory. kNarrows: the products take it as fp16 (MmaByte).
     static constexpr bool kNarrows = Config::kNarrows;
     using QLoaded = typename Either<kNarrows, SwizzledTile<Element, kRows, kHeadDim>, QTile>::Type;
-    using KTile = typename Mma::template KTile<kBlockN, kHeadDim>;
-    using VTile = typename Mma::template VTile<kBlockN, kHeadDimV>;
+    // Boxed: the copy engine loads kBoxRows slots of a page at once. A warp then loads what it alone reads, into tiles of its own,
+    // and goes through its keys at its own pace. Otherwise all warps load all rows of a block.
+    static constexpr int kBoxRows = Config::kBoxRows;
+    static constexpr bool kBoxed = kBoxRows > 0;
+    static constexpr int kTileRows = kBoxed ? kKeys : kBlockN, kTiles = kBlockN / kTileRows;
+    static_assert(!kBoxed || (kWarpsM == 1 && kKeys % kBoxRows == 0 && kKeys / kBoxRows <= 32));
+    using KTile = typename Mma::template KTile<kTileRows, kHeadDim>;
+    using VTile = typename Mma::template VTile<kTileRows, kHeadDimV>;
     // A thread copies the same rows of K and V.
     static constexpr int kLanes = lesser(copy_lanes(KTile::kCopyCols / vec_of<Cache>(Config::kVecK)),
                                          copy_lanes(VTile::kCopyCols / vec_of<Cache>(Config::kVecV)));
     using QRows = TileRows<kThreads, Config::kVecQ, kLanes, false, QLoaded>;
     using KRows = TileRows<kThreads, Config::kVecK, kLanes, Config::kWholeRows, KTile>;
     using VRows = TileRows<kThreads, Config::kVecV, kLanes, Config::kWholeRows, VTile>;
-    static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes;
+    static constexpr int kTileBytes = KTile::kBytes + VTile::kBytes, kStageBytes = kTiles * kTileBytes;
     static constexpr int kPitch = kHeadDimV + 4;  // of the staged outputs
     static_assert(QTile::kBytes + kStages * kStageBytes <= Config::kSmemBytes, "the plan's shared memory is too small");
     static_assert(QTile::kBytes + kWarpsN * kRows * kPitch * sizeof(Real) <= Config::kSmemBytes, "no room for the outputs");
@@ -65,13 +81,16 @@ struct Decode {
         Real max_log2[kWarpsN][kRows], sum[kWarpsN][kRows];  // of each warp's keys
         Real factor[kRows], lse[kRows];                      // of whole rows
         Real q_scale[kNarrows ? kRows : 1];
+        alignas(8) unsigned long long full[kBoxed ? kStages : 1][kWarpsN];  // barriers: a warp's tiles of a stage are there
     };
 
     const DecodeParams& p;
     const Mask& mask;
     const ScoreMod& score_mod;
+    const TensorMap* maps;  // of k and of v, if boxed
     char* smem;
     Shared& shared;
+    unsigned phases = 0;  // of the warp's barriers, a bit each
     // Fragments of q stay in registers where these and the accumulators take at most half of them.
     static constexpr int kHeld = kHeadDim / Mma::kGroupK, kAccumulators = 4 * (kN + kNv) * static_cast<int>(sizeof(Real)) / 4;
     static constexpr bool kHoldsQ = kAccumulators + kHeld * static_cast<int>(sizeof(typename Mma::Q)) / 4 <= 128;
@@ -82,10 +101,10 @@ struct Decode {
     __device__ __forceinline__ QTile sQ() const { return {reinterpret_cast<typename QTile::Element*>(smem)}; }
     __device__ __forceinline__ QLoaded loaded_q() const { return {reinterpret_cast<typename QLoaded::Element*>(smem)}; }
     __device__ __forceinline__ KTile sK(int stage) const {
-        return {reinterpret_cast<Cache*>(smem + QTile::kBytes + stage * kStageBytes)};
+        return {reinterpret_cast<Cache*>(smem + QTile::kBytes + stage * kStageBytes + (kBoxed ? warp_n() * kTileBytes : 0))};
     }
     __device__ __forceinline__ VTile sV(int stage) const {
-        return {reinterpret_cast<Cache*>(smem + QTile::kBytes + stage * kStageBytes + KTile::kBytes)};
+        return {reinterpret_cast<Cache*>(reinterpret_cast<char*>(sK(stage).data) + KTile::kBytes)};
     }
     __device__ __forceinline__ Real* staged(int warp_n, int row) const {
         return reinterpret_cast<Real*>(smem + QTile::kBytes) + (warp_n * kRows + row) * kPitch;
@@ -195,11 +214,68 @@ struct Decode {
         }
     }
 
+    __device__ __forceinline__ unsigned full(int stage) const { return smem_address(&shared.full[stage][warp_n()]); }
+    // Where the boxes of the warp's keys from j on lie, of those before `stop`: lane l knows of box l.
+    __device__ __forceinline__ Place find_boxes(const DecodeItem& item, int j, int stop) const {
+        const int lane = static_cast<int>(threadIdx.x % 32);
+        j += lane * kBoxRows;
+        const Place place = place_of<Config::kPaged>(p, item.seq, item.seq.leftpad + j, lane < kKeys / kBoxRows && j < stop);
+        return {static_cast<unsigned>(place.page) < static_cast<unsigned>(p.pages) ? place.page : -1, place.slot};
+    }
+    // What the maps place outside the cache arrives as zeros.
+    __device__ __forceinline__ void load_boxes(const DecodeItem& item, const Place& boxes, int stage) const {
+        const unsigned barrier = full(stage);
+        const bool issues = threadIdx.x % 32 == 0;
+        if (issues) mbarrier_arrive_expect_tx(barrier, kTileBytes);
+#pragma unroll
+        for (int box = 0; box < kKeys / kBoxRows; box++) {
+            const int page = __shfl_sync(0xffffffffu, boxes.page, box), slot = __shfl_sync(0xffffffffu, boxes.slot, box);
+            if (issues) {
+                const unsigned to_k = smem_address(sK(stage).data) + box * kBoxRows * 128,
+                               to_v = smem_address(sV(stage).data) + box * kBoxRows * 128;
+#pragma unroll
+                for (int col = 0; col < KTile::kCopyCols; col += KTile::kPanel) {
+                    cp_async_bulk_tensor_4d(to_k + KTile::shift(0, col), maps[0], barrier, col, slot, item.head_kv, page);
+                }
+#pragma unroll
+                for (int col = 0; col < VTile::kCopyCols; col += VTile::kPanel) {
+                    cp_async_bulk_tensor_4d(to_v + VTile::shift(0, col), maps[1], barrier, col, slot, item.head_kv, page);
+                }
+            }
+            __syncwarp();
+        }
+    }
+    // Rows past the sequence may hold anything: P is 0 there, but 0 * NaN is not.
+    __device__ __forceinline__ void clear_rows(const VTile& tile, int start) const {
+#pragma unroll
+        for (int col = 0; col < VTile::kCopyCols; col += VTile::kPanel) {
+            char* panel = reinterpret_cast<char*>(tile.data) + VTile::shift(0, col);
+            for (int x = start * 8 + static_cast<int>(threadIdx.x % 32); x < kKeys * 8; x += 32) {
+                *reinterpret_cast<uint4*>(panel + x * 16) = make_uint4(0, 0, 0, 0);
+            }
+        }
+        fence_proxy_async();
+        __syncwarp();
+    }
+    // Before the work ahead is done: nothing in global memory is touched.
+    __device__ __forceinline__ void begin() const {
+        if constexpr (kBoxed) {
+            if (threadIdx.x == 0) {
+                for (int x = 0; x < kStages * kWarpsN; x++) mbarrier_init(smem_address(&shared.full[0][0] + x), 1);
+                fence_mbarrier_init();
+                prefetch_tensormap(maps[0]);
+                prefetch_tensormap(maps[1]);
+            }
+            __syncthreads();
+        }
+    }
+
     // Keys --------------------------------------------------------------------------------------------------------------
 
+    // The warp's keys from col0 on.
     __device__ __forceinline__ void visit_block(const DecodeItem& item, const PackedRows& rows_, Range queries,
-                                                const Real (&scale)[2], int n, int stage) {
-        const int first = warp_n() * kKeys, col0 = n * kBlockN + first;
+                                                const Real (&scale)[2], int col0, int stage) {
+        const int first = kBoxed ? 0 : warp_n() * kKeys;
         const KTile k{sK(stage).at(first, 0)};
         const VTile v{sV(stage).at(first, 0)};
         RegTile<Real, 1, kN> s;
@@ -211,7 +287,7 @@ struct Decode {
         const Coord at = item.seq.at(item.batch);
         PackedRows rows_here = rows_;
         rows_here.row0 += 16 * warp_m();
-        if ((n + 1) * kBlockN <= at.seqlen_k && mask.covers(at, queries, {n * kBlockN, (n + 1) * kBlockN})) {
+        if (col0 + kKeys <= at.seqlen_k && mask.covers(at, queries, {col0, col0 + kKeys})) {
             modify_packed_scores<false>(s, at, rows_here, col0, scale, mask, score_mod);
         } else {
             modify_packed_scores<true>(s, at, rows_here, col0, scale, mask, score_mod);
@@ -220,14 +296,62 @@ struct Decode {
         gemm_pv<Mma>(o.data, s.data, v);
     }
 
-    // `meanwhile` is called while the first keys are on their way.
+    // `meanwhile` is called while the first keys are on their way. Keys begin at a multiple of kUnit.
+    static constexpr int kUnit = kBoxed ? kKeys : kBlockN;
     template <class Meanwhile>
-    __device__ __forceinline__ void visit_keys(const DecodeItem& item, Range blocks, const Meanwhile& meanwhile) {
-        Places places = find(item, blocks.start);
-        load_q(item);
+    __device__ __forceinline__ void visit_keys(const DecodeItem& item, Range keys, const Meanwhile& meanwhile) {
 #pragma unroll
         for (int x = 0; x < o.kSize; x++) o[x] = 0;
         rows[0][0] = rows[0][1] = RowState<Real>{};
+        if constexpr (kBoxed) {
+            visit_boxes(item, keys, meanwhile);
+        } else {
+            visit_blocks(item, {keys.start / kBlockN, (keys.stop + kBlockN - 1) / kBlockN}, meanwhile);
+        }
+    }
+    __device__ __forceinline__ void begin_scale(const DecodeItem& item, Real (&scale)[2]) const {
+        scale[0] = scale[1] =
+            static_cast<Real>(p.scale) * cache_scale(p.k_scale, p.k_scale_batch, p.k_scale_head, item.batch, item.head_kv);
+    }
+    template <class Meanwhile>
+    __device__ __forceinline__ void visit_boxes(const DecodeItem& item, Range keys, const Meanwhile& meanwhile) {
+        constexpr int kAhead = kStages * kBlockN;
+        const int start = keys.start + warp_n() * kKeys, stop = min(keys.stop, item.seq.seqlen_k);
+        Place boxes[kStages];
+#pragma unroll
+        for (int s = 0; s < kStages; s++) boxes[s] = find_boxes(item, start + s * kBlockN, stop);
+        load_q(item);
+        cp_async_commit_group();
+#pragma unroll
+        for (int s = 0; s < kStages; s++) {
+            if (start + s * kBlockN < stop) load_boxes(item, boxes[s], s);
+        }
+        meanwhile();
+        const Range queries = Schedule::queries(p, item.seq, item.m_block);
+        const PackedRows rows_ = packed(item);
+        Real scale[2];
+        begin_scale(item, scale);
+        cp_async_wait_group<0>();
+        __syncthreads();  // q is there
+        prepare_q(item, scale);
+        int stage = 0;
+#pragma unroll 1
+        for (int j = start; j < stop; j += kBlockN) {
+            const Place next = find_boxes(item, j + kAhead, stop);
+            mbarrier_wait(full(stage), phases >> stage & 1);
+            phases ^= 1u << stage;
+            if (j + kKeys > item.seq.seqlen_k) clear_rows(sV(stage), item.seq.seqlen_k - j);
+            visit_block(item, rows_, queries, scale, j, stage);
+            __syncwarp();  // nobody reads the stage
+            if (j + kAhead < stop) load_boxes(item, next, stage);
+            stage = stage + 1 == kStages ? 0 : stage + 1;
+        }
+        __syncthreads();  // nobody reads the stages
+    }
+    template <class Meanwhile>
+    __device__ __forceinline__ void visit_blocks(const DecodeItem& item, Range blocks, const Meanwhile& meanwhile) {
+        Places places = find(item, blocks.start);
+        load_q(item);
 #pragma unroll 1
         for (int s = 0; s < kStages - 1; s++) {
             const Places next = find(item, blocks.start + s + 1);  // on its way while the pages before are waited for
@@ -238,9 +362,8 @@ struct Decode {
         meanwhile();
         const Range queries = Schedule::queries(p, item.seq, item.m_block);
         const PackedRows rows_ = packed(item);
-        const Real score_scale =
-            static_cast<Real>(p.scale) * cache_scale(p.k_scale, p.k_scale_batch, p.k_scale_head, item.batch, item.head_kv);
-        Real scale[2] = {score_scale, score_scale};
+        Real scale[2];
+        begin_scale(item, scale);
         cp_async_wait_group<kStages - 2>();
         __syncthreads();  // q and the first block are there
         prepare_q(item, scale);
@@ -255,7 +378,7 @@ struct Decode {
             if (ahead < blocks.stop) load_block(item, places, stage == 0 ? kStages - 1 : stage - 1);
             cp_async_commit_group();
             if (ahead + 1 < blocks.stop) places = find(item, ahead + 1);
-            visit_block(item, rows_, queries, scale, n, stage);
+            visit_block(item, rows_, queries, scale, n * kBlockN + warp_n() * kKeys, stage);
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }
         cp_async_wait_group<0>();
@@ -508,7 +631,7 @@ struct Decode {
     }
 
     __device__ __forceinline__ void process(const Schedule& schedule, DecodeItem& item, Range blocks, unsigned unit) {
-        visit_keys(item, blocks, [&] {
+        visit_keys(item, {blocks.start * kBlockN, blocks.stop * kBlockN}, [&] {
             schedule.share(item);
             if (item.parts > 1 && threadIdx.x == 0) Schedule::claim(schedule.ticket(item), p.call);
         });
@@ -522,7 +645,8 @@ struct Decode {
                 combine(item, item.parts, threadIdx.x, kThreads, slot, slot);
             }
         }
-        __syncthreads();  // before the next item overwrites what is read here
+        if constexpr (kBoxed) fence_proxy_async();  // the copy engine overwrites it, too
+        __syncthreads();                            // before the next item overwrites what is read here
     }
 
     // Tokens past the last packed sequence: out 0, lse -inf.
@@ -549,14 +673,15 @@ struct Decode {
         item.batch = 0, item.m_block = static_cast<int>(blockIdx.z), item.head_kv = static_cast<int>(blockIdx.x);
         item.seq = CachedSequence::of<Config::kPacked>(p, 0);
         const Range blocks = Schedule::key_blocks(p, mask, item.seq, 0, item.m_block);
-        const int count = blocks.stop - blocks.start, most = static_cast<int>(gridDim.y) / kMembers;
-        const int clusters = max(1, min(most, (count / kMembers) >> p.min_units_log2));
+        const int key0 = blocks.start * kBlockN, keys = min(blocks.stop * kBlockN, item.seq.seqlen_k) - key0;
+        const int count = (keys + kUnit - 1) / kUnit, most = static_cast<int>(gridDim.y) / kMembers;
+        const int clusters = max(1, min(most, ((blocks.stop - blocks.start) / kMembers) >> p.min_units_log2));
         if (cluster >= clusters) return;
         const int each = count / (clusters * kMembers), longer = count - each * (clusters * kMembers);
-        const int start = blocks.start + part * each + min(part, longer);
+        const int start = key0 + (part * each + min(part, longer)) * kUnit, own = (each + (part < longer ? 1 : 0)) * kUnit;
         const int number = item.head_kv * p.m_blocks + item.m_block, slot = number * most + cluster;
         unsigned long long* ticket = p.tickets + number * kMembers + member;
-        visit_keys(item, {start, start + each + (part < longer ? 1 : 0)}, [&] {
+        visit_keys(item, {start, start + own}, [&] {
             if (clusters > 1 && threadIdx.x == 0) Schedule::claim(ticket, p.call);
         });
         merge_warps(item, false);
