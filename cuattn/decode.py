@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from cuattn.arrays import View
@@ -698,6 +698,8 @@ TILES = tuple(
 )
 """(warps_m, warps_n, CTAs an SM holds), best first. Of two CTAs, one computes while the other waits."""
 BOXES = True
+BOX_ALIGNMENT = 1024
+"""Of tiles that TMA swizzles."""
 CLUSTER_TILE = (1, 8, 1)
 """In clusters."""
 
@@ -751,28 +753,18 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
             step * warps_n, min(most, MAX_BLOCK, STAGE_BYTES // (pitch_k + pitch_v) // (step * warps_n) * step * warps_n)
         )
         bytes_q, stage = 16 * warps_m * pitch_q, block_n * (pitch_k + pitch_v)
-        budget = min(device.smem_per_block, device.smem_per_sm // ctas) - STATIC_BYTES - bytes_q
-        merged = warps_n * 16 * warps_m * (head_dim_v + 4) * ITEMSIZE[problem.real]
+        outputs = 16 * warps_m * head_dim_v * ITEMSIZE[problem.real]
+        boxed = BOXES and _boxed(problem, device, warps_m, block_n // warps_n)
+        cluster = CLUSTER if clustered and warps_n == CLUSTER_TILE[1] else 1
+        # Beside tiles: their alignment, and what the members of a cluster receive of each other.
+        beside = BOX_ALIGNMENT * boxed + (round_up(outputs, 16 * cluster * ITEMSIZE[problem.real] // 4) if cluster > 1 else 0)
+        budget = min(device.smem_per_block, device.smem_per_sm // ctas) - STATIC_BYTES - bytes_q - beside
+        merged = warps_n * 16 * warps_m * (head_dim_v + 8) * ITEMSIZE[problem.real]
         stages = min(MAX_STAGES, budget // stage)
         if stages >= 2 and merged <= budget:
-            smem = bytes_q + max(stages * stage, merged)
-            boxed = BOXES and _boxed(problem, device, warps_m, block_n // warps_n)
-            plan = DecodePlan(
-                problem,
-                device,
-                mma,
-                warps_m,
-                warps_n,
-                block_n,
-                stages,
-                ctas,
-                head_dim,
-                head_dim_v,
-                smem + 1024 * boxed,
-                bytes_q,
-                boxed=boxed,
-            )
-            return replace(plan, cluster=CLUSTER) if clustered and warps_n == CLUSTER_TILE[1] else plan
+            smem = bytes_q + max(stages * stage, merged) + beside
+            sizes = (warps_m, warps_n, block_n, stages, ctas, head_dim, head_dim_v, smem, bytes_q)
+            return DecodePlan(problem, device, mma, *sizes, cluster=cluster, boxed=boxed)
     raise NotImplementedError(f"no tile of {problem} fits the {device.smem_per_block} bytes of shared memory of a block")
 
 

@@ -12,7 +12,7 @@ __device__ __forceinline__ void decode(const DecodeArguments<Config>& arguments,
     using Kernel = Decode<Config>;
     extern __shared__ __align__(128) char smem[];
     __shared__ typename Kernel::Shared shared;
-    const unsigned slack = Kernel::kBoxed ? -smem_address(smem) % 1024 : 0;
+    const unsigned slack = Kernel::kBoxed ? -smem_address(smem) % Kernel::kAlignment : 0;
     Kernel kernel{arguments.base, arguments.mask, arguments.score_mod, maps, smem + slack, shared};
     admit_grid_behind();
     kernel.begin();

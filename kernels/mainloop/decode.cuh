@@ -54,6 +54,7 @@ struct Decode {
     // and goes through its keys at its own pace. Otherwise all warps load all rows of a block.
     static constexpr int kBoxRows = Config::kBoxRows;
     static constexpr bool kBoxed = kBoxRows > 0;
+    static constexpr int kAlignment = 1024;  // of the tiles of boxes
     static constexpr int kTileRows = kBoxed ? kKeys : kBlockN, kTiles = kBlockN / kTileRows;
     static_assert(!kBoxed || (kWarpsM == 1 && kKeys % kBoxRows == 0 && kKeys / kBoxRows <= 32));
     using KTile = typename Mma::template KTile<kTileRows, kHeadDim>;
@@ -65,9 +66,13 @@ struct Decode {
     using KRows = TileRows<kThreads, Config::kVecK, kLanes, Config::kWholeRows, KTile>;
     using VRows = TileRows<kThreads, Config::kVecV, kLanes, Config::kWholeRows, VTile>;
     static constexpr int kTileBytes = KTile::kBytes + VTile::kBytes, kStageBytes = kTiles * kTileBytes;
-    static constexpr int kPitch = kHeadDimV + 4;  // of the staged outputs
+    static constexpr int kPitch = kHeadDimV + 8;  // of the staged outputs: pairs of four rows lie in different banks
     static_assert(QTile::kBytes + kStages * kStageBytes <= Config::kSmemBytes, "the plan's shared memory is too small");
     static_assert(QTile::kBytes + kWarpsN * kRows * kPitch * sizeof(Real) <= Config::kSmemBytes, "no room for the outputs");
+    // In clusters: what the members send of a member's share of the output.
+    static constexpr int kMembers = Config::kCluster, kShare = (kRows * kHeadDimV / 4 + kMembers - 1) / kMembers;
+    static constexpr int kReceived = Config::kSmemBytes - (kBoxed ? kAlignment : 0) - kMembers * kShare * 4 * int(sizeof(Real));
+    static_assert(kMembers == 1 || QTile::kBytes + kStages * kStageBytes <= kReceived, "no room for what is received");
 
     // A warp loads kWarpRows rows of a block: kRowsAtOnce in each of KRows::kSteps steps. Its lanes look up a row each.
     static constexpr int kRowsAtOnce = 32 / kLanes, kWarpRows = KRows::kSteps * kRowsAtOnce, kLookUps = (kWarpRows + 31) / 32;
@@ -81,6 +86,7 @@ struct Decode {
         Real max_log2[kWarpsN][kRows], sum[kWarpsN][kRows];  // of each warp's keys
         Real factor[kRows], lse[kRows];                      // of whole rows
         Real q_scale[kNarrows ? kRows : 1];
+        Real received_lse[kMembers][kMembers > 1 ? kRows : 1];
         alignas(8) unsigned long long full[kBoxed ? kStages : 1][kWarpsN];  // barriers: a warp's tiles of a stage are there
     };
 
@@ -577,16 +583,15 @@ struct Decode {
         if (col == 0) store_lse(item, packed_rows, row, result.lse_log2);
     }
 
-    // out from the parts of an item, for quads first, first + stride, ... of its rows; out_slot(n) and lse_slot(n) are where
-    // part n lies. What a batch of parts of some quads needs from memory is on its way at once.
+    // A range of the quads of out from the parts of an item; out_slot(n) and lse_slot(n) are where part n lies. What a batch of
+    // parts of some quads needs from memory is on its way at once.
     template <class OutSlot, class LseSlot>
-    __device__ __forceinline__ void combine(const DecodeItem& item, int parts, int first, int stride, const OutSlot& out_slot,
+    __device__ __forceinline__ void combine(const DecodeItem& item, int parts, Range range, const OutSlot& out_slot,
                                             const LseSlot& lse_slot) const {
         constexpr int kParts = 8, kAtOnce = 2;
         const PackedRows packed_rows = packed(item);
-        const int quads = rows_of(item) * kQuads;
 #pragma unroll 1
-        for (int x = first; x < quads; x += kAtOnce * stride) {
+        for (int x = range.start + static_cast<int>(threadIdx.x); x < range.stop; x += kAtOnce * kThreads) {
             Combined y[kAtOnce];
 #pragma unroll 1
             for (int n0 = 0; n0 < parts; n0 += kParts) {
@@ -598,7 +603,7 @@ struct Decode {
                     const Real *from = partial(out_slot(m)), *from_lse = partial_lse(lse_slot(m));
 #pragma unroll
                     for (int i = 0; i < kAtOnce; i++) {
-                        const int quad = min(x + i * stride, quads - 1);
+                        const int quad = min(x + i * kThreads, range.stop - 1);
                         lse[i][n] = __ldcg(from_lse + quad / kQuads);
                         part[i][n] = read_shared(from + quad * 4);
                     }
@@ -612,8 +617,8 @@ struct Decode {
             }
 #pragma unroll
             for (int i = 0; i < kAtOnce; i++) {
-                const int quad = x + i * stride, row = quad / kQuads, col = quad % kQuads * 4;
-                if (quad < quads && col < p.head_dim_v) store_combined(item, packed_rows, row, col, y[i]);
+                const int quad = x + i * kThreads, row = quad / kQuads, col = quad % kQuads * 4;
+                if (quad < range.stop && col < p.head_dim_v) store_combined(item, packed_rows, row, col, y[i]);
             }
         }
     }
@@ -642,7 +647,7 @@ struct Decode {
             store_partial(item, schedule.slot(item, schedule.part(item, unit)));
             if (arrives_last(schedule.ticket(item), item.parts)) {
                 const auto slot = [&](int n) { return schedule.slot(item, n); };
-                combine(item, item.parts, threadIdx.x, kThreads, slot, slot);
+                combine(item, item.parts, {0, rows_of(item) * kQuads}, slot, slot);
             }
         }
         if constexpr (kBoxed) fence_proxy_async();  // the copy engine overwrites it, too
@@ -664,10 +669,13 @@ struct Decode {
         }
     }
 
-    // One sequence: each of its items is divided evenly among the CTAs of some clusters. Those of a cluster merge through
-    // shared memory, each a share of the output; clusters as CTAs do otherwise, with a ticket for each share.
+    // One sequence: each of its items is divided evenly among the CTAs of some clusters. Each member of a cluster receives a
+    // share of the output from all of them in its shared memory, and merges it; clusters merge as CTAs do otherwise, with a
+    // ticket for each share.
+    __device__ __forceinline__ Real* received(int member, int quad) const {
+        return reinterpret_cast<Real*>(smem + kReceived) + (member * kShare + quad) * 4;
+    }
     __device__ __forceinline__ void run_clusters() {
-        constexpr int kMembers = Config::kCluster;
         const int part = static_cast<int>(blockIdx.y), cluster = part / kMembers, member = part % kMembers;
         DecodeItem item;
         item.batch = 0, item.m_block = static_cast<int>(blockIdx.z), item.head_kv = static_cast<int>(blockIdx.x);
@@ -677,6 +685,7 @@ struct Decode {
         const int count = (keys + kUnit - 1) / kUnit, most = static_cast<int>(gridDim.y) / kMembers;
         const int clusters = max(1, min(most, ((blocks.stop - blocks.start) / kMembers) >> p.min_units_log2));
         if (cluster >= clusters) return;
+        cluster_arrive();
         const int each = count / (clusters * kMembers), longer = count - each * (clusters * kMembers);
         const int start = key0 + (part * each + min(part, longer)) * kUnit, own = (each + (part < longer ? 1 : 0)) * kUnit;
         const int number = item.head_kv * p.m_blocks + item.m_block, slot = number * most + cluster;
@@ -685,24 +694,34 @@ struct Decode {
             if (clusters > 1 && threadIdx.x == 0) Schedule::claim(ticket, p.call);
         });
         merge_warps(item, false);
-        const int rows = rows_of(item), first = member * kThreads + static_cast<int>(threadIdx.x);
-        for_output(rows, [&](int row, int col) { write(staged(0, row) + col, merged(row, col)); });
+        const int quads = rows_of(item) * kQuads, share = (quads + kMembers - 1) / kMembers;
+        cluster_wait();  // all members are there to receive
+#pragma unroll 1
+        for (int x = threadIdx.x; x < quads; x += kThreads) {
+            const int row = x / kQuads, to = x / share, quad = x - to * share;
+            st_cluster_v4(cluster_address(smem_address(received(member, quad)), to), merged(row, x % kQuads * 4).x);
+            // Of a row, the first quad of each share takes its lse along.
+            if (quad == 0 || x % kQuads == 0) {
+                st_cluster(cluster_address(smem_address(&shared.received_lse[member][row]), to), shared.lse[row]);
+            }
+        }
         cluster_arrive();
         cluster_wait();
         const PackedRows packed_rows = packed(item);
+        const int first = member * share;
 #pragma unroll 1
-        for (int x = first; x < rows * kQuads; x += kMembers * kThreads) {
+        for (int x = first + static_cast<int>(threadIdx.x); x < min(quads, first + share); x += kThreads) {
             const int row = x / kQuads, col = x % kQuads * 4;
             if (col >= p.head_dim_v) continue;
             Real lse[kMembers];
-            Quad quads[kMembers];
+            Quad parts[kMembers];
 #pragma unroll
             for (int n = 0; n < kMembers; n++) {
-                lse[n] = ld_cluster(cluster_address(smem_address(&shared.lse[row]), n), Real());
-                ld_cluster_v4(quads[n].x, cluster_address(smem_address(staged(0, row) + col), n));
+                lse[n] = shared.received_lse[n][row];
+                parts[n] = read(received(n, x - first));
             }
             Combined y;
-            y.add(lse, quads);
+            y.add(lse, parts);
             if (clusters == 1) {
                 store_combined(item, packed_rows, row, col, y);
             } else {
@@ -713,13 +732,11 @@ struct Decode {
                 partial_lse(slot * kMembers + member)[row] = result.lse_log2;  // the same from all threads of a row
             }
         }
-        cluster_arrive();
         if (clusters > 1 && arrives_last(ticket, clusters)) {
             combine(
-                item, clusters, first, kMembers * kThreads, [&](int n) { return number * most + n; },
+                item, clusters, {first, min(quads, first + share)}, [&](int n) { return number * most + n; },
                 [&](int n) { return (number * most + n) * kMembers + member; });
         }
-        cluster_wait();  // nobody leaves while others read what it has
     }
 
     __device__ __forceinline__ void run() {

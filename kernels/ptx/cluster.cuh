@@ -15,25 +15,19 @@ __device__ __forceinline__ unsigned cluster_address(unsigned address, int rank) 
     return there;
 }
 
-__device__ __forceinline__ float ld_cluster(unsigned address, float) {
-    float x;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-    return x;
+__device__ __forceinline__ void st_cluster(unsigned address, float x) {
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
-__device__ __forceinline__ double ld_cluster(unsigned address, double) {
-    double x;
-    asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(x) : "r"(address) : "memory");
-    return x;
+__device__ __forceinline__ void st_cluster(unsigned address, double x) {
+    asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(address), "d"(x) : "memory");
 }
-__device__ __forceinline__ void ld_cluster_v4(float (&x)[4], unsigned address) {
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
-                 : "r"(address)
+__device__ __forceinline__ void st_cluster_v4(unsigned address, const float (&x)[4]) {
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
                  : "memory");
 }
-__device__ __forceinline__ void ld_cluster_v4(double (&x)[4], unsigned address) {
-    asm volatile("ld.shared::cluster.v2.f64 {%0, %1}, [%2];" : "=d"(x[0]), "=d"(x[1]) : "r"(address) : "memory");
-    asm volatile("ld.shared::cluster.v2.f64 {%0, %1}, [%2];" : "=d"(x[2]), "=d"(x[3]) : "r"(address + 16) : "memory");
+__device__ __forceinline__ void st_cluster_v4(unsigned address, const double (&x)[4]) {
+    asm volatile("st.shared::cluster.v2.f64 [%0], {%1, %2};" ::"r"(address), "d"(x[0]), "d"(x[1]) : "memory");
+    asm volatile("st.shared::cluster.v2.f64 [%0], {%1, %2};" ::"r"(address + 16), "d"(x[2]), "d"(x[3]) : "memory");
 }
 
 }  // namespace cuattn
