@@ -31,7 +31,7 @@ def test_shared_memory_fits() -> None:
 
 def test_sizes_do_not_reach_the_source() -> None:
     sources = set()
-    for page_size, heads in ((16, (64, 8)), (64, (8, 2)), (7, (16, 16))):
+    for page_size, heads in ((16, (64, 8)), (64, (8, 2)), (48, (16, 16))):
         plan = make_decode_plan(decode_problem_of(page_size=page_size, heads=heads), DEVICES["sm_90a"])
         sources.add(decode_units(plan)["decode"].source)
     assert len(sources) == 1

@@ -50,8 +50,8 @@ struct Decode {
     // q as it comes from memory. kNarrows: the products take it as fp16 (MmaByte).
     static constexpr bool kNarrows = Config::kNarrows;
     using QLoaded = typename Either<kNarrows, SwizzledTile<Element, kRows, kHeadDim>, QTile>::Type;
-    // Boxed: the copy engine loads kBoxRows slots of a page at once. A warp then loads what it alone reads, into tiles of its own,
-    // and goes through its keys at its own pace. Otherwise all warps load all rows of a block.
+    // Boxed: the copy engine loads kBoxRows slots of a page at once. A warp then loads what it alone reads, into tiles of its
+    // own, and goes through its keys at its own pace. Otherwise all warps load all rows of a block.
     static constexpr int kBoxRows = Config::kBoxRows;
     static constexpr bool kBoxed = kBoxRows > 0;
     static constexpr int kAlignment = 1024;  // of the tiles of boxes

@@ -1,5 +1,5 @@
-// Programmatic dependent launch (PTX ISA 9.7.13.13 griddepcontrol; sm_90): a grid that is launched so may be in place before the
-// one ahead of it in the stream is done. Elsewhere, and for a grid launched otherwise, both do nothing.
+// Programmatic dependent launch (PTX ISA 9.7.13.13 griddepcontrol; sm_90): a grid that is launched so may be in place before
+// the one ahead of it in the stream is done. Elsewhere, and for a grid launched otherwise, both do nothing.
 #pragma once
 
 namespace cuattn {
