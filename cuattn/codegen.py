@@ -347,7 +347,7 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
         flags["kParted"] = plan.max_parts > 0
         flags["kAlike"] = len({op.strides for op in caches if op is not None}) == 1
     arguments = "DecodeArguments"
-    if attends and plan.boxed:
+    if attends and plan.alone:
         arguments = "BoxedArguments"
     if attends and isinstance(plan, LatentPlan):
         arguments = "LatentArguments"
@@ -355,4 +355,4 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
     definitions = _definitions(plan, kernel) if attends else []
     size = len(decode_struct(plan, attends).image)
     unit = _source(kernel, arguments, size, CTYPES[p.real], definitions, types, constants, flags)
-    return unit._replace(chained=plan.device.number == 90)
+    return unit._replace(chained=plan.alone)

@@ -387,14 +387,11 @@ PART_KEYS = 256
 """Least keys in a part where parts depend on their own sequence's length alone."""
 PARTS = 16
 """Most parts there."""
-CLUSTER = 8
-"""CTAs of a cluster: more is not portable."""
-CLUSTER_CTAS = 64
-"""CTAs of a launch in clusters. A GPU holds fewer clusters than its SMs have room for CTAs: an H200 not 16 clusters of 8."""
-CLUSTER_KEYS = 128
-"""Keys of a CTA for which another cluster is worth while."""
-CLUSTER_CAPACITY = 16384
-"""Longest sequence that is divided among the CTAs of clusters, which are too few to read at the rate of the memory."""
+CLUSTER = 1
+ALONE_CTAS = 0
+ALONE_PARTS = 32
+"""Most parts of an item there: one CTA merges them."""
+ALONE = True
 IDLE = 0.96
 """Least share of the CTAs that must have work."""
 
@@ -422,10 +419,10 @@ class DecodePlan:
     bytes_q: int
     """of them, for q"""
     min_keys: int = MIN_KEYS
+    alone: bool = False
+    """whether there is one sequence, whose keys are dealt out to all warps, and loaded by TMA; otherwise CTAs find their work by
+    the lengths of all sequences"""
     cluster: int = 1
-    """CTAs that divide an item among them; 1: they find their work by the lengths of all sequences"""
-    boxed: bool = False
-    """whether keys and values are loaded by TMA"""
 
     kernel: ClassVar[str] = "decode"
 
@@ -450,7 +447,7 @@ class DecodePlan:
     @property
     def box_rows(self) -> int:
         """Tokens that TMA loads at once, neighbours in every page; 0 without it."""
-        return _box_rows(self.problem, self.block_n // self.warps_n) if self.boxed else 0
+        return _box_rows(self.problem, self.block_n // self.warps_n) if self.alone else 0
 
     @property
     def box_columns(self) -> int:
@@ -469,7 +466,7 @@ class DecodePlan:
     @property
     def head_lanes(self) -> int:
         """KV heads that are read side by side: the most that leave few CTAs without a team."""
-        if self.cluster > 1:
+        if self.alone:
             return self.num_heads_kv
         slots, heads = self.device.num_sms * self.min_blocks, self.num_heads_kv
         fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n <= slots]
@@ -488,15 +485,16 @@ class DecodePlan:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """CTAs: (members of a team, teams, 1), or (KV heads, CTAs of an item's clusters, row tiles)."""
-        if self.cluster > 1:
-            return self.num_heads_kv, self.cluster * self.clusters, self.m_blocks
+        """CTAs: (members of a team, teams, 1), or (KV heads, parts, 1)."""
+        if self.alone:
+            return self.num_heads_kv, self.cluster * self.clusters, 1
         return self.head_lanes, self.teams, 1
 
     @property
     def clusters(self) -> int:
         """Of an item, at most."""
-        return CLUSTER_CTAS // (self.items * self.cluster)
+        most = (ALONE_CTAS or self.device.num_sms) // (self.num_heads_kv * self.cluster)
+        return max(1, min(ALONE_PARTS, most, -(-self.problem.capacity // (self.block_n * self.cluster))))
 
     @property
     def ctas(self) -> int:
@@ -504,9 +502,8 @@ class DecodePlan:
 
     @property
     def min_units_log2(self) -> int:
-        """Least units of a team; in clusters, units of a CTA for which another cluster is worth while."""
-        least = CLUSTER_KEYS if self.cluster > 1 else self.min_keys
-        return 0 if self.max_parts else max(1, least // self.block_n).bit_length() - 1
+        """Least units of a team."""
+        return 0 if self.max_parts else max(1, self.min_keys // self.block_n).bit_length() - 1
 
     @property
     def max_parts(self) -> int:
@@ -526,7 +523,7 @@ class DecodePlan:
     def workspace(self) -> tuple[int, ...]:
         """Bytes of each of `WORKSPACE`, rounded up to 256."""
         size = ITEMSIZE[self.problem.real]
-        if self.cluster > 1:
+        if self.alone:
             slots, lse_slots, tickets = self.items * self.clusters, self.ctas, self.items * self.cluster
         elif self.max_parts:
             slots, tickets = (self.items * self.max_parts, self.items) if self.max_parts > 1 else (0, 0)
@@ -547,7 +544,7 @@ class DecodePlan:
             f"{type(self).__name__}({self.device.arch}: {self.rows} rows x {self.block_n} keys x {self.stages}, "
             f"d{self.head_dim}/{self.head_dim_v}{f' x {self.pieces}' if self.pieces > 1 else ''}, "
             f"{self.warps_m}x{self.warps_n} warps, {self.smem_bytes} B shared, "
-            f"grid {self.grid}{' in clusters' * (self.cluster > 1)}, workspace {sum(self.workspace)} B)"
+            f"grid {self.grid}{' alone' * self.alone}, workspace {sum(self.workspace)} B)"
         )
 
 
@@ -697,31 +694,25 @@ TILES = tuple(
     for ctas in (2, 1)
 )
 """(warps_m, warps_n, CTAs an SM holds), best first. Of two CTAs, one computes while the other waits."""
-BOXES = True
 BOX_ALIGNMENT = 1024
 """Of tiles that TMA swizzles."""
-CLUSTER_TILE = (1, 8, 1)
-"""In clusters."""
+ALONE_TILES = ((1, 8, 1), (1, 4, 1))
+ALONE_STAGES = 4
 
 
-def _boxed(problem: DecodeProblem, device: Device, warps_m: int, keys: int) -> bool:
-    """Whether warps load their own `keys` keys by TMA."""
+def _alone(problem: DecodeProblem, device: Device, keys: int) -> bool:
+    """Whether a launch serves one sequence, `keys` keys at a time, by TMA."""
     p = problem
-    caches = [(name, p.operand(name), p.vectors[n]) for n, name in ((1, "k_cache"), (2, "v_cache"))]
-    if device.arch != "sm_90a" or warps_m > 1 or ITEMSIZE[p.cache_dtype] > 2 or _box_rows(p, keys) < LATENT_BOX:
+    if device.arch != "sm_90a" or p.batch != 1 or p.packed or p.deterministic or p.num_splits or p.latent:
         return False
-    if p.latent or p.head_dim_v > WIDEST_PIECE:
+    if p.seqlen_q * p.group > 16 or 2 * p.num_heads_kv > device.num_sms or p.head_dim_v > WIDEST_PIECE:
+        return False
+    if ITEMSIZE[p.cache_dtype] > 2 or _box_rows(p, keys) < LATENT_BOX:
         return False
     if p.paged and p.operand("cache_leftpad") is not None:
         return False
+    caches = [(name, p.operand(name), p.vectors[n]) for n, name in ((1, "k_cache"), (2, "v_cache"))]
     return all(op is not None and 0 not in op.shape and not tma_obstacles(name, op, v) for name, op, v in caches)
-
-
-def _clustered(problem: DecodeProblem, device: Device, rows: int) -> bool:
-    """Whether one short sequence is worth clusters, which know nothing of other sequences. rows: of all row tiles."""
-    p = problem
-    alone = p.batch == 1 and not (p.packed or p.deterministic or p.num_splits) and p.capacity <= CLUSTER_CAPACITY
-    return device.number == 90 and alone and rows <= 16 and p.num_heads_kv * CLUSTER <= CLUSTER_CTAS
 
 
 def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
@@ -742,8 +733,7 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
     rows = max(1, problem.seqlen_q * problem.group)
     pitch_q, pitch_k, pitch_v = _pitches(problem, head_dim, head_dim_v)
     step = 16 if ITEMSIZE[problem.dtype] == 2 else 8
-    clustered = _clustered(problem, device, rows)
-    for warps_m, warps_n, ctas in (CLUSTER_TILE, *TILES) if clustered else TILES:
+    for alone, (warps_m, warps_n, ctas) in [*((True, tile) for tile in ALONE_TILES if ALONE), *((False, tile) for tile in TILES)]:
         if warps_m > 1 and rows <= 8 * warps_m:  # half as many warps hold them
             continue
         # Beside 256 columns of out there are registers for the scores of one step alone.
@@ -752,19 +742,18 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
         block_n = max(
             step * warps_n, min(most, MAX_BLOCK, STAGE_BYTES // (pitch_k + pitch_v) // (step * warps_n) * step * warps_n)
         )
+        if alone and not _alone(problem, device, block_n // warps_n):
+            continue
         bytes_q, stage = 16 * warps_m * pitch_q, block_n * (pitch_k + pitch_v)
-        outputs = 16 * warps_m * head_dim_v * ITEMSIZE[problem.real]
-        boxed = BOXES and _boxed(problem, device, warps_m, block_n // warps_n)
-        cluster = CLUSTER if clustered and warps_n == CLUSTER_TILE[1] else 1
-        # Beside tiles: their alignment, and what the members of a cluster receive of each other.
-        beside = BOX_ALIGNMENT * boxed + (round_up(outputs, 16 * cluster * ITEMSIZE[problem.real] // 4) if cluster > 1 else 0)
+        outputs, cluster = 16 * warps_m * head_dim_v * ITEMSIZE[problem.real], CLUSTER if alone else 1
+        beside = BOX_ALIGNMENT * alone + (round_up(outputs, 16 * cluster * ITEMSIZE[problem.real] // 4) if cluster > 1 else 0)
         budget = min(device.smem_per_block, device.smem_per_sm // ctas) - STATIC_BYTES - bytes_q - beside
         merged = warps_n * 16 * warps_m * (head_dim_v + 8) * ITEMSIZE[problem.real]
-        stages = min(MAX_STAGES, budget // stage)
+        stages = min(ALONE_STAGES if alone else MAX_STAGES, budget // stage)
         if stages >= 2 and merged <= budget:
             smem = bytes_q + max(stages * stage, merged) + beside
             sizes = (warps_m, warps_n, block_n, stages, ctas, head_dim, head_dim_v, smem, bytes_q)
-            return DecodePlan(problem, device, mma, *sizes, cluster=cluster, boxed=boxed)
+            return DecodePlan(problem, device, mma, *sizes, alone=alone, cluster=cluster)
     raise NotImplementedError(f"no tile of {problem} fits the {device.smem_per_block} bytes of shared memory of a block")
 
 

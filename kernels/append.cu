@@ -6,7 +6,6 @@
 #include "attention/score_mod.cuh"
 #include "attention/seqlen.cuh"
 #include "ptx/bytes.cuh"
-#include "ptx/griddepcontrol.cuh"
 
 namespace cuattn {
 
@@ -32,8 +31,6 @@ __device__ __forceinline__ void append(const DecodeArguments<Config>& arguments)
     using Cache = typename Config::Cache;
     using Real = typename Config::Real;
     using Rotary = typename Config::Rotary;
-    admit_grid_behind();
-    wait_for_grids_ahead();
     const DecodeParams& p = arguments.base;
     const int lane = threadIdx.x % 32;
     const long long index = static_cast<long long>(blockIdx.x) * (Config::kThreads / 32) + threadIdx.x / 32;

@@ -14,9 +14,11 @@ __device__ __forceinline__ void decode(const DecodeArguments<Config>& arguments,
     __shared__ typename Kernel::Shared shared;
     const unsigned slack = Kernel::kBoxed ? -smem_address(smem) % Kernel::kAlignment : 0;
     Kernel kernel{arguments.base, arguments.mask, arguments.score_mod, maps, smem + slack, shared};
-    admit_grid_behind();
-    kernel.begin();
-    wait_for_grids_ahead();
+    if constexpr (Kernel::kBoxed) {
+        admit_grid_behind();
+        kernel.begin();
+        wait_for_grids_ahead();
+    }
     kernel.run();
 }
 

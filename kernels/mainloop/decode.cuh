@@ -84,7 +84,6 @@ struct Decode {
     struct Shared {
         unsigned schedule[Schedule::kWords];
         Real max_log2[kWarpsN][kRows], sum[kWarpsN][kRows];  // of each warp's keys
-        Real factor[kRows], lse[kRows];                      // of whole rows
         Real q_scale[kNarrows ? kRows : 1];
         Real received_lse[kMembers][kMembers > 1 ? kRows : 1];
         alignas(8) unsigned long long full[kBoxed ? kStages : 1][kWarpsN];  // barriers: a warp's tiles of a stage are there
@@ -265,15 +264,13 @@ struct Decode {
     }
     // Before the work ahead is done: nothing in global memory is touched.
     __device__ __forceinline__ void begin() const {
-        if constexpr (kBoxed) {
-            if (threadIdx.x == 0) {
-                for (int x = 0; x < kStages * kWarpsN; x++) mbarrier_init(smem_address(&shared.full[0][0] + x), 1);
-                fence_mbarrier_init();
-                prefetch_tensormap(maps[0]);
-                prefetch_tensormap(maps[1]);
-            }
-            __syncthreads();
+        if (threadIdx.x == 0) {
+            for (int x = 0; x < kStages * kWarpsN; x++) mbarrier_init(smem_address(&shared.full[0][0] + x), 1);
+            fence_mbarrier_init();
+            prefetch_tensormap(maps[0]);
+            prefetch_tensormap(maps[1]);
         }
+        __syncthreads();
     }
 
     // Keys --------------------------------------------------------------------------------------------------------------
@@ -302,35 +299,27 @@ struct Decode {
         gemm_pv<Mma>(o.data, s.data, v);
     }
 
-    // `meanwhile` is called while the first keys are on their way. Keys begin at a multiple of kUnit.
-    static constexpr int kUnit = kBoxed ? kKeys : kBlockN;
-    template <class Meanwhile>
-    __device__ __forceinline__ void visit_keys(const DecodeItem& item, Range keys, const Meanwhile& meanwhile) {
+    __device__ __forceinline__ void clear_outputs() {
 #pragma unroll
         for (int x = 0; x < o.kSize; x++) o[x] = 0;
         rows[0][0] = rows[0][1] = RowState<Real>{};
-        if constexpr (kBoxed) {
-            visit_boxes(item, keys, meanwhile);
-        } else {
-            visit_blocks(item, {keys.start / kBlockN, (keys.stop + kBlockN - 1) / kBlockN}, meanwhile);
-        }
     }
     __device__ __forceinline__ void begin_scale(const DecodeItem& item, Real (&scale)[2]) const {
         scale[0] = scale[1] =
             static_cast<Real>(p.scale) * cache_scale(p.k_scale, p.k_scale_batch, p.k_scale_head, item.batch, item.head_kv);
     }
+    // The warp's keys from `start` on, kKeys in every `step`. `first` is where the boxes of the first lie; q is on its way.
     template <class Meanwhile>
-    __device__ __forceinline__ void visit_boxes(const DecodeItem& item, Range keys, const Meanwhile& meanwhile) {
-        constexpr int kAhead = kStages * kBlockN;
-        const int start = keys.start + warp_n() * kKeys, stop = min(keys.stop, item.seq.seqlen_k);
+    __device__ __forceinline__ void visit_boxes(const DecodeItem& item, const Place& first, int start, int step, int stop,
+                                                const Meanwhile& meanwhile) {
+        if (start < stop) load_boxes(item, first, 0);
         Place boxes[kStages];
 #pragma unroll
-        for (int s = 0; s < kStages; s++) boxes[s] = find_boxes(item, start + s * kBlockN, stop);
-        load_q(item);
-        cp_async_commit_group();
+        for (int s = 1; s < kStages; s++) boxes[s] = find_boxes(item, start + s * step, stop);
+        clear_outputs();
 #pragma unroll
-        for (int s = 0; s < kStages; s++) {
-            if (start + s * kBlockN < stop) load_boxes(item, boxes[s], s);
+        for (int s = 1; s < kStages; s++) {
+            if (start + s * step < stop) load_boxes(item, boxes[s], s);
         }
         meanwhile();
         const Range queries = Schedule::queries(p, item.seq, item.m_block);
@@ -342,22 +331,24 @@ struct Decode {
         prepare_q(item, scale);
         int stage = 0;
 #pragma unroll 1
-        for (int j = start; j < stop; j += kBlockN) {
-            const Place next = find_boxes(item, j + kAhead, stop);
+        for (int j = start; j < stop; j += step) {
+            const Place next = find_boxes(item, j + kStages * step, stop);
             mbarrier_wait(full(stage), phases >> stage & 1);
             phases ^= 1u << stage;
             if (j + kKeys > item.seq.seqlen_k) clear_rows(sV(stage), item.seq.seqlen_k - j);
             visit_block(item, rows_, queries, scale, j, stage);
             __syncwarp();  // nobody reads the stage
-            if (j + kAhead < stop) load_boxes(item, next, stage);
+            if (j + kStages * step < stop) load_boxes(item, next, stage);
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }
         __syncthreads();  // nobody reads the stages
     }
+    // `meanwhile` is called while the first keys are on their way.
     template <class Meanwhile>
     __device__ __forceinline__ void visit_blocks(const DecodeItem& item, Range blocks, const Meanwhile& meanwhile) {
         Places places = find(item, blocks.start);
         load_q(item);
+        clear_outputs();
 #pragma unroll 1
         for (int s = 0; s < kStages - 1; s++) {
             const Places next = find(item, blocks.start + s + 1);  // on its way while the pages before are waited for
@@ -410,16 +401,15 @@ struct Decode {
                (item.seq.token_q + i) * p.out_row + packed_rows.head(row, i) * p.out_head;
     }
 
-    // The warps' outputs and statistics to shared memory, each relative to the maximum of the whole row; then the factor and
-    // lse of every row.
-    __device__ __forceinline__ void merge_warps(const DecodeItem& item, bool whole) {
-        const int lane = threadIdx.x % 32;
-        const int count = rows_of(item);
+    // The warps' outputs to shared memory, as they are, and what each is relative to.
+    __device__ __forceinline__ void stage_outputs(const DecodeItem& item) {
+        const int lane = threadIdx.x % 32, count = rows_of(item);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             RowState<Real>& row = rows[0][half];
-            row.sum = o.sum_row(row.sum);
             const int r = 16 * warp_m() + 8 * half + lane / 4;
+            if (r - lane / 4 >= count) break;  // the rows of a warp exist from the first on
+            row.sum = o.sum_row(row.sum);
             if (lane % 4 == 0) {
                 shared.max_log2[warp_n()][r] =
                     row.max == negative_infinity<Real>()
@@ -427,32 +417,8 @@ struct Decode {
                         : row.max * static_cast<Real>(kLog2e) - static_cast<Real>(Mma::kProbabilityExponent);
                 shared.sum[warp_n()][r] = row.sum;
             }
-        }
-        __syncthreads();
-        const Real v_scale = cache_scale(p.v_scale, p.v_scale_batch, p.v_scale_head, item.batch, item.head_kv);
-        const PackedRows packed_rows = packed(item);
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int r = 16 * warp_m() + 8 * half + lane / 4;
-            if (r - lane / 4 >= count) break;  // the rows of a warp exist from the first on
-            Real top = negative_infinity<Real>(), sum = 0;
-#pragma unroll
-            for (int w = 0; w < kWarpsN; w++) top = maximum(top, shared.max_log2[w][r]);
-#pragma unroll
-            for (int w = 0; w < kWarpsN; w++) sum += shared.sum[w][r] * share(shared.max_log2[w][r], shared.sum[w][r], top);
-            const Real weight = share(shared.max_log2[warp_n()][r], shared.sum[warp_n()][r], top);
-#pragma unroll
-            for (int e = 0; e < 2 * kNv; e++) {
-                staged(warp_n(), r)[Mma::column(e / 2, e % 2)] = o.data[0][e / 2][2 * half + e % 2] * weight;
-            }
-            if (warp_n() == 0 && lane % 4 == 0) {
-                const int head = packed_rows.head(r, packed_rows.query(r));
-                const bool exists = r < count;
-                const RowResult<Real> result =
-                    finish_row(top, sum, whole && exists ? sink_of(head) : negative_infinity<Real>());
-                shared.factor[r] = result.factor * v_scale;
-                shared.lse[r] = result.lse_log2;
-            }
+            for (int e = 0; e < 2 * kNv; e++) staged(warp_n(), r)[Mma::column(e / 2, e % 2)] = o.data[0][e / 2][2 * half + e % 2];
         }
         __syncthreads();
     }
@@ -515,23 +481,38 @@ struct Decode {
         }
     }
     // Of a row, over all warps.
-    __device__ __forceinline__ Quad merged(int row, int col) const {
-        Quad sum = read(staged(0, row) + col);
+    struct Merged {
+        Quad x;
+        Real lse_log2;
+    };
+    __device__ __forceinline__ Merged merged(int row, int col, Real sink, Real v_scale) const {
+        Real top = negative_infinity<Real>(), sum = 0;
 #pragma unroll
-        for (int w = 1; w < kWarpsN; w++) {
+        for (int w = 0; w < kWarpsN; w++) top = maximum(top, shared.max_log2[w][row]);
+        Quad x = {};
+#pragma unroll
+        for (int w = 0; w < kWarpsN; w++) {
+            const Real weight = share(shared.max_log2[w][row], shared.sum[w][row], top);
             const Quad quad = read(staged(w, row) + col);
+            sum += shared.sum[w][row] * weight;
 #pragma unroll
-            for (int e = 0; e < 4; e++) sum.x[e] += quad.x[e];
+            for (int e = 0; e < 4; e++) x.x[e] += quad.x[e] * weight;
         }
+        const RowResult<Real> result = finish_row(top, sum, sink);
 #pragma unroll
-        for (int e = 0; e < 4; e++) sum.x[e] *= shared.factor[row];
-        return sum;
+        for (int e = 0; e < 4; e++) x.x[e] *= result.factor * v_scale;
+        return {x, result.lse_log2};
+    }
+    __device__ __forceinline__ Real scale_of_values(const DecodeItem& item) const {
+        return cache_scale(p.v_scale, p.v_scale_batch, p.v_scale_head, item.batch, item.head_kv);
     }
     __device__ __forceinline__ void store_final(const DecodeItem& item) const {
         const PackedRows packed_rows = packed(item);
+        const Real v_scale = scale_of_values(item);
         for_output(rows_of(item), [&](int row, int col) {
-            write_out(out_row(item, packed_rows, row), col, merged(row, col));
-            if (col == 0) store_lse(item, packed_rows, row, shared.lse[row]);
+            const Merged y = merged(row, col, sink_of(packed_rows.head(row, packed_rows.query(row))), v_scale);
+            write_out(out_row(item, packed_rows, row), col, y.x);
+            if (col == 0) store_lse(item, packed_rows, row, y.lse_log2);
         });
     }
     // NOTE: the slots of partial results have whole quads of columns.
@@ -543,9 +524,11 @@ struct Decode {
     }
     __device__ __forceinline__ void store_partial(const DecodeItem& item, int slot) const {
         Real* to = partial(slot);
+        const Real v_scale = scale_of_values(item);
         for_output(rows_of(item), [&](int row, int col) {
-            write(to + row * kHeadDimV + col, merged(row, col));
-            if (col == 0) partial_lse(slot)[row] = shared.lse[row];
+            const Merged y = merged(row, col, negative_infinity<Real>(), v_scale);
+            write(to + row * kHeadDimV + col, y.x);
+            if (col == 0) partial_lse(slot)[row] = y.lse_log2;
         });
     }
 
@@ -585,10 +568,9 @@ struct Decode {
 
     // A range of the quads of out from the parts of an item; out_slot(n) and lse_slot(n) are where part n lies. What a batch of
     // parts of some quads needs from memory is on its way at once.
-    template <class OutSlot, class LseSlot>
+    template <int kParts, int kAtOnce, class OutSlot, class LseSlot>
     __device__ __forceinline__ void combine(const DecodeItem& item, int parts, Range range, const OutSlot& out_slot,
                                             const LseSlot& lse_slot) const {
-        constexpr int kParts = 8, kAtOnce = 2;
         const PackedRows packed_rows = packed(item);
 #pragma unroll 1
         for (int x = range.start + static_cast<int>(threadIdx.x); x < range.stop; x += kAtOnce * kThreads) {
@@ -627,31 +609,26 @@ struct Decode {
     __device__ __forceinline__ static bool arrives_last(unsigned long long* ticket, int parts) {
         __syncthreads();
         bool last = false;
-        if (threadIdx.x == 0) {
-            __threadfence();
-            last = Schedule::arrive(ticket, parts);
-            __threadfence();
-        }
+        if (threadIdx.x == 0) last = Schedule::arrive(ticket, parts);
         return __syncthreads_or(last);
     }
 
     __device__ __forceinline__ void process(const Schedule& schedule, DecodeItem& item, Range blocks, unsigned unit) {
-        visit_keys(item, {blocks.start * kBlockN, blocks.stop * kBlockN}, [&] {
+        visit_blocks(item, blocks, [&] {
             schedule.share(item);
             if (item.parts > 1 && threadIdx.x == 0) Schedule::claim(schedule.ticket(item), p.call);
         });
-        merge_warps(item, item.parts == 1);
+        stage_outputs(item);
         if (item.parts == 1) {
             store_final(item);
         } else {
             store_partial(item, schedule.slot(item, schedule.part(item, unit)));
             if (arrives_last(schedule.ticket(item), item.parts)) {
                 const auto slot = [&](int n) { return schedule.slot(item, n); };
-                combine(item, item.parts, {0, rows_of(item) * kQuads}, slot, slot);
+                combine<8, 2>(item, item.parts, {0, rows_of(item) * kQuads}, slot, slot);
             }
         }
-        if constexpr (kBoxed) fence_proxy_async();  // the copy engine overwrites it, too
-        __syncthreads();                            // before the next item overwrites what is read here
+        __syncthreads();  // before the next item overwrites what is read here
     }
 
     // Tokens past the last packed sequence: out 0, lse -inf.
@@ -669,46 +646,71 @@ struct Decode {
         }
     }
 
-    // One sequence: each of its items is divided evenly among the CTAs of some clusters. Each member of a cluster receives a
-    // share of the output from all of them in its shared memory, and merges it; clusters merge as CTAs do otherwise, with a
-    // ticket for each share.
+    // One sequence: its keys are dealt out, kKeys at a time, to the warps of all CTAs of a KV head. Each member of a cluster
+    // receives a share of the output from all of them in its shared memory, and merges it; clusters, as CTAs do otherwise, merge
+    // by a ticket, one for each share.
     __device__ __forceinline__ Real* received(int member, int quad) const {
         return reinterpret_cast<Real*>(smem + kReceived) + (member * kShare + quad) * 4;
     }
-    __device__ __forceinline__ void run_clusters() {
+    __device__ __forceinline__ void run_alone() {
         const int part = static_cast<int>(blockIdx.y), cluster = part / kMembers, member = part % kMembers;
+        const int most = static_cast<int>(gridDim.y) / kMembers;
+        const int offset = (part * kWarpsN + warp_n()) * kKeys;  // of the warp's first keys
         DecodeItem item;
-        item.batch = 0, item.m_block = static_cast<int>(blockIdx.z), item.head_kv = static_cast<int>(blockIdx.x);
-        item.seq = CachedSequence::of<Config::kPacked>(p, 0);
-        const Range blocks = Schedule::key_blocks(p, mask, item.seq, 0, item.m_block);
-        const int key0 = blocks.start * kBlockN, keys = min(blocks.stop * kBlockN, item.seq.seqlen_k) - key0;
-        const int count = (keys + kUnit - 1) / kUnit, most = static_cast<int>(gridDim.y) / kMembers;
-        const int clusters = max(1, min(most, ((blocks.stop - blocks.start) / kMembers) >> p.min_units_log2));
-        if (cluster >= clusters) return;
-        cluster_arrive();
-        const int each = count / (clusters * kMembers), longer = count - each * (clusters * kMembers);
-        const int start = key0 + (part * each + min(part, longer)) * kUnit, own = (each + (part < longer ? 1 : 0)) * kUnit;
-        const int number = item.head_kv * p.m_blocks + item.m_block, slot = number * most + cluster;
-        unsigned long long* ticket = p.tickets + number * kMembers + member;
-        visit_keys(item, {start, start + own}, [&] {
+        item.batch = 0, item.m_block = 0, item.head_kv = static_cast<int>(blockIdx.x);
+        item.seq = CachedSequence::of<false>(p, 0);
+        // Mostly it begins at the first key: then the page has been looked up by the time that its length is known.
+        Place boxes = find_boxes(item, offset, p.max_pages * p.page_size - item.seq.leftpad);
+        load_q(item);
+        cp_async_commit_group();
+        const Range blocks = Schedule::key_blocks(p, mask, item.seq, 0, 0);
+        const int start = blocks.start * kBlockN, stop = min(blocks.stop * kBlockN, item.seq.seqlen_k);
+        const int clusters = max(1, min(most, (stop - start + kMembers * kBlockN - 1) / (kMembers * kBlockN)));
+        if (cluster >= clusters) {
+            cp_async_wait_group<0>();
+            return;
+        }
+        if constexpr (kMembers > 1) cluster_arrive();
+        if (start > 0) boxes = find_boxes(item, start + offset, stop);
+        const int slot = item.head_kv * most + cluster;
+        unsigned long long* ticket = p.tickets + item.head_kv * kMembers + member;
+        visit_boxes(item, boxes, start + offset, clusters * kMembers * kBlockN, stop, [&] {
             if (clusters > 1 && threadIdx.x == 0) Schedule::claim(ticket, p.call);
         });
-        merge_warps(item, false);
-        const int quads = rows_of(item) * kQuads, share = (quads + kMembers - 1) / kMembers;
+        stage_outputs(item);
+        const int quads = rows_of(item) * kQuads;
+        if constexpr (kMembers > 1) {
+            exchange(item, clusters, slot, member);
+        } else if (clusters == 1) {
+            store_final(item);
+        } else {
+            store_partial(item, slot);
+        }
+        if (clusters > 1 && arrives_last(ticket, clusters)) {
+            const int share = (quads + kMembers - 1) / kMembers, first = member * share;
+            combine<16, 1>(
+                item, clusters, {first, min(quads, first + share)}, [&](int n) { return item.head_kv * most + n; },
+                [&](int n) { return (item.head_kv * most + n) * kMembers + member; });
+        }
+    }
+    // The members of a cluster send each other shares of their outputs. Each merges its own, to out or to the cluster's slot.
+    __device__ __forceinline__ void exchange(const DecodeItem& item, int clusters, int slot, int member) const {
+        const int quads = rows_of(item) * kQuads, share = (quads + kMembers - 1) / kMembers, first = member * share;
+        const Real v_scale = scale_of_values(item);
         cluster_wait();  // all members are there to receive
 #pragma unroll 1
         for (int x = threadIdx.x; x < quads; x += kThreads) {
             const int row = x / kQuads, to = x / share, quad = x - to * share;
-            st_cluster_v4(cluster_address(smem_address(received(member, quad)), to), merged(row, x % kQuads * 4).x);
+            const Merged y = merged(row, x % kQuads * 4, negative_infinity<Real>(), v_scale);
+            st_cluster_v4(cluster_address(smem_address(received(member, quad)), to), y.x.x);
             // Of a row, the first quad of each share takes its lse along.
             if (quad == 0 || x % kQuads == 0) {
-                st_cluster(cluster_address(smem_address(&shared.received_lse[member][row]), to), shared.lse[row]);
+                st_cluster(cluster_address(smem_address(&shared.received_lse[member][row]), to), y.lse_log2);
             }
         }
         cluster_arrive();
         cluster_wait();
         const PackedRows packed_rows = packed(item);
-        const int first = member * share;
 #pragma unroll 1
         for (int x = first + static_cast<int>(threadIdx.x); x < min(quads, first + share); x += kThreads) {
             const int row = x / kQuads, col = x % kQuads * 4;
@@ -732,16 +734,11 @@ struct Decode {
                 partial_lse(slot * kMembers + member)[row] = result.lse_log2;  // the same from all threads of a row
             }
         }
-        if (clusters > 1 && arrives_last(ticket, clusters)) {
-            combine(
-                item, clusters, {first, min(quads, first + share)}, [&](int n) { return number * most + n; },
-                [&](int n) { return (number * most + n) * kMembers + member; });
-        }
     }
 
     __device__ __forceinline__ void run() {
-        if constexpr (Config::kCluster > 1) {
-            run_clusters();
+        if constexpr (kBoxed) {
+            run_alone();
             return;
         }
         Schedule schedule{p, mask};

@@ -20,6 +20,7 @@
 #pragma once
 #include "attention/kv_cache.cuh"
 #include "attention/mask.cuh"
+#include "ptx/red.cuh"
 #include "ptx/special_registers.cuh"
 
 namespace cuattn {
@@ -223,7 +224,7 @@ struct DecodeSchedule {
     }
     // Whether this is the last of `parts` arrivals. It leaves the ticket so that the same launch can be repeated (by a graph).
     __device__ __forceinline__ static bool arrive(unsigned long long* ticket, int parts) {
-        const bool last = static_cast<int>(atomicAdd(ticket, 1ull) & 0xffffull) + 1 == parts;
+        const bool last = static_cast<int>(count_and_order(ticket) & 0xffffull) + 1 == parts;
         if (last) atomicExch(ticket, 0ull);
         return last;
     }
