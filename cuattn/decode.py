@@ -387,10 +387,10 @@ PART_KEYS = 256
 """Least keys in a part where parts depend on their own sequence's length alone."""
 PARTS = 16
 """Most parts there."""
-CLUSTER = 1
-ALONE_CTAS = 0
 ALONE_PARTS = 32
-"""Most parts of an item there: one CTA merges them."""
+"""Most parts of an item of one sequence: one CTA merges them,"""
+COMBINED = 16
+"""so many at once."""
 ALONE = True
 IDLE = 0.96
 """Least share of the CTAs that must have work."""
@@ -420,9 +420,8 @@ class DecodePlan:
     """of them, for q"""
     min_keys: int = MIN_KEYS
     alone: bool = False
-    """whether there is one sequence, whose keys are dealt out to all warps, and loaded by TMA; otherwise CTAs find their work by
+    """whether there is one sequence, whose keys are dealt out to all warps and loaded by TMA; otherwise CTAs find their work by
     the lengths of all sequences"""
-    cluster: int = 1
 
     kernel: ClassVar[str] = "decode"
 
@@ -487,14 +486,14 @@ class DecodePlan:
     def grid(self) -> tuple[int, int, int]:
         """CTAs: (members of a team, teams, 1), or (KV heads, parts, 1)."""
         if self.alone:
-            return self.num_heads_kv, self.cluster * self.clusters, 1
+            return self.num_heads_kv, self.parts, 1
         return self.head_lanes, self.teams, 1
 
     @property
-    def clusters(self) -> int:
-        """Of an item, at most."""
-        most = (ALONE_CTAS or self.device.num_sms) // (self.num_heads_kv * self.cluster)
-        return max(1, min(ALONE_PARTS, most, -(-self.problem.capacity // (self.block_n * self.cluster))))
+    def parts(self) -> int:
+        """Of an item, at most, if it is alone."""
+        most = min(ALONE_PARTS, self.device.num_sms // self.num_heads_kv, -(-self.problem.capacity // self.block_n))
+        return max(1, most)
 
     @property
     def ctas(self) -> int:
@@ -524,14 +523,12 @@ class DecodePlan:
         """Bytes of each of `WORKSPACE`, rounded up to 256."""
         size = ITEMSIZE[self.problem.real]
         if self.alone:
-            slots, lse_slots, tickets = self.items * self.clusters, self.ctas, self.items * self.cluster
+            slots, tickets = round_up(self.ctas, COMBINED), self.num_heads_kv
         elif self.max_parts:
             slots, tickets = (self.items * self.max_parts, self.items) if self.max_parts > 1 else (0, 0)
-            lse_slots = slots
         else:
-            slots = lse_slots = 2 * self.ctas
-            tickets = self.ctas
-        sizes = (slots * self.rows * self.head_dim_v * size, lse_slots * self.rows * size, 8 * tickets)
+            slots, tickets = 2 * self.ctas, self.ctas
+        sizes = (slots * self.rows * self.head_dim_v * size, slots * self.rows * size, 8 * tickets)
         return tuple(-(-n // 256) * 256 for n in sizes)
 
     @property
@@ -733,7 +730,10 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
     rows = max(1, problem.seqlen_q * problem.group)
     pitch_q, pitch_k, pitch_v = _pitches(problem, head_dim, head_dim_v)
     step = 16 if ITEMSIZE[problem.dtype] == 2 else 8
-    for alone, (warps_m, warps_n, ctas) in [*((True, tile) for tile in ALONE_TILES if ALONE), *((False, tile) for tile in TILES)]:
+    for alone, (warps_m, warps_n, ctas) in [
+        *((True, tile) for tile in ALONE_TILES if ALONE),
+        *((False, tile) for tile in TILES),
+    ]:
         if warps_m > 1 and rows <= 8 * warps_m:  # half as many warps hold them
             continue
         # Beside 256 columns of out there are registers for the scores of one step alone.
@@ -745,15 +745,14 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
         if alone and not _alone(problem, device, block_n // warps_n):
             continue
         bytes_q, stage = 16 * warps_m * pitch_q, block_n * (pitch_k + pitch_v)
-        outputs, cluster = 16 * warps_m * head_dim_v * ITEMSIZE[problem.real], CLUSTER if alone else 1
-        beside = BOX_ALIGNMENT * alone + (round_up(outputs, 16 * cluster * ITEMSIZE[problem.real] // 4) if cluster > 1 else 0)
+        beside = BOX_ALIGNMENT * alone
         budget = min(device.smem_per_block, device.smem_per_sm // ctas) - STATIC_BYTES - bytes_q - beside
         merged = warps_n * 16 * warps_m * (head_dim_v + 8) * ITEMSIZE[problem.real]
         stages = min(ALONE_STAGES if alone else MAX_STAGES, budget // stage)
         if stages >= 2 and merged <= budget:
             smem = bytes_q + max(stages * stage, merged) + beside
             sizes = (warps_m, warps_n, block_n, stages, ctas, head_dim, head_dim_v, smem, bytes_q)
-            return DecodePlan(problem, device, mma, *sizes, alone=alone, cluster=cluster)
+            return DecodePlan(problem, device, mma, *sizes, alone=alone)
     raise NotImplementedError(f"no tile of {problem} fits the {device.smem_per_block} bytes of shared memory of a block")
 
 

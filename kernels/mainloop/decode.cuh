@@ -14,7 +14,6 @@
 #include "attention/packed_rows.cuh"
 #include "attention/softmax.cuh"
 #include "mainloop/decode_schedule.cuh"
-#include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
@@ -69,11 +68,6 @@ struct Decode {
     static constexpr int kPitch = kHeadDimV + 8;  // of the staged outputs: pairs of four rows lie in different banks
     static_assert(QTile::kBytes + kStages * kStageBytes <= Config::kSmemBytes, "the plan's shared memory is too small");
     static_assert(QTile::kBytes + kWarpsN * kRows * kPitch * sizeof(Real) <= Config::kSmemBytes, "no room for the outputs");
-    // In clusters: what the members send of a member's share of the output.
-    static constexpr int kMembers = Config::kCluster, kShare = (kRows * kHeadDimV / 4 + kMembers - 1) / kMembers;
-    static constexpr int kReceived = Config::kSmemBytes - (kBoxed ? kAlignment : 0) - kMembers * kShare * 4 * int(sizeof(Real));
-    static_assert(kMembers == 1 || QTile::kBytes + kStages * kStageBytes <= kReceived, "no room for what is received");
-
     // A warp loads kWarpRows rows of a block: kRowsAtOnce in each of KRows::kSteps steps. Its lanes look up a row each.
     static constexpr int kRowsAtOnce = 32 / kLanes, kWarpRows = KRows::kSteps * kRowsAtOnce, kLookUps = (kWarpRows + 31) / 32;
 
@@ -85,7 +79,7 @@ struct Decode {
         unsigned schedule[Schedule::kWords];
         Real max_log2[kWarpsN][kRows], sum[kWarpsN][kRows];  // of each warp's keys
         Real q_scale[kNarrows ? kRows : 1];
-        Real received_lse[kMembers][kMembers > 1 ? kRows : 1];
+        unsigned fetched;                                                   // see begin()
         alignas(8) unsigned long long full[kBoxed ? kStages : 1][kWarpsN];  // barriers: a warp's tiles of a stage are there
     };
 
@@ -262,15 +256,21 @@ struct Decode {
         fence_proxy_async();
         __syncwarp();
     }
-    // Before the work ahead is done: nothing in global memory is touched.
+    // Before the work ahead is done: no array is touched. Parameters come through a cache of their own, a line of 64 bytes at a
+    // time, each of which would be waited for where it is first needed.
     __device__ __forceinline__ void begin() const {
-        if (threadIdx.x == 0) {
-            for (int x = 0; x < kStages * kWarpsN; x++) mbarrier_init(smem_address(&shared.full[0][0] + x), 1);
+        constexpr int kWords = static_cast<int>(sizeof(DecodeParams) / sizeof(unsigned)), kLine = 16;
+        static_assert(kWords <= 32 * kLine);
+        if (threadIdx.x < 32) {
+            shared.fetched = reinterpret_cast<const unsigned*>(&p)[min(static_cast<int>(threadIdx.x) * kLine, kWords - 1)];
+        }
+        if (threadIdx.x % 32 == 0) {
+            for (int stage = 0; stage < kStages; stage++) mbarrier_init(full(stage), 1);
             fence_mbarrier_init();
             prefetch_tensormap(maps[0]);
             prefetch_tensormap(maps[1]);
         }
-        __syncthreads();
+        __syncwarp();
     }
 
     // Keys --------------------------------------------------------------------------------------------------------------
@@ -309,9 +309,7 @@ struct Decode {
             static_cast<Real>(p.scale) * cache_scale(p.k_scale, p.k_scale_batch, p.k_scale_head, item.batch, item.head_kv);
     }
     // The warp's keys from `start` on, kKeys in every `step`. `first` is where the boxes of the first lie; q is on its way.
-    template <class Meanwhile>
-    __device__ __forceinline__ void visit_boxes(const DecodeItem& item, const Place& first, int start, int step, int stop,
-                                                const Meanwhile& meanwhile) {
+    __device__ __forceinline__ void visit_boxes(const DecodeItem& item, const Place& first, int start, int step, int stop) {
         if (start < stop) load_boxes(item, first, 0);
         Place boxes[kStages];
 #pragma unroll
@@ -321,7 +319,6 @@ struct Decode {
         for (int s = 1; s < kStages; s++) {
             if (start + s * step < stop) load_boxes(item, boxes[s], s);
         }
-        meanwhile();
         const Range queries = Schedule::queries(p, item.seq, item.m_block);
         const PackedRows rows_ = packed(item);
         Real scale[2];
@@ -418,7 +415,8 @@ struct Decode {
                 shared.sum[warp_n()][r] = row.sum;
             }
 #pragma unroll
-            for (int e = 0; e < 2 * kNv; e++) staged(warp_n(), r)[Mma::column(e / 2, e % 2)] = o.data[0][e / 2][2 * half + e % 2];
+            for (int e = 0; e < 2 * kNv; e++)
+                staged(warp_n(), r)[Mma::column(e / 2, e % 2)] = o.data[0][e / 2][2 * half + e % 2];
         }
         __syncthreads();
     }
@@ -566,14 +564,15 @@ struct Decode {
         if (col == 0) store_lse(item, packed_rows, row, result.lse_log2);
     }
 
-    // A range of the quads of out from the parts of an item; out_slot(n) and lse_slot(n) are where part n lies. What a batch of
-    // parts of some quads needs from memory is on its way at once.
-    template <int kParts, int kAtOnce, class OutSlot, class LseSlot>
-    __device__ __forceinline__ void combine(const DecodeItem& item, int parts, Range range, const OutSlot& out_slot,
-                                            const LseSlot& lse_slot) const {
+    // out from the parts of an item; slot(n) is where part n lies. What a batch of parts of some quads needs from memory is on
+    // its way at once.
+    template <class Slot>
+    __device__ __forceinline__ void combine(const DecodeItem& item, int parts, const Slot& slot) const {
+        constexpr int kParts = 8, kAtOnce = 2;
         const PackedRows packed_rows = packed(item);
+        const int quads = rows_of(item) * kQuads;
 #pragma unroll 1
-        for (int x = range.start + static_cast<int>(threadIdx.x); x < range.stop; x += kAtOnce * kThreads) {
+        for (int x = threadIdx.x; x < quads; x += kAtOnce * kThreads) {
             Combined y[kAtOnce];
 #pragma unroll 1
             for (int n0 = 0; n0 < parts; n0 += kParts) {
@@ -581,11 +580,11 @@ struct Decode {
                 Quad part[kAtOnce][kParts];
 #pragma unroll
                 for (int n = 0; n < kParts; n++) {
-                    const int m = min(n0 + n, parts - 1);
-                    const Real *from = partial(out_slot(m)), *from_lse = partial_lse(lse_slot(m));
+                    const int place = slot(min(n0 + n, parts - 1));
+                    const Real *from = partial(place), *from_lse = partial_lse(place);
 #pragma unroll
                     for (int i = 0; i < kAtOnce; i++) {
-                        const int quad = min(x + i * kThreads, range.stop - 1);
+                        const int quad = min(x + i * kThreads, quads - 1);
                         lse[i][n] = __ldcg(from_lse + quad / kQuads);
                         part[i][n] = read_shared(from + quad * 4);
                     }
@@ -600,7 +599,7 @@ struct Decode {
 #pragma unroll
             for (int i = 0; i < kAtOnce; i++) {
                 const int quad = x + i * kThreads, row = quad / kQuads, col = quad % kQuads * 4;
-                if (quad < range.stop && col < p.head_dim_v) store_combined(item, packed_rows, row, col, y[i]);
+                if (quad < quads && col < p.head_dim_v) store_combined(item, packed_rows, row, col, y[i]);
             }
         }
     }
@@ -624,8 +623,7 @@ struct Decode {
         } else {
             store_partial(item, schedule.slot(item, schedule.part(item, unit)));
             if (arrives_last(schedule.ticket(item), item.parts)) {
-                const auto slot = [&](int n) { return schedule.slot(item, n); };
-                combine<8, 2>(item, item.parts, {0, rows_of(item) * kQuads}, slot, slot);
+                combine(item, item.parts, [&](int n) { return schedule.slot(item, n); });
             }
         }
         __syncthreads();  // before the next item overwrites what is read here
@@ -646,94 +644,65 @@ struct Decode {
         }
     }
 
-    // One sequence: its keys are dealt out, kKeys at a time, to the warps of all CTAs of a KV head. Each member of a cluster
-    // receives a share of the output from all of them in its shared memory, and merges it; clusters, as CTAs do otherwise, merge
-    // by a ticket, one for each share.
-    __device__ __forceinline__ Real* received(int member, int quad) const {
-        return reinterpret_cast<Real*>(smem + kReceived) + (member * kShare + quad) * 4;
-    }
+    // One sequence: its keys are dealt out, kKeys at a time, to the warps of all CTAs of a KV head.
     __device__ __forceinline__ void run_alone() {
-        const int part = static_cast<int>(blockIdx.y), cluster = part / kMembers, member = part % kMembers;
-        const int most = static_cast<int>(gridDim.y) / kMembers;
+        const int part = static_cast<int>(blockIdx.y), most = static_cast<int>(gridDim.y);
         const int offset = (part * kWarpsN + warp_n()) * kKeys;  // of the warp's first keys
         DecodeItem item;
         item.batch = 0, item.m_block = 0, item.head_kv = static_cast<int>(blockIdx.x);
-        item.seq = CachedSequence::of<false>(p, 0);
-        // Mostly it begins at the first key: then the page has been looked up by the time that its length is known.
-        Place boxes = find_boxes(item, offset, p.max_pages * p.page_size - item.seq.leftpad);
+        // Nothing waits for anything else here. Keys mostly begin with the first: then their page has been looked up by the
+        // time that the length is known.
+        item.seq = CachedSequence::begin<false>(p, 0);
+        Place boxes = find_boxes(item, offset, CachedSequence::capacity(p) - item.seq.leftpad);
+        const int length = CachedSequence::length(p, 0);
+        in_order();
+        unsigned long long* ticket = p.tickets + item.head_kv;
+        unsigned long long seen = 0;
+        if (threadIdx.x == 0) seen = Schedule::begin_claim(ticket, p.call);
         load_q(item);
         cp_async_commit_group();
+        item.seq.end<false>(p, length);
         const Range blocks = Schedule::key_blocks(p, mask, item.seq, 0, 0);
         const int start = blocks.start * kBlockN, stop = min(blocks.stop * kBlockN, item.seq.seqlen_k);
-        const int clusters = max(1, min(most, (stop - start + kMembers * kBlockN - 1) / (kMembers * kBlockN)));
-        if (cluster >= clusters) {
+        const int parts = max(1, min(most, blocks.stop - blocks.start));
+        if (part >= parts) {
             cp_async_wait_group<0>();
             return;
         }
-        if constexpr (kMembers > 1) cluster_arrive();
         if (start > 0) boxes = find_boxes(item, start + offset, stop);
-        const int slot = item.head_kv * most + cluster;
-        unsigned long long* ticket = p.tickets + item.head_kv * kMembers + member;
-        visit_boxes(item, boxes, start + offset, clusters * kMembers * kBlockN, stop, [&] {
-            if (clusters > 1 && threadIdx.x == 0) Schedule::claim(ticket, p.call);
-        });
+        visit_boxes(item, boxes, start + offset, parts * kBlockN, stop);
         stage_outputs(item);
-        const int quads = rows_of(item) * kQuads;
-        if constexpr (kMembers > 1) {
-            exchange(item, clusters, slot, member);
-        } else if (clusters == 1) {
+        if (parts == 1) {
             store_final(item);
-        } else {
-            store_partial(item, slot);
+            return;
         }
-        if (clusters > 1 && arrives_last(ticket, clusters)) {
-            const int share = (quads + kMembers - 1) / kMembers, first = member * share;
-            combine<16, 1>(
-                item, clusters, {first, min(quads, first + share)}, [&](int n) { return item.head_kv * most + n; },
-                [&](int n) { return (item.head_kv * most + n) * kMembers + member; });
-        }
+        store_partial(item, item.head_kv * most + part);
+        if (threadIdx.x == 0) Schedule::claim(ticket, p.call, seen);
+        if (arrives_last(ticket, parts)) combine_alone(item, parts, item.head_kv * most);
     }
-    // The members of a cluster send each other shares of their outputs. Each merges its own, to out or to the cluster's slot.
-    __device__ __forceinline__ void exchange(const DecodeItem& item, int clusters, int slot, int member) const {
-        const int quads = rows_of(item) * kQuads, share = (quads + kMembers - 1) / kMembers, first = member * share;
-        const Real v_scale = scale_of_values(item);
-        cluster_wait();  // all members are there to receive
-#pragma unroll 1
-        for (int x = threadIdx.x; x < quads; x += kThreads) {
-            const int row = x / kQuads, to = x / share, quad = x - to * share;
-            const Merged y = merged(row, x % kQuads * 4, negative_infinity<Real>(), v_scale);
-            st_cluster_v4(cluster_address(smem_address(received(member, quad)), to), y.x.x);
-            // Of a row, the first quad of each share takes its lse along.
-            if (quad == 0 || x % kQuads == 0) {
-                st_cluster(cluster_address(smem_address(&shared.received_lse[member][row]), to), y.lse_log2);
-            }
-        }
-        cluster_arrive();
-        cluster_wait();
+    // As combine, where slots are neighbours. NOTE: slots are read up to a multiple of kParts.
+    __device__ __forceinline__ void combine_alone(const DecodeItem& item, int parts, int slot) const {
+        constexpr int kParts = Config::kCombined;
         const PackedRows packed_rows = packed(item);
-#pragma unroll 1
-        for (int x = first + static_cast<int>(threadIdx.x); x < min(quads, first + share); x += kThreads) {
-            const int row = x / kQuads, col = x % kQuads * 4;
-            if (col >= p.head_dim_v) continue;
-            Real lse[kMembers];
-            Quad parts[kMembers];
-#pragma unroll
-            for (int n = 0; n < kMembers; n++) {
-                lse[n] = shared.received_lse[n][row];
-                parts[n] = read(received(n, x - first));
-            }
+        for_output(rows_of(item), [&](int row, int col) {
+            const Real *from = partial(slot) + row * kHeadDimV + col, *from_lse = partial_lse(slot) + row;
             Combined y;
-            y.add(lse, parts);
-            if (clusters == 1) {
-                store_combined(item, packed_rows, row, col, y);
-            } else {
-                const RowResult<Real> result = finish_row(y.top, y.sum, negative_infinity<Real>());
+#pragma unroll 1
+            for (int left = parts; left > 0; left -= kParts) {
+                Real lse[kParts];
+                Quad part[kParts];
 #pragma unroll
-                for (int e = 0; e < 4; e++) y.x.x[e] *= result.factor;
-                write(partial(slot) + row * kHeadDimV + col, y.x);
-                partial_lse(slot * kMembers + member)[row] = result.lse_log2;  // the same from all threads of a row
+                for (int n = 0; n < kParts; n++) {
+                    lse[n] = __ldcg(from_lse + n * kRows);
+                    part[n] = read_shared(from + n * (kRows * kHeadDimV));
+                }
+#pragma unroll
+                for (int n = 0; n < kParts; n++) lse[n] = n < left ? lse[n] : negative_infinity<Real>();
+                y.add(lse, part);
+                from += kParts * kRows * kHeadDimV, from_lse += kParts * kRows;
             }
-        }
+            store_combined(item, packed_rows, row, col, y);
+        });
     }
 
     __device__ __forceinline__ void run() {
