@@ -55,7 +55,7 @@ struct Decode {
     static constexpr bool kBoxed = kBoxRows > 0;
     static constexpr int kAlignment = 1024;  // of the tiles of boxes
     static constexpr int kTileRows = kBoxed ? kKeys : kBlockN, kTiles = kBlockN / kTileRows;
-    static_assert(!kBoxed || (kWarpsM == 1 && kKeys % kBoxRows == 0 && kKeys / kBoxRows <= 32));
+    static_assert(!kBoxed || (kWarpsM == 1 && kKeys % kBoxRows == 0));
     using KTile = typename Mma::template KTile<kTileRows, kHeadDim>;
     using VTile = typename Mma::template VTile<kTileRows, kHeadDimV>;
     // A thread copies the same rows of K and V.
@@ -214,35 +214,29 @@ struct Decode {
     }
 
     __device__ __forceinline__ unsigned full(int stage) const { return smem_address(&shared.full[stage][warp_n()]); }
-    // Where the boxes of the warp's keys from j on lie, of those before `stop`: lane l knows of box l.
-    __device__ __forceinline__ Place find_boxes(const DecodeItem& item, int j, int stop) const {
+    // A warp's keys are kBoxes boxes: kRowBoxes to a panel, those of K first. Lane l knows of box l and loads it.
+    static constexpr int kRowBoxes = kBoxed ? kKeys / kBoxRows : 1, kBoxes = kTileBytes / 128 / (kKeys / kRowBoxes);
+    static_assert(!kBoxed || kBoxes <= 32);
+    // Where a lane's box of the keys from j on lies, if these are before `stop`.
+    __device__ __forceinline__ Place find_box(const DecodeItem& item, int j, int stop) const {
         const int lane = static_cast<int>(threadIdx.x % 32);
-        j += lane * kBoxRows;
-        const Place place = place_of<Config::kPaged>(p, item.seq, item.seq.leftpad + j, lane < kKeys / kBoxRows && j < stop);
+        j += lane % kRowBoxes * kBoxRows;
+        const Place place = place_of<Config::kPaged>(p, item.seq, item.seq.leftpad + j, lane < kBoxes && j < stop);
         return {static_cast<unsigned>(place.page) < static_cast<unsigned>(p.pages) ? place.page : -1, place.slot};
     }
-    // What the maps place outside the cache arrives as zeros.
-    __device__ __forceinline__ void load_boxes(const DecodeItem& item, const Place& boxes, int stage) const {
-        const unsigned barrier = full(stage);
-        const bool issues = threadIdx.x % 32 == 0;
-        if (issues) mbarrier_arrive_expect_tx(barrier, kTileBytes);
-#pragma unroll
-        for (int box = 0; box < kKeys / kBoxRows; box++) {
-            const int page = __shfl_sync(0xffffffffu, boxes.page, box), slot = __shfl_sync(0xffffffffu, boxes.slot, box);
-            if (issues) {
-                const unsigned to_k = smem_address(sK(stage).data) + box * kBoxRows * 128,
-                               to_v = smem_address(sV(stage).data) + box * kBoxRows * 128;
-#pragma unroll
-                for (int col = 0; col < KTile::kCopyCols; col += KTile::kPanel) {
-                    cp_async_bulk_tensor_4d(to_k + KTile::shift(0, col), maps[0], barrier, col, slot, item.head_kv, page);
-                }
-#pragma unroll
-                for (int col = 0; col < VTile::kCopyCols; col += VTile::kPanel) {
-                    cp_async_bulk_tensor_4d(to_v + VTile::shift(0, col), maps[1], barrier, col, slot, item.head_kv, page);
-                }
-            }
-            __syncwarp();
+    // What the maps place outside the cache arrives as zeros. NOTE: bytes may arrive before they are announced, since the phase
+    // does not end before the announcement.
+    __device__ __forceinline__ void load_boxes(const DecodeItem& item, const Place& box, int stage) const {
+        constexpr int kPanelsK = KTile::kCopyCols / KTile::kPanel;
+        const int lane = static_cast<int>(threadIdx.x % 32), panel = lane / kRowBoxes;
+        const bool of_v = panel >= kPanelsK;
+        if (lane == 0) mbarrier_arrive_expect_tx(full(stage), kTileBytes);
+        if (lane < kBoxes) {
+            cp_async_bulk_tensor_4d(
+                smem_address(sK(stage).data) + panel * KTile::kPanelBytes + lane % kRowBoxes * (kBoxRows * 128), maps[of_v],
+                full(stage), (of_v ? panel - kPanelsK : panel) * KTile::kPanel, box.slot, item.head_kv, box.page);
         }
+        __syncwarp();
     }
     // Rows past the sequence may hold anything: P is 0 there, but 0 * NaN is not.
     __device__ __forceinline__ void clear_rows(const VTile& tile, int start) const {
@@ -313,7 +307,7 @@ struct Decode {
         if (start < stop) load_boxes(item, first, 0);
         Place boxes[kStages];
 #pragma unroll
-        for (int s = 1; s < kStages; s++) boxes[s] = find_boxes(item, start + s * step, stop);
+        for (int s = 1; s < kStages; s++) boxes[s] = find_box(item, start + s * step, stop);
         clear_outputs();
 #pragma unroll
         for (int s = 1; s < kStages; s++) {
@@ -329,7 +323,7 @@ struct Decode {
         int stage = 0;
 #pragma unroll 1
         for (int j = start; j < stop; j += step) {
-            const Place next = find_boxes(item, j + kStages * step, stop);
+            const Place next = find_box(item, j + kStages * step, stop);
             mbarrier_wait(full(stage), phases >> stage & 1);
             phases ^= 1u << stage;
             if (j + kKeys > item.seq.seqlen_k) clear_rows(sV(stage), item.seq.seqlen_k - j);
@@ -653,7 +647,7 @@ struct Decode {
         // Nothing waits for anything else here. Keys mostly begin with the first: then their page has been looked up by the
         // time that the length is known.
         item.seq = CachedSequence::begin<false>(p, 0);
-        Place boxes = find_boxes(item, offset, CachedSequence::capacity(p) - item.seq.leftpad);
+        Place box = find_box(item, offset, CachedSequence::capacity(p) - item.seq.leftpad);
         const int length = CachedSequence::length(p, 0);
         in_order();
         unsigned long long* ticket = p.tickets + item.head_kv;
@@ -669,8 +663,8 @@ struct Decode {
             cp_async_wait_group<0>();
             return;
         }
-        if (start > 0) boxes = find_boxes(item, start + offset, stop);
-        visit_boxes(item, boxes, start + offset, parts * kBlockN, stop);
+        if (start > 0) box = find_box(item, start + offset, stop);
+        visit_boxes(item, box, start + offset, parts * kBlockN, stop);
         stage_outputs(item);
         if (parts == 1) {
             store_final(item);
