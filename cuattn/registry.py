@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cuattn.fields import ITEMSIZE, Operand
 from cuattn.masks import And, BooleanMask, Full, SlidingWindow
 from cuattn.problem import Problem
 from cuattn.score_mods import Bias, UserMod
 from cuattn.tma import tma_bias, tma_obstacles
+
+if TYPE_CHECKING:
+    from cuattn.decode import DecodeProblem
 
 
 class Device(NamedTuple):
@@ -142,8 +145,8 @@ def _smem_sm90(problem: Problem, tiles: Tiles, device: Device) -> int:
     rings = tiles.stages * tiles.block_n * (width + width_v)
     bias_stages = BIAS_STAGES if staged_bias(problem) else 0
     rings += bias_stages * tiles.block_m * 2 * round_up(tiles.block_n, 64)
-    barriers = 4 + 2 * tiles.q_stages * tiles.block_m // 64 + 4 * tiles.stages + 2 * bias_stages
-    return tiles.q_stages * tiles.block_m * width + rings + 8 * barriers + 32 + 1024
+    barriers = 6 + 2 * tiles.q_stages * tiles.block_m // 64 + 4 * tiles.stages + 2 * bias_stages
+    return tiles.q_stages * tiles.block_m * width + rings + 8 * barriers + 48 + 1024
 
 
 def _weight_sm90(problem: Problem) -> int:
@@ -171,8 +174,7 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
     keys = _keys_of_a_tile(problem)
     if widest <= 64 and keys <= SHORT:
-        keeps = problem.dtype == "bfloat16" and not problem.mods and problem.scale > 0
-        tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False, keep_maxima=keeps))
+        tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False))
     if 64 < widest <= 128 and keys >= LONG and not (problem.packed or problem.mask.tiled):
         tiles.insert(0, Tiles(128, 176, 2, 12, persistent=True, max_weight=0))
     if 64 < widest <= 128 and problem.dropout > 0 and not (problem.mods or problem.mask.tiled):
@@ -181,7 +183,10 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
         tiles.insert(0, Tiles(128, 128, 2, 12, persistent=True, max_weight=0))
     # Beside more columns of out the compiler has no room for what a late wait lets it interleave.
     wide = problem.head_dim_v > 128
-    tiles = [replace(t, late_wait=not wide, scale_first=wide and t.overlap and weight == 0) for t in tiles]
+    keeps = problem.dtype == "bfloat16" and not problem.mods and problem.scale > 0
+    keeps = keeps and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
+    scales_first = wide and weight == 0 and not keeps
+    tiles = [replace(t, late_wait=keeps or not wide, scale_first=scales_first and t.overlap, keep_maxima=keeps) for t in tiles]
     return _allowed(tiles, weight, device)
 
 
@@ -484,21 +489,27 @@ FORWARD: tuple[KernelSpec, ...] = (
 def support_rows() -> list[dict[str, str]]:
     """What the kernels serve, asked of the kernels: one row for each dtype and precision, in order of the registry."""
     from cuattn.catalogue import PRECISIONS as KINDS
-    from cuattn.catalogue import problem_of
+    from cuattn.catalogue import decode_problem_of, problem_of
+    from cuattn.decode import declines_decode
 
+    def cached(dtype: str, precision: str, dims: tuple[int, int]) -> DecodeProblem:
+        return decode_problem_of(dtype, dims=dims, precision=precision)
+
+    kernels: list[tuple[str, Callable[..., list[str]], Callable[..., Problem | DecodeProblem]]] = [
+        *((spec.name, spec.unsupported, problem_of) for spec in FORWARD),
+        ("decode", declines_decode, cached),
+    ]
     rows = []
     for dtype, precision in KINDS:
-        for spec in FORWARD:
-            dims = [d for d in range(1, 1025) if not spec.unsupported(problem_of(dtype, precision, (d, d)), DEVICES["sm_90a"])]
-            served = [
-                arch for arch, gpu in DEVICES.items() if not spec.unsupported(problem_of(dtype, precision, (64, 64)), gpu)
-            ]
+        for name, unsupported, make in kernels:
+            dims = [d for d in range(1, 1025) if not unsupported(make(dtype, precision, (d, d)), DEVICES["sm_90a"])]
+            served = [arch for arch, gpu in DEVICES.items() if not unsupported(make(dtype, precision, (64, 64)), gpu)]
             if dims and served:
                 rows.append(
                     {
                         "dtype": dtype,
                         "precision": precision if dtype == "float32" else "",
-                        "kernel": spec.name,
+                        "kernel": name,
                         "head_dim, head_dim_v": f"{dims[0]}-{dims[-1]}",
                         "compiled for": ", ".join(served),
                     }

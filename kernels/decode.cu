@@ -3,6 +3,7 @@
 #include "ptx/griddepcontrol.cuh"
 #include "tile/mma_byte.cuh"
 #include "tile/mma_half.cuh"
+#include "tile/mma_simt.cuh"
 #include "tile/mma_wide.cuh"
 
 namespace cuattn {

@@ -10,7 +10,7 @@ import pytest
 
 import cuattn
 from cuattn import backward
-from tests.cases import CORNERS, FEATURES, KINDS, REGULAR, SMALL, Case
+from tests.cases import CORNERS, FEATURES, KINDS, MASKS, MOD_SETS, REGULAR, SMALL, Case
 from tests.tolerance import verify_gradients
 
 CASES = (*REGULAR, *FEATURES, *CORNERS)
@@ -82,6 +82,25 @@ def test_narrow_windows(
     monkeypatch.setattr(backward, "NARROW_WINDOW", narrow)
     monkeypatch.setattr(backward, "_run", lambda *_: 3)
     case = Case("bfloat16", "ieee", 3, 410, 520 + 8 * deterministic, 4, 2, head_dim, mask="window")
+    check(cupy_backend, case, deterministic=deterministic)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("bfloat16", "ieee", 3, 410, 520, 4, 2, 192, 128),
+        Case("float16", "ieee", 2, 517, 390, 4, 1, 192, 128, mask="causal"),
+        Case("bfloat16", "ieee", 2, 300, 301, 2, 2, 160, 64, mask="causal", sinks=True),
+        Case("bfloat16", "ieee", 5, 300, 333, 4, 2, 192, 128, mask="causal", sequences="packed"),
+        Case("float16", "ieee", 3, 300, 333, 4, 2, 136, 128, sequences="lens"),
+        Case("bfloat16", "ieee", 2, 300, 520, 2, 1, 192, 128, mask="boolean"),
+        Case("bfloat16", "ieee", 2, 300, 520, 2, 1, 192, 128, mods=("softcap",), dropout=0.2),
+    ],
+    ids=str,
+)
+def test_three_panels_of_columns(cupy_backend: Any, case: Case, deterministic: bool) -> None:
     check(cupy_backend, case, deterministic=deterministic)
 
 
@@ -247,6 +266,14 @@ DIFFERENCES = tuple(
     for mask in ("full", "causal", "window", "boolean", "block_sparse", "composed")
     for mods in ((), ("softcap",), ("alibi",), ("bias",), ("user",), ("user_params",), ("softcap", "alibi", "bias"))
 )
+DIFFERENCES += tuple(  # the rest, each beside something else
+    case
+    for case in (
+        *(replace(DIFFERENCES[0], mask=mask, mods=("softcap",)) for mask in MASKS),
+        *(replace(DIFFERENCES[0], mask="causal", mods=mods) for mods in MOD_SETS),
+    )
+    if case not in DIFFERENCES
+)
 
 
 @pytest.mark.gpu
@@ -257,11 +284,7 @@ def test_finite_differences(cupy_backend: Any, case: Case) -> None:
     dout, dlse = case.cotangents()
 
     def loss(moved: dict[str, Any]) -> float:
-        call = {n: cupy_backend.put(x) if isinstance(x, np.ndarray) else x for n, x in {**arguments, **moved}.items()}
-        if "score_mod" in call and isinstance(call["score_mod"], cuattn.UserMod):
-            call["score_mod"] = call["score_mod"].bind([cupy_backend.put(a) for a in call["score_mod"].arrays])
-        if "mask" in call and isinstance(call["mask"], cuattn.Mask):
-            call["mask"] = call["mask"].bind([cupy_backend.put(a) for a in call["mask"].arrays])
+        call = {**case.arguments(cupy_backend.put), **{name: cupy_backend.put(x) for name, x in moved.items()}}
         out, lse = (cupy_backend.get(x) for x in cuattn.attention(**call, return_lse=True))
         return float((out * dout).sum() + (np.where(np.isfinite(lse), lse, 0) * dlse).sum())
 

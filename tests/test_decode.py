@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 import cuattn
 from cuattn import arrays, call, jit, reference
@@ -265,18 +269,55 @@ KINDS = (
     Decode("float16", dims=(128, 128)),
     Decode("float64", dims=(48, 80)),
     Decode("float32", precision="tf32", dims=(64, 96)),
+    Decode("float32", dims=(64, 96)),
+    Decode("float32", precision="tf32x3", dims=(64, 96)),
+)
+WIDE = tuple(  # the same of both
+    Decode(dtype, **options)
+    for dtype in ("float32", "float64")
+    for options in (
+        {"lengths": (1000, 3000, 5, 64), "heads": (16, 2), "dims": (128, 128), "page": 64},
+        {"lengths": (5003,), "heads": (32, 8), "dims": (128, 128), "sinks": True},
+        {"lengths": (300, 20, 0), "heads": (20, 1), "seqlen_q": 4, "new": 4, "page": 7},
+        {"lengths": (30, 200), "heads": (6, 2), "seqlen_q": 70, "new": 70, "dims": (32, 32), "page": 0},
+        {"lengths": (500, 33), "heads": (8, 2), "dims": (256, 256)},
+        {"lengths": (100, 33), "heads": (32, 2), "dims": (256, 200), "seqlen_q": 3, "mods": ("softcap",)},
+        {"lengths": (100, 33), "heads": (4, 2), "dims": (512, 400), "page": 16},
+        {"lengths": (100, 33), "dims": (100, 36), "aligned": False},
+        {"lengths": (100, 33), "dims": (72, 40), "page": 1},
+        {"new": 3, "seqlen_q": 3, "rotary": 32, "interleaved": False, "page": 5},
+        {"leftpad": True, "batch_idx": True, "page": 16, "new": 2, "seqlen_q": 2, "rotary": 64},
+        {"packed": True, "seqlen_q": 5, "new": 1, "lengths": (100, 20, 7, 300), "batch_idx": True},
+        {"mask": "window", "lengths": (500, 33, 2), "seqlen_q": 3},
+        {"mask": "tree", "lengths": (300, 33), "seqlen_q": 7, "new": 7},
+        {
+            "mods": ("softcap", "alibi", "bias", "user"),
+            "mask": "boolean",
+            "lengths": (300, 33),
+            "seqlen_q": 5,
+            "sinks": True,
+            "packed": True,
+        },
+        {"deterministic": True, "lengths": (1500, 33, 600), "sinks": True},
+        {"splits": 7, "lengths": (1500, 33, 0), "mods": ("softcap",)},
+    )
+)
+LONG = (
+    Decode(page=64, lengths=(1000, 3000, 5, 64), heads=(16, 2), dims=(128, 128)),
+    Decode(lengths=(5003,), heads=(64, 8), dims=(128, 128)),
+    Decode(lengths=(1500, 20), heads=(20, 1), dims=(128, 128), seqlen_q=4),
+    WIDE[0],
 )
 CASES = (
     *KINDS,
+    *LONG[:-1],
+    *WIDE,
     Decode(page=0),
     Decode(page=1, lengths=(65, 3)),
     Decode(page=7, lengths=(65, 3, 0)),
-    Decode(page=64, lengths=(1000, 3000, 5, 64), heads=(16, 2), dims=(128, 128)),
     Decode(page=256, lengths=(0,), mask="full"),
     Decode(lengths=(0, 5, 0), sinks=True),
-    Decode(lengths=(5003,), heads=(64, 8), dims=(128, 128)),
     Decode(lengths=(5003,), heads=(4, 4), dims=(128, 128), page=0),
-    Decode(lengths=(1500, 20), heads=(20, 1), dims=(128, 128), seqlen_q=4),
     Decode(lengths=(300, 20), heads=(8, 1), dims=(128, 128), seqlen_q=16, new=16),
     Decode(lengths=(300, 20), heads=(8, 2), dims=(64, 64), seqlen_q=4, new=2),
     Decode(lengths=(30, 200), heads=(6, 2), seqlen_q=70, new=70, dims=(32, 32)),
@@ -357,13 +398,18 @@ def plan_of(backend: Any, case: Decode) -> DecodePlan:
     return make_decode_plan(make_decode_problem(views, mask, mods, own, scalars), call.device_of(0))
 
 
+_NO_CASE = SimpleNamespace(params={})
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(request: pytest.FixtureRequest) -> None:
-    """The kernels of all cases at once, where they will be asked for: one by one would take most of a run's time."""
-    if any("gpu" in item.keywords for item in request.session.items) and arrays.gpu_available()[0]:
+    """The kernels of all cases that run, at once: one by one they would take most of a run's time."""
+    items = [item for item in request.session.items if "gpu" in item.keywords and item.path == request.path]
+    cases = {item.callspec.params["case"] for item in items if "case" in getattr(item, "callspec", _NO_CASE).params}
+    if cases and arrays.gpu_available()[0]:
         from tests.conftest import CuPyBackend
 
-        plans = [plan_of(CuPyBackend(), case) for case in CASES]
+        plans = [plan_of(CuPyBackend(), case) for case in cases]
         jit.compile_many(dict.fromkeys((u.source, plan.device.arch) for plan in plans for u in decode_units(plan).values()))
 
 
@@ -383,7 +429,7 @@ def test_bits_do_not_depend_on_other_sequences(backend: Any, case: Decode) -> No
                 assert all(found[n].tobytes() == whole[b].tobytes() for n in range(len(rows)))
 
 
-@pytest.mark.parametrize("case", (CASES[7], CASES[10], CASES[12]), ids=str)
+@pytest.mark.parametrize("case", LONG, ids=str)
 def test_bitwise_reruns(backend: Any, case: Decode) -> None:
     made = put(backend, arguments(case))
     first, *others = (
@@ -490,6 +536,101 @@ def test_pages_outside_the_cache_are_not_touched(cupy_backend: Any, monkeypatch:
         for name in padded:
             around = cupy_backend.get(padded[name])
             assert (around[:32] == 7).all() and (around[-32:] == 7).all(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [64, 0], ids=["pages", "rows"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_more_than_2_31_elements(cupy_backend: Any, dtype: str, page: int) -> None:
+    """What lies at the end of a large cache is found and written as in a small one, which takes 64-bit offsets."""
+    import cupy
+
+    case = Decode(dtype, lengths=(61, 300), new=2, page=page, heads=(16, 8), dims=(128, 128), batch_idx=not page)
+    made = put(cupy_backend, arguments(case))
+    shape = made["k_cache"].shape
+    offset = (1 << 31) // int(np.prod(shape[1:])) + 1
+    if cupy.cuda.runtime.memGetInfo()[0] < 3 * offset * int(np.prod(shape[1:])) * made["q"].itemsize:
+        pytest.skip("needs more GPU memory")
+    large = dict(made)
+    for name in ("k_cache", "v_cache"):
+        large[name] = cupy.full((offset + shape[0], *shape[1:]), np.nan, made[name].dtype)
+        large[name][offset:] = made[name]
+    where = "page_table" if page else "cache_batch_idx"
+    large[where] = made[where] + offset
+    expected, found = (cuattn.attention_with_kvcache(**given, return_lse=True) for given in (made, large))
+    verify(case, cupy_backend, *expected, made)
+    for x, y in zip((*found, large["k_cache"][offset:], large["v_cache"][offset:]), (*expected, *_caches(made)), strict=True):
+        assert cupy_backend.get(x).tobytes() == cupy_backend.get(y).tobytes()
+    del large, found
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
+def _caches(made: dict[str, Any]) -> tuple[Any, Any]:
+    return made["k_cache"], made["v_cache"]
+
+
+ANY_SIZES: dict[str, st.SearchStrategy[Any]] = {
+    "lengths": st.lists(st.integers(0, 150), max_size=5).map(tuple),
+    "seqlen_q": st.integers(1, 20),
+    "heads": st.tuples(st.integers(1, 4), st.integers(1, 3)).map(lambda n: (n[0] * n[1], n[1])),
+    "page": st.sampled_from((0, 1, 5, 16, 64)),
+    "new": st.integers(0, 5),
+    "batch_idx": st.booleans(),
+    "leftpad": st.booleans(),
+    "splits": st.sampled_from((0, 0, 1, 3)),
+    "deterministic": st.booleans(),
+}
+ANY_CASE = st.builds(
+    Decode,
+    st.sampled_from(("bfloat16", "float16", "float32", "float64")),
+    dims=st.tuples(st.integers(4, 80), st.integers(1, 80)),
+    packed=st.booleans(),
+    rotary=st.sampled_from((0, 2, 4)),
+    interleaved=st.booleans(),
+    mask=st.sampled_from(("causal", "full", "window", "boolean", "tree")),
+    mods=st.lists(st.sampled_from(("softcap", "alibi", "bias", "user")), unique=True).map(tuple),
+    sinks=st.booleans(),
+    **ANY_SIZES,
+)
+FEW_KERNELS = st.builds(
+    Decode,
+    st.sampled_from(("bfloat16", "float32")),
+    **{
+        **ANY_SIZES,
+        "page": st.integers(1, 40),
+        "leftpad": st.just(False),
+        "splits": st.just(0),
+        "deterministic": st.just(False),
+    },
+)
+"""Sizes vary freely, what decides the code hardly does: a GPU run compiles a dozen kernels."""
+ANY = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@ANY
+@hypothesis.given(ANY_CASE)
+def test_anything_on_numpy(numpy_backend: Any, case: Decode) -> None:
+    _check(numpy_backend, case)
+
+
+@pytest.mark.gpu
+@ANY
+@hypothesis.given(FEW_KERNELS)
+def test_anything_on_the_gpu(cupy_backend: Any, case: Decode) -> None:
+    _check(cupy_backend, case)
+
+
+def _check(backend: Any, case: Decode) -> None:
+    made = put(backend, arguments(case))
+    with backend.poisoned():
+        out, lse = cuattn.attention_with_kvcache(**made, return_lse=True)
+    verify(case, backend, out, lse, made)
 
 
 BAD = (

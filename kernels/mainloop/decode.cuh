@@ -79,7 +79,6 @@ struct Decode {
         unsigned schedule[Schedule::kWords];
         Real max_log2[kWarpsN][kRows], sum[kWarpsN][kRows];  // of each warp's keys
         Real q_scale[kNarrows ? kRows : 1];
-        unsigned fetched;                                                   // see begin()
         alignas(8) unsigned long long full[kBoxed ? kStages : 1][kWarpsN];  // barriers: a warp's tiles of a stage are there
     };
 
@@ -94,7 +93,7 @@ struct Decode {
     static constexpr int kHeld = kHeadDim / Mma::kGroupK, kAccumulators = 4 * (kN + kNv) * static_cast<int>(sizeof(Real)) / 4;
     static constexpr bool kHoldsQ = kAccumulators + kHeld * static_cast<int>(sizeof(typename Mma::Q)) / 4 <= 128;
     typename Mma::Q q[kHoldsQ ? kHeld : 1];
-    RegTile<Real, 1, kNv> o;
+    RegTile<Real, 1, kNv, typename Mma::Lanes> o;
     RowState<Real> rows[1][2];
 
     __device__ __forceinline__ QTile sQ() const { return {reinterpret_cast<typename QTile::Element*>(smem)}; }
@@ -250,14 +249,8 @@ struct Decode {
         fence_proxy_async();
         __syncwarp();
     }
-    // Before the work ahead is done: no array is touched. Parameters come through a cache of their own, a line of 64 bytes at a
-    // time, each of which would be waited for where it is first needed.
+    // Before the work ahead is done: no array is touched.
     __device__ __forceinline__ void begin() const {
-        constexpr int kWords = static_cast<int>(sizeof(DecodeParams) / sizeof(unsigned)), kLine = 16;
-        static_assert(kWords <= 32 * kLine);
-        if (threadIdx.x < 32) {
-            shared.fetched = reinterpret_cast<const unsigned*>(&p)[min(static_cast<int>(threadIdx.x) * kLine, kWords - 1)];
-        }
         if (threadIdx.x % 32 == 0) {
             for (int stage = 0; stage < kStages; stage++) mbarrier_init(full(stage), 1);
             fence_mbarrier_init();
@@ -275,7 +268,7 @@ struct Decode {
         const int first = kBoxed ? 0 : warp_n() * kKeys;
         const KTile k{sK(stage).at(first, 0)};
         const VTile v{sV(stage).at(first, 0)};
-        RegTile<Real, 1, kN> s;
+        RegTile<Real, 1, kN, typename Mma::Lanes> s;
         if constexpr (kHoldsQ) {
             gemm_qk_of<Mma, kHeadDim>(s.data, [&](int, int column) { return q[column / Mma::kGroupK]; }, k);
         } else {
@@ -302,16 +295,18 @@ struct Decode {
         scale[0] = scale[1] =
             static_cast<Real>(p.scale) * cache_scale(p.k_scale, p.k_scale_batch, p.k_scale_head, item.batch, item.head_kv);
     }
-    // The warp's keys from `start` on, kKeys in every `step`. `first` is where the boxes of the first lie; q is on its way.
-    __device__ __forceinline__ void visit_boxes(const DecodeItem& item, const Place& first, int start, int step, int stop) {
-        if (start < stop) load_boxes(item, first, 0);
-        Place boxes[kStages];
-#pragma unroll
-        for (int s = 1; s < kStages; s++) boxes[s] = find_box(item, start + s * step, stop);
+    // The warp's keys from `start` on, kKeys in every `step`. `box` is where its box of the first lies; q is on its way.
+    __device__ __forceinline__ void visit_boxes(const DecodeItem& item, Place box, int start, int step, int stop) {
+        if (start < stop) load_boxes(item, box, 0);
         clear_outputs();
+        if (start + step < stop) {
+            box = find_box(item, start + step, stop);
 #pragma unroll
-        for (int s = 1; s < kStages; s++) {
-            if (start + s * step < stop) load_boxes(item, boxes[s], s);
+            for (int s = 1; s < kStages - 1; s++) {
+                const Place next = find_box(item, start + (s + 1) * step, stop);
+                if (start + s * step < stop) load_boxes(item, box, s);
+                box = next;
+            }
         }
         const Range queries = Schedule::queries(p, item.seq, item.m_block);
         const PackedRows rows_ = packed(item);
@@ -323,13 +318,14 @@ struct Decode {
         int stage = 0;
 #pragma unroll 1
         for (int j = start; j < stop; j += step) {
-            const Place next = find_box(item, j + kStages * step, stop);
+            const int ahead = j + (kStages - 1) * step;
+            if (ahead < stop) load_boxes(item, box, stage == 0 ? kStages - 1 : stage - 1);
+            box = find_box(item, ahead + step, stop);
             mbarrier_wait(full(stage), phases >> stage & 1);
             phases ^= 1u << stage;
             if (j + kKeys > item.seq.seqlen_k) clear_rows(sV(stage), item.seq.seqlen_k - j);
             visit_block(item, rows_, queries, scale, j, stage);
             __syncwarp();  // nobody reads the stage
-            if (j + kStages * step < stop) load_boxes(item, next, stage);
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }
         __syncthreads();  // nobody reads the stages
@@ -394,14 +390,14 @@ struct Decode {
 
     // The warps' outputs to shared memory, as they are, and what each is relative to.
     __device__ __forceinline__ void stage_outputs(const DecodeItem& item) {
-        const int lane = threadIdx.x % 32, count = rows_of(item);
+        const int own = o.g(), count = rows_of(item);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             RowState<Real>& row = rows[0][half];
-            const int r = 16 * warp_m() + 8 * half + lane / 4;
-            if (r - lane / 4 >= count) break;  // the rows of a warp exist from the first on
+            const int r = 16 * warp_m() + 8 * half + own;
+            if (r - own >= count) break;  // the rows of a warp exist from the first on
             row.sum = o.sum_row(row.sum);
-            if (lane % 4 == 0) {
+            if (o.leads_row()) {
                 shared.max_log2[warp_n()][r] =
                     row.max == negative_infinity<Real>()
                         ? row.max
@@ -409,8 +405,9 @@ struct Decode {
                 shared.sum[warp_n()][r] = row.sum;
             }
 #pragma unroll
-            for (int e = 0; e < 2 * kNv; e++)
+            for (int e = 0; e < 2 * kNv; e++) {
                 staged(warp_n(), r)[Mma::column(e / 2, e % 2)] = o.data[0][e / 2][2 * half + e % 2];
+            }
         }
         __syncthreads();
     }

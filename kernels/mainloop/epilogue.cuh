@@ -30,13 +30,21 @@ __device__ __forceinline__ long long partial_row(const ForwardParams& p, const W
     return w.split * p.partial_rows + w.seq.row + w.at.head * w.seq.head_rows + i;
 }
 
-// A row that is done, `sum` over all of its keys: stores its lse (or that of this split) and returns the factor of its output.
+// A row of a head that is done, `sum` over all of its keys: its lse (or that of this split) and the factor of its output.
+template <class Config, class Real>
+__device__ __forceinline__ RowResult<Real> finish_output_row(const ForwardParams& p, int head, Real max_log2, Real sum) {
+    // The sink takes part once, in combine.cu where keys are split.
+    const Real sink = Config::kSplit ? negative_infinity<Real>() : sink_log2<Config, Real>(p, head);
+    RowResult<Real> result = finish_row(max_log2, sum, sink);
+    if (Config::kDropout) result.factor *= static_cast<Real>(p.dropout_scale);
+    return result;
+}
+
+// The same, for row i of the work: stores its lse and returns the factor.
 template <class Config, class Real>
 __device__ __forceinline__ Real finish_output_row(const ForwardParams& p, const Work& w, int i, Real max_log2, Real sum,
                                                   bool stores) {
-    // The sink takes part once, in combine.cu where keys are split.
-    const Real sink = Config::kSplit ? negative_infinity<Real>() : sink_log2<Config, Real>(p, w.at.head);
-    const RowResult<Real> result = finish_row(max_log2, sum, sink);
+    const RowResult<Real> result = finish_output_row<Config>(p, w.at.head, max_log2, sum);
     if (stores && i < w.at.seqlen_q) {
         if constexpr (!Config::kSplit) {
             store_lse(p, w, i, result.lse_log2);
@@ -44,7 +52,7 @@ __device__ __forceinline__ Real finish_output_row(const ForwardParams& p, const 
             static_cast<Real*>(p.partial_lse)[partial_row(p, w, i)] = result.lse_log2;
         }
     }
-    return Config::kDropout ? result.factor * static_cast<Real>(p.dropout_scale) : result.factor;
+    return result.factor;
 }
 
 // Padding rows of a tile: out 0, lse -inf. The tail of a packed call has more rows than tiles, so each CTA strides over it.

@@ -67,6 +67,7 @@ struct ForwardSm90 {
     using QTile = PanelTile<64, kHeadDim>;  // a warpgroup's
     using KTile = PanelTile<kBlockN, kHeadDim>;
     using VTile = PanelTile<kBlockN, kHeadDimV>;
+    using OutTile = PanelTile<64, kHeadDimV>;  // a warpgroup's
     using Tiles = KeyTiles<Mask, kBlockM, kBlockN>;
     using Schedule = TileSchedule<Config>;
     using Slot = RingSlot<kStages>;
@@ -77,7 +78,10 @@ struct ForwardSm90 {
     // O is scaled between the issue of S and its own: an iteration late, while S is multiplied.
     static constexpr bool kScalesFirst = Config::kOverlap && Config::kScalesFirst;
     static_assert(!kScalesFirst || (!kCrosses && kStages > 1));
-    static constexpr int kTileStages = 2;  // of query tiles: the one being finished and the next
+    // Columns whose exponentials are taken before O is waited for, where no maxima are in between, and where a query tile
+    // begins.
+    static constexpr int kEarly = Config::kScalesFirst ? kBlockN : kBlockN / 32 * 8, kEarlyCross = kBlockN / 16 * 8;
+    static constexpr int kTileStages = 3;  // of query tiles: the one being stored, the current and the next
     using TileSlot = RingSlot<kTileStages>;
     // A bias that TMA can load comes in tiles like K; kBiasStages 0: there is none, or it is read from global memory.
     static constexpr int kBiasStages = Config::kBiasStages;
@@ -106,6 +110,11 @@ struct ForwardSm90 {
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
+    // The output of a query tile is staged where its Q lay and stored under the next one's products, and what comes after that
+    // is looked up under the last products of that one. Three consumers and foreign rows leave no registers for it.
+    static constexpr bool kStagesOutput =
+        kCrosses && kQStages == 2 && kConsumers == 2 && !kForeignRows && kHeadDimV % 64 == 0 && kHeadDimV <= kHeadDim;
+    static constexpr bool kLooksAhead = kStagesOutput && !kWhole;
     // Named barriers; 0 is __syncthreads.
     static constexpr int kTurnBarrier = 1, kClearBarrier = kTurnBarrier + kConsumers;
 
@@ -234,6 +243,8 @@ struct ForwardSm90 {
         WgmmaTile<kHeadDimV> o;
         RowState<float> rows[2];  // max: of the row; sum: over this thread's keys
         float owed[2];            // what O is still to be multiplied with (kScalesFirst)
+        float lse_log2[2];        // of the rows whose output is staged (kStagesOutput)
+        bool staged = false;      // the query tile before this one is still to be stored
         Whole whole;
 
         __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
@@ -298,11 +309,11 @@ struct ForwardSm90 {
             }
         }
         __device__ __forceinline__ void issue_s(WgmmaTile<kBlockN>& s) const {
-            wgmma_qk<Element, kHeadDim, QTile, KTile>(s, desc_q + q.stage * (kConsumers * QTile::kTileStep),
-                                                      desc_k + k.stage * KTile::kTileStep);
+            wgmma_qk<Element, kHeadDim, QTile, KTile>(s, QTile::advance(desc_q, q.stage * (kConsumers * QTile::kTileStep)),
+                                                      KTile::advance(desc_k, k.stage * KTile::kTileStep));
         }
         __device__ __forceinline__ void issue_o(const unsigned (&probabilities)[kBlockN / 4]) {
-            wgmma_pv<Element, VTile>(o, probabilities, desc_v + v.stage * VTile::kTileStep);
+            wgmma_pv<Element, VTile>(o, probabilities, VTile::advance(desc_v, v.stage * VTile::kTileStep));
         }
 
         __device__ __forceinline__ void modify(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n) {
@@ -499,9 +510,10 @@ struct ForwardSm90 {
             }
         }
         // Scores and probabilities of `at`, and the output of the keys before. kCross: those belong to the query tile before,
-        // whose output is stored then; `skipped` tiles of V lie between the two.
-        template <bool kCross>
-        __device__ __forceinline__ void step(const Visit& at, int skipped) {
+        // whose output is stored or staged then; `skipped` tiles of V lie between the two. `meanwhile` is called while both
+        // products are under way.
+        template <bool kCross, class Meanwhile>
+        __device__ __forceinline__ void step(const Visit& at, int skipped, Meanwhile meanwhile) {
             float shrink[2];
             if constexpr (kCross) wait_q();
             wait_k();
@@ -514,63 +526,60 @@ struct ForwardSm90 {
             scale_output();
             issue_o(probabilities);
             pass_turn();
+            meanwhile();
             wgmma_wait_group<1>();
             wgmma_pin(s.data);
             // By the end of the maxima, or of some exponentials, O is all but done, and if it is waited for there, the compiler
-            // hides the conversions and the scaling of O among the exponentials. NOTE: it would move that wait up were it not
-            // for a dependency. V must have come before its products are issued, not between two of them, which would
-            // serialise them.
+            // hides the conversions and the scaling or storing of O among the exponentials. NOTE: it would move that wait up
+            // were it not for a dependency. V must have come before its products are issued, not between two of them, which
+            // would serialise them.
             release_k();
-            if constexpr (kKeepsMaxima && !kCross) {
-                modify(s, at.w, at.tiles, at.n);
-                if (unset()) set_maxima(s);
-                const float before[2] = {rows[0].sum, rows[1].sum};
-                exponentiate<false, kBlockN / 32 * 8>(s, probabilities, shrink, at.w, at.n, [&](float sum) {
-                    if constexpr (kLateWait) wait_v(next_v(), at.w, at.n, sum < 0.0f);
-                    wgmma_wait_group<0>();
-                    wgmma_pin(o.data);
-                    wgmma_pin(probabilities);
-                    release_v();
-                });
-                check_sums(s, probabilities, at.w, at.tiles, at.n, before);
-                if constexpr (!kLateWait) wait_v(v, at.w, at.n, false);
-                return;
-            }
             modify(s, at.w, at.tiles, at.n);
             const RowState<float> done[2] = {rows[0], rows[1]};
-            if constexpr (kCross) rows[0] = rows[1] = RowState<float>();
-            if constexpr (kScalesFirst) {
-                owed[0] = take_maximum(s, 0), owed[1] = take_maximum(s, 1);
-                exponentiate<false, kBlockN>(s, probabilities, owed, at.w, at.n, [&](float sum) {
-                    wait_v(next_v(), at.w, at.n, sum < 0.0f);
-                    wgmma_wait_group<0>();
-                    wgmma_pin(o.data);
-                    wgmma_pin(probabilities);
-                    release_v();
-                });
-                return;
-            }
-            shrink[0] = take_maximum(s, 0);  // the dependency, so that the second row's maximum hides the latency of it
-            if constexpr (kLateWait) {
-                if constexpr (kCross) {  // this one has come; the next may need the buffer that O still reads
-                    mbarrier_wait(kernel.v_full(v.stage), v.parity ^ (shrink[0] < 0.0f ? 1 : 0));
-                } else {
-                    wait_v(next_v(), at.w, at.n, shrink[0] < 0.0f);
-                }
-            }
-            shrink[1] = take_maximum(s, 1);
-            wgmma_wait_group<0>();
-            wgmma_pin(o.data);
-            wgmma_pin(probabilities);
-            release_v();
-            if constexpr (kCross) {
-                skip_v(skipped);
-                finish(done);
+            auto take_output = [&] {
+                wgmma_wait_group<0>();
+                wgmma_pin(o.data);
+                wgmma_pin(probabilities);
+                release_v();
+                if constexpr (kCross) {
+                    skip_v(skipped);
+                    if constexpr (kStagesOutput) {
+                        stage(done, q.stage ^ 1, true);
+                    } else {
+                        finish(done);
+                    }
 #pragma unroll
-                for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
+                    for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
+                }
+            };
+            if constexpr (kCross) {
+                rows[0] = rows[1] = RowState<float>();
+                shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+                exponentiate<false, kEarlyCross>(s, probabilities, shrink, at.w, at.n, [&](float sum) {
+                    // This V has come; the next may need the buffer that O still reads.
+                    mbarrier_wait(kernel.v_full(v.stage), v.parity ^ (sum < 0.0f ? 1 : 0));
+                    take_output();
+                });
+            } else if constexpr (kKeepsMaxima || kScalesFirst) {
+                if constexpr (kScalesFirst) {
+                    owed[0] = take_maximum(s, 0), owed[1] = take_maximum(s, 1);
+                } else if (unset()) {
+                    set_maxima(s);
+                }
+                const float before[2] = {rows[0].sum, rows[1].sum};
+                exponentiate<false, kEarly>(s, probabilities, shrink, at.w, at.n, [&](float sum) {
+                    if constexpr (kLateWait || kScalesFirst) wait_v(next_v(), at.w, at.n, sum < 0.0f);
+                    take_output();
+                });
+                if constexpr (kKeepsMaxima) check_sums(s, probabilities, at.w, at.tiles, at.n, before);
+            } else {
+                shrink[0] = take_maximum(s, 0);  // the dependency, so that the second row's maximum hides the latency of it
+                if constexpr (kLateWait) wait_v(next_v(), at.w, at.n, shrink[0] < 0.0f);
+                shrink[1] = take_maximum(s, 1);
+                take_output();
+                exponentiate<true>(s, probabilities, shrink, at.w, at.n, [](float) {});
             }
-            exponentiate<!kCross>(s, probabilities, shrink, at.w, at.n, [](float) {});
-            if constexpr (kCross || !kLateWait) wait_v(v, at.w, at.n, false);
+            if constexpr (kCross || !(kLateWait || kScalesFirst)) wait_v(v, at.w, at.n, false);
         }
         // The output of the last keys.
         __device__ __forceinline__ void drain() {
@@ -626,6 +635,64 @@ struct ForwardSm90 {
             if (leads()) mbarrier_arrive(kernel.tile_empty(tile.stage));
             tile.advance();
         }
+        // Scales the output of a query tile, whose rows' statistics are `state`, and leaves it where its Q was, if it has been
+        // loaded.
+        __device__ __forceinline__ void stage(const RowState<float> (&state)[2], int q_stage, bool loaded) {
+            const ForwardParams& p = params();
+            const int head = Config::kSinks ? read_tile(tile.stage).head : 0;
+            float scale[2];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const RowResult<float> result = finish_row_of_four(p, head, state[half]);
+                scale[half] = result.factor, lse_log2[half] = result.lse_log2;
+            }
+            staged = true;
+            if (!loaded) return;
+#pragma unroll
+            for (int panel = 0; panel < VTile::kPanels; panel++) {
+                unsigned operand[16];
+#pragma unroll
+                for (int x = 0; x < 16; x++) {
+                    const int at = 32 * panel + 2 * x;
+                    operand[x] = pack_pair<Element>(o[at] * scale[x % 2], o[at + 1] * scale[x % 2]);
+                }
+                store_operand(kernel.base + (q_stage * kConsumers + wg) * QTile::kBytes + panel * QTile::kPanelBytes, operand);
+            }
+        }
+        // Stores the output of the oldest query tile from there, and gives the buffer of its Q back; zeros where Q has not been
+        // loaded.
+        __device__ __forceinline__ void store_staged(int q_stage, bool loaded) {
+            const ForwardParams& p = params();
+            const Work w = Schedule::work(p, read_tile(tile.stage));
+            __syncwarp();
+            if (leads()) mbarrier_arrive(kernel.tile_empty(tile.stage));
+            tile.advance();
+            Element* out = static_cast<Element*>(p.out) + w.seq.out + w.at.head * p.out_head;
+            OutTile::template store_rows<Element, Config::kVecOut>(
+                kernel.smem + (q_stage * kConsumers + wg) * QTile::kBytes, loaded, static_cast<int>(threadIdx.x % 128 / 32),
+                out + first_row(w) * p.out_row, p.out_row, w.at.seqlen_q - first_row(w), p.head_dim_v);
+            if (loaded) {
+                fence_proxy_async();
+                __syncwarp();
+                if (leads()) mbarrier_arrive(kernel.q_empty(q_stage, wg));
+            }
+            if (threadIdx.x % 4 == 0) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int i = first_row(w) + o.row(2 * half);
+                    if (i < w.at.seqlen_q) store_lse(p, w, i, lse_log2[half]);
+                }
+            }
+            staged = false;
+        }
+        // A row whose sums are spread over four lanes.
+        __device__ __forceinline__ RowResult<float> finish_row_of_four(const ForwardParams& p, int head,
+                                                                       RowState<float> row) const {
+            row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 1);
+            row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 2);
+            const float top = row.max == negative_infinity<float>() ? row.max : row.max * factor;
+            return finish_output_row<Config>(p, head, top, row.sum);
+        }
         // Stores the output of a query tile, whose rows' statistics are `state`.
         __device__ __forceinline__ void store(const Work& w, const RowState<float> (&state)[2]) {
             const ForwardParams& p = params();
@@ -634,13 +701,11 @@ struct ForwardSm90 {
             Element* out = static_cast<Element*>(p.out) + w.seq.out + w.at.head * p.out_head;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                RowState<float> row = state[half];
-                row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 1);
-                row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 2);
-                const float top = row.max == negative_infinity<float>() ? row.max : row.max * factor;
+                const RowResult<float> result = finish_row_of_four(p, w.at.head, state[half]);
                 const int i = first_row(w) + o.row(2 * half);
-                const float scale = finish_output_row<Config>(p, w, i, top, row.sum, threadIdx.x % 4 == 0);
-                store_row<Element, Config::kVecOut>(o, half, scale, out + i * p.out_row, p.head_dim_v, i < w.at.seqlen_q);
+                const bool inside = i < w.at.seqlen_q;
+                if (threadIdx.x % 4 == 0 && inside) store_lse(p, w, i, result.lse_log2);
+                store_row<Element, Config::kVecOut>(o, half, result.factor, out + i * p.out_row, p.head_dim_v, inside);
             }
         }
     };
@@ -655,8 +720,8 @@ struct ForwardSm90 {
                 Whole::unit(arguments.variant.score_mod, static_cast<float>(p.scale)) * static_cast<float>(kLog2e);
         }
         consumer.desc_q = QTile::k_major(base + wg * QTile::kBytes);
-        consumer.desc_k = KTile::k_major(base + kOffsetK);
-        consumer.desc_v = VTile::mn_major(base + kOffsetV);
+        consumer.desc_k = KTile::advance(KTile::k_major(base), kOffsetK / 16);
+        consumer.desc_v = VTile::advance(VTile::mn_major(base), kOffsetV / 16);
         if (Config::kPingPong && wg == kConsumers - 1) bar_arrive(kTurnBarrier, 256);  // the first turn is free
         using Visit = typename Consumer::Visit;
         auto arrive = [&](const QueryTile& tile) {
@@ -670,7 +735,14 @@ struct ForwardSm90 {
         };
         QueryTile tile = consumer.receive_tile(consumer.tile);
         while (tile.m_block >= 0) {
-            Visit at = arrive(tile);
+            Visit at = arrive(tile), then;
+            bool announced = false;  // `tile` and `then` are those of the next query tile
+            auto look_ahead = [&] {
+                TileSlot next = consumer.tile;
+                next.advance();
+                tile = consumer.receive_tile(next), announced = true;
+                if (tile.m_block >= 0) then = arrive(tile);
+            };
             consumer.reset();
             const bool loaded = at.any() || at.before > 0;
             if (loaded) consumer.wait_q();
@@ -683,30 +755,35 @@ struct ForwardSm90 {
             }
             bool passed = false;  // the keys after this warpgroup's
             for (bool crossed = true; crossed;) {
-                crossed = false;
+                crossed = announced = false;
+                auto store_staged = [&] {
+                    if constexpr (kStagesOutput) {
+                        if (consumer.staged) consumer.store_staged(consumer.q.stage ^ 1, true);
+                    }
+                };
                 if (pending) {
                     for (int n = at.tiles.next(at.n + 1); n < at.stop; n = at.tiles.next(n + 1)) {
                         at.n = n;
-                        consumer.template step<false>(at, 0);
+                        consumer.template step<false>(at, 0, [&] {
+                            store_staged();
+                            if (kLooksAhead && at.after == 0 && at.tiles.next(n + 1) >= at.stop) look_ahead();
+                        });
                     }
                 }
-                if (loaded) consumer.release_q();
+                store_staged();
+                if (!kStagesOutput && loaded) consumer.release_q();
                 if constexpr (kCrosses) {
                     // The producer announces the next tile when it has loaded all of this one, and V of kStages tiles after
                     // this warpgroup's last would find no buffer before O is done.
                     passed = pending && at.after < kStages;
                     if (passed) {
                         consumer.skip_k(at.after);
-                        TileSlot next = consumer.tile;
-                        next.advance();
-                        tile = consumer.receive_tile(next);
-                        if (tile.m_block >= 0) {
-                            const Visit then = arrive(tile);
-                            if (then.any() && at.after + then.before < kStages) {
-                                consumer.skip_k(then.before);
-                                consumer.template step<true>(then, at.after + then.before);
-                                at = then, crossed = true;
-                            }
+                        if (!announced) look_ahead();
+                        if (tile.m_block >= 0 && then.any() && at.after + then.before < kStages) {
+                            consumer.skip_k(then.before);
+                            if constexpr (kStagesOutput) consumer.q.advance();
+                            consumer.template step<true>(then, at.after + then.before, [] {});
+                            at = then, crossed = true;
                         }
                     }
                 }
@@ -717,7 +794,13 @@ struct ForwardSm90 {
             } else {
                 consumer.skip(at.after);
             }
-            consumer.finish(consumer.rows);
+            if constexpr (kStagesOutput) {
+                consumer.stage(consumer.rows, consumer.q.stage, loaded);
+                consumer.store_staged(consumer.q.stage, loaded);
+                if (loaded) consumer.q.advance();
+            } else {
+                consumer.finish(consumer.rows);
+            }
             if constexpr (!Config::kPersistent) break;
             tile = consumer.receive_tile(consumer.tile);
         }

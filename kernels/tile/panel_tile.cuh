@@ -20,15 +20,20 @@ struct PanelTile {
     static_assert(kRows % 8 == 0 && kRows <= 256 && kCols % 16 == 0);
 
     __device__ __forceinline__ static constexpr unsigned long long descriptor(unsigned smem, int leading) {
-        return static_cast<unsigned long long>((smem & 0x3ffff) / 16) | static_cast<unsigned long long>(leading / 16) << 16 |
-               static_cast<unsigned long long>(1024 / 16) << 32 | 1ull << 62;
+        return static_cast<unsigned long long>(1 << 30 | 1024 / 16) << 32 |
+               (smem / 16 + static_cast<unsigned>(leading / 16 << 16));
     }
     __device__ __forceinline__ static constexpr unsigned long long k_major(unsigned smem) { return descriptor(smem, 16); }
     __device__ __forceinline__ static constexpr unsigned long long mn_major(unsigned smem) {
         return descriptor(smem, kPanelBytes);
     }
 
-    // What to add to a descriptor for operand step k of 16 columns (K-major) or 16 rows (MN-major), or for another tile.
+    // A descriptor that begins so many units of 16 bytes further. NOTE: a 32-bit addition, as the upper half, which holds no
+    // address, stays the same; the compiler would carry into it, a step more before a product can be issued.
+    __device__ __forceinline__ static constexpr unsigned long long advance(unsigned long long from, int by) {
+        return (from & 0xffffffff00000000ull) | (static_cast<unsigned>(from) + static_cast<unsigned>(by));
+    }
+    // What to advance a descriptor by for operand step k of 16 columns (K-major) or 16 rows (MN-major), or for another tile.
     static constexpr int k_major_step(int k) { return (k / 4 * kPanelBytes + k % 4 * 32) / 16; }
     static constexpr int mn_major_step(int k) { return k * 16 * 128 / 16; }
     static constexpr int kTileStep = kBytes / 16;
@@ -45,6 +50,39 @@ struct PanelTile {
 #pragma unroll
         for (int panel = 0; panel < kPanels; panel++) {
             cp_async_bulk_tensor_4d(smem + panel * kPanelBytes, map, barrier, col + 64 * panel, row, head, batch);
+        }
+    }
+
+    // Stores a warp's rows 16 warp ... 16 warp + 15, by that warp: row r to target + r * pitch, as far as `rows` and `cols`
+    // go; zeros where the tile is not `filled`. kVecBytes is what the alignment of rows allows.
+    template <class Element, int kVecBytes>
+    __device__ __forceinline__ static void store_rows(const char* tile, bool filled, int warp, Element* target, long long pitch,
+                                                      int rows, int cols) {
+        const int lane = static_cast<int>(threadIdx.x % 32), row = 16 * warp + lane / 8;
+        Element* to = target + row * pitch + lane % 8 * 8;
+        if (kVecBytes == 16 && cols == 64 * kPanels && filled) {  // no branch: all loads and stores may overlap
+#pragma unroll
+            for (int r = 0; r < 16; r += 4, to += 4 * pitch) {
+#pragma unroll
+                for (int panel = 0; panel < kPanels; panel++) {
+                    const uint4 eight = *reinterpret_cast<const uint4*>(tile + offset(row + r, 8 * panel + lane % 8));
+                    if (row + r < rows) *reinterpret_cast<uint4*>(to + 64 * panel) = eight;
+                }
+            }
+            return;
+        }
+#pragma unroll 1
+        for (int r = 0; r < 16 && row + r < rows; r += 4, to += 4 * pitch) {
+#pragma unroll 1
+            for (int panel = 0; panel < kPanels; panel++) {
+                uint4 eight = make_uint4(0, 0, 0, 0);
+                if (filled) eight = *reinterpret_cast<const uint4*>(tile + offset(row + r, 8 * panel + lane % 8));
+                const Element* elements = reinterpret_cast<const Element*>(&eight);
+#pragma unroll
+                for (int e = 0; e < 8; e++) {
+                    if (64 * panel + lane % 8 * 8 + e < cols) to[64 * panel + e] = elements[e];
+                }
+            }
         }
     }
 

@@ -63,24 +63,13 @@ struct WgmmaTransposedTile {
     __device__ __forceinline__ static bool leads_col() { return threadIdx.x % 4 == 0; }
 };
 
-// Accumulators of kPanels such products side by side: 64 kPanels columns.
-template <int kN, int kPanels>
-struct WgmmaTransposedPanels {
-    using Panel = WgmmaTransposedTile<kN>;
-    static constexpr int kSize = kPanels * Panel::kSize;
-    Panel panels[kPanels];
-
-    __device__ __forceinline__ float& operator[](int x) { return panels[x / Panel::kSize][x % Panel::kSize]; }
-    __device__ __forceinline__ static int row(int x) { return Panel::row(x % Panel::kSize); }
-    __device__ __forceinline__ static int col(int x) { return x / Panel::kSize * 64 + Panel::col(x % Panel::kSize); }
-};
-
 // Starts s = Q K^T over kDepth columns; `q` and `k` are K-major descriptors of 64 rows of QTile and of rows of a KTile.
 template <class Element, int kDepth, class QTile, class KTile, class Sums>
 __device__ __forceinline__ void wgmma_qk(Sums& s, unsigned long long q, unsigned long long k) {
 #pragma unroll
     for (int step = 0; step < kDepth / 16; step++) {
-        Wgmma<2 * Sums::kSize, Element>::ss(s.data, q + QTile::k_major_step(step), k + KTile::k_major_step(step), step > 0);
+        Wgmma<2 * Sums::kSize, Element>::ss(s.data, QTile::advance(q, QTile::k_major_step(step)),
+                                            KTile::advance(k, KTile::k_major_step(step)), step > 0);
     }
     wgmma_commit_group();
 }
@@ -91,7 +80,7 @@ __device__ __forceinline__ void wgmma_pv(WgmmaTile<VTile::kCols>& o, const unsig
                                          unsigned long long v) {
 #pragma unroll
     for (int step = 0; step < VTile::kRows / 16; step++) {
-        Wgmma<VTile::kCols, Element>::rs(o.data, p + 4 * step, v + VTile::mn_major_step(step));
+        Wgmma<VTile::kCols, Element>::rs(o.data, p + 4 * step, VTile::advance(v, VTile::mn_major_step(step)));
     }
     wgmma_commit_group();
 }
@@ -102,8 +91,8 @@ template <class Element, class ATile, class BTile, class Sums>
 __device__ __forceinline__ void wgmma_at(Sums& sums, unsigned long long a, unsigned long long b) {
 #pragma unroll
     for (int step = 0; step < ATile::kRows / 16; step++) {
-        Wgmma<2 * Sums::kSize, Element>::template ss<1>(sums.data, a + ATile::mn_major_step(step),
-                                                        b + BTile::k_major_step(step), step > 0);
+        Wgmma<2 * Sums::kSize, Element>::template ss<1>(sums.data, ATile::advance(a, ATile::mn_major_step(step)),
+                                                        BTile::advance(b, BTile::k_major_step(step)), step > 0);
     }
     wgmma_commit_group();
 }
@@ -114,7 +103,8 @@ template <class Element, class ATile, class BTile, int kN>
 __device__ __forceinline__ void wgmma_atb(WgmmaTile<kN>& sums, unsigned long long a, unsigned long long b) {
 #pragma unroll
     for (int step = 0; step < ATile::kRows / 16; step++) {
-        Wgmma<kN, Element>::template ss<1, 1>(sums.data, a + ATile::mn_major_step(step), b + BTile::mn_major_step(step), 1);
+        Wgmma<kN, Element>::template ss<1, 1>(sums.data, ATile::advance(a, ATile::mn_major_step(step)),
+                                              BTile::advance(b, BTile::mn_major_step(step)), 1);
     }
     wgmma_commit_group();
 }
