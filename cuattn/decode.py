@@ -388,10 +388,9 @@ PART_KEYS = 256
 PARTS = 16
 """Most parts there."""
 ALONE_PARTS = 32
-"""Most parts of an item of one sequence: one CTA merges them,"""
+"""Most parts of an item of one sequence: one CTA merges them."""
 COMBINED = 16
-"""so many at once."""
-ALONE = True
+"""Parts that it asks for at once."""
 IDLE = 0.96
 """Least share of the CTAs that must have work."""
 
@@ -598,8 +597,8 @@ def declines_latent(problem: DecodeProblem, device: Device) -> list[str]:
         reasons.append("takes queries with a batch axis, got packed ones")
     if p.paged and p.operand("cache_leftpad") is not None:
         reasons.append("begins at the start of a page, got cache_leftpad with a page_table")
-    if p.paged and math.gcd(p.page_size, LATENT_BLOCK) < LATENT_BOX:
-        reasons.append(f"loads {LATENT_BOX} tokens of a page at once, got pages of {p.page_size}")
+    if p.paged and math.gcd(p.page_size, LATENT_BLOCK) < LEAST_BOX:
+        reasons.append(f"loads {LEAST_BOX} tokens of a page at once, got pages of {p.page_size}")
     if p.vectors[0] < 16:
         reasons.append(f"needs rows of q aligned to 16 bytes, got {p.vectors[0]}")
     cache = p.operand("k_cache")
@@ -610,7 +609,7 @@ def declines_latent(problem: DecodeProblem, device: Device) -> list[str]:
 
 
 LATENT_BLOCK = 64
-LATENT_BOX = 8
+LEAST_BOX = 8
 """Least tokens of a copy: the rows of a swizzle's period."""
 LATENT_SLACK = 3072
 """Shared memory beside q and two blocks: barriers, statistics, alignment."""
@@ -711,17 +710,18 @@ TILES = tuple(
 BOX_ALIGNMENT = 1024
 """Of tiles that TMA swizzles."""
 ALONE_TILES = ((1, 8, 1), (1, 4, 1))
+"""As TILES, of one sequence."""
 ALONE_STAGES = 3
 
 
 def _alone(problem: DecodeProblem, device: Device, keys: int) -> bool:
-    """Whether a launch serves one sequence, `keys` keys at a time, by TMA."""
+    """Whether one sequence is dealt out to all warps, `keys` keys at a time that TMA can load."""
     p = problem
     if device.arch != "sm_90a" or p.batch != 1 or p.packed or p.deterministic or p.num_splits or p.latent:
         return False
     if p.seqlen_q * p.group > 16 or 2 * p.num_heads_kv > device.num_sms or p.head_dim_v > 256:
         return False
-    if ITEMSIZE[p.cache_dtype] > 2 or _box_rows(p, keys) < LATENT_BOX:
+    if ITEMSIZE[p.cache_dtype] > 2 or _box_rows(p, keys) < LEAST_BOX:
         return False
     if p.paged and p.operand("cache_leftpad") is not None:
         return False
@@ -747,10 +747,8 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
     rows = max(1, problem.seqlen_q * problem.group)
     pitch_q, pitch_k, pitch_v = _pitches(problem, products, head_dim, head_dim_v)
     step = products.step
-    for alone, (warps_m, warps_n, ctas) in [
-        *((True, tile) for tile in ALONE_TILES if ALONE),
-        *((False, tile) for tile in TILES),
-    ]:
+    tiles = [*((True, tile) for tile in ALONE_TILES), *((False, tile) for tile in TILES)]
+    for alone, (warps_m, warps_n, ctas) in tiles:
         if warps_m > 1 and rows <= 8 * warps_m:  # half as many warps hold them
             continue
         # Beside 256 columns of out there are registers for the scores of one step alone.
