@@ -10,6 +10,9 @@
 //                 lie over the stages
 // Pipeline        cp.async, kStages - 1 blocks ahead; one lane looks each page of a block up, one block earlier still
 // Loop            wait block; load block + kStages - 1; S = Q K^T; modify, mask; online softmax; O = O * shrink + P V
+//
+// One sequence (kBoxed, sm_90): its keys are dealt out to the warps of all CTAs of a KV head. A warp has its own part of every
+// stage, which it fills by TMA, and a barrier for it; warps meet at the end alone. See run_alone().
 #pragma once
 #include "attention/packed_rows.cuh"
 #include "attention/softmax.cuh"
@@ -405,8 +408,15 @@ struct Decode {
                 shared.sum[warp_n()][r] = row.sum;
             }
 #pragma unroll
-            for (int e = 0; e < 2 * kNv; e++) {
-                staged(warp_n(), r)[Mma::column(e / 2, e % 2)] = o.data[0][e / 2][2 * half + e % 2];
+            for (int u = 0; u < kNv; u++) {
+                const Real first = o.data[0][u][2 * half], second = o.data[0][u][2 * half + 1];
+                Real* to = staged(warp_n(), r) + Mma::column(u, 0);
+                if constexpr (sizeof(Cache) == 2) {  // MmaHalf: both are neighbours
+                    *reinterpret_cast<float2*>(to) = make_float2(first, second);
+                } else {
+                    *to = first;
+                    staged(warp_n(), r)[Mma::column(u, 1)] = second;
+                }
             }
         }
         __syncthreads();
