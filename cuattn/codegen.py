@@ -190,8 +190,8 @@ COMBINE_THREADS = 128
 
 def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
     """By role, in launch order: magnitude and split (if inputs become pairs of fp16 numbers), tile_map (if the mask needs one),
-    prepare, sinks (if there are), backward, convert, combine (if CTAs shared queries), bias (unless there is none, or it is
-    stored as it comes).
+    prepare, sinks (if there are), backward, convert (unless dq is written in one pass), combine (if CTAs shared queries), bias
+    (unless there is none, or it is stored as it comes).
     """
     p, bias = plan.problem, plan.backward.bias
     result = {}
@@ -210,8 +210,9 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
     if p.operand("sinks") is not None:
         result["sinks"] = _backward_unit(plan, "backward_sinks", SINKS_THREADS, 0)
     result["backward"] = _backward_unit(plan, plan.kernel, plan.threads, plan.smem_bytes)
-    staged = plan.tiles.block_m * (plan.head_dim * ITEMSIZE[p.dtype] + 16)
-    result["convert"] = _backward_unit(plan, "backward_convert", plan.slab_threads, staged)
+    if not plan.in_one_pass:
+        staged = plan.tiles.block_m * (plan.head_dim * ITEMSIZE[p.dtype] + 16)
+        result["convert"] = _backward_unit(plan, "backward_convert", plan.slab_threads, staged)
     if plan.q_splits > 1:
         result["combine"] = _backward_unit(plan, "backward_combine", COMBINE_THREADS, 0)
     if bias is not None and plan.bias_kind is not STORE:

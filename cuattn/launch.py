@@ -195,10 +195,11 @@ def _backward_fields(
         plan.rows_kv,
         plan.slabs,
         plan.dq_elements,
+        plan.zeroed // 16,
         *contiguous_strides(shape),
         *sum_strides,
     ]
-    ints = [plan.n_blocks, plan.q_splits, plan.dq_splits, plan.run, *launch, *shape]
+    ints = [plan.key_tiles, plan.q_splits, plan.dq_splits, plan.run, *launch, *shape]
     return [("q", n) for n in longs] + [("i4x", n) for n in ints]
 
 

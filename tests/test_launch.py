@@ -12,7 +12,7 @@ import pytest
 
 from cuattn import chain, tma
 from cuattn.backward import POINTERS as BACKWARD_POINTERS
-from cuattn.backward import make_backward_plan
+from cuattn.backward import WORKSPACE, ZEROED, make_backward_plan
 from cuattn.catalogue import backward_problem_of, problem_of
 from cuattn.chain import ChainedFunction
 from cuattn.codegen import Unit, units
@@ -133,3 +133,18 @@ def test_a_chained_launch_tells_the_driver_so(monkeypatch: pytest.MonkeyPatch) -
     assert (rest[0], rest[1][:16], rest[2:]) == (55, allowed, [1, 77, 1234])
     with pytest.raises(RuntimeError, match="error 1"):
         handle((8, 16, 1), (256, 1, 1), (argument,), 4096, stream)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_kernel_that_prepares_rows_knows_what_to_clear(dtype: str, deterministic: bool) -> None:
+    """All that others add to, which lies at the start of the workspace."""
+    backward = backward_problem_of(problem_of(dtype), deterministic=deterministic)
+    plan = make_backward_plan(backward, DEVICES["sm_90a"])
+    made = backward_struct(plan, plan.launches[0], False)
+    first = dict((slot, place) for place, slot in made.words)[backward.slot("dout")]
+    # After the pointers: strides of six arrays, rows_kv, q_slabs, dq_split.
+    words = words_of(made.image)[first + len(BACKWARD_POINTERS) + 18 :]
+    assert words[:4] == (plan.rows_kv, plan.slabs, plan.dq_elements, plan.zeroed // 16)
+    assert 0 < plan.zeroed == sum(plan.workspace[: len(ZEROED)]) and plan.zeroed % 16 == 0
+    assert WORKSPACE[: len(ZEROED)] == ZEROED and plan.workspace[0]
