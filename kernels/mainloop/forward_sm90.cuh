@@ -68,7 +68,7 @@ struct ForwardSm90 {
     using KTile = PanelTile<kBlockN, kHeadDim>;
     using VTile = PanelTile<kBlockN, kHeadDimV>;
     using OutTile = PanelTile<64, kHeadDimV>;  // a warpgroup's
-    using Tiles = KeyTiles<Mask, kBlockM, kBlockN>;
+    using Tiles = KeyTiles<Mask, kBlockM, kBlockN, Config::kSplit>;
     using Schedule = TileSchedule<Config>;
     using Slot = RingSlot<kStages>;
     static constexpr int kQStages = Config::kQStages;
@@ -245,6 +245,8 @@ struct ForwardSm90 {
         float owed[2];            // what O is still to be multiplied with (kScalesFirst)
         float lse_log2[2];        // of the rows whose output is staged (kStagesOutput)
         bool staged = false;      // the query tile before this one is still to be stored
+        unsigned k_ended = 0;     // the next K was there when this was asked under the exponentials
+        bool fresh = false;       // O holds that of the query tile before: its first product overwrites it
         Whole whole;
 
         __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
@@ -313,7 +315,7 @@ struct ForwardSm90 {
                                                       KTile::advance(desc_k, k.stage * KTile::kTileStep));
         }
         __device__ __forceinline__ void issue_o(const unsigned (&probabilities)[kBlockN / 4]) {
-            wgmma_pv<Element, VTile>(o, probabilities, VTile::advance(desc_v, v.stage * VTile::kTileStep));
+            wgmma_pv<Element, VTile>(o, probabilities, VTile::advance(desc_v, v.stage * VTile::kTileStep), !fresh);
         }
 
         __device__ __forceinline__ void modify(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n) {
@@ -481,7 +483,7 @@ struct ForwardSm90 {
         __device__ __forceinline__ void reset() {
 #pragma unroll
             for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
-            rows[0] = rows[1] = RowState<float>();
+            rows[0] = rows[1] = RowState<float>(), fresh = false;
         }
 
         // Scores and probabilities of a query tile's first keys, with nothing else in flight.
@@ -499,6 +501,7 @@ struct ForwardSm90 {
             if constexpr (kScalesFirst) owed[0] = owed[1] = 1.0f;  // O is 0
             exponentiate<false>(s, probabilities, shrink, at.w, at.n, [](float) {});
             wait_v(v, at.w, at.n, false);
+            k_ended = 0;
         }
         // O times `owed`, before the next product adds to it.
         __device__ __forceinline__ void scale_output() {
@@ -516,7 +519,7 @@ struct ForwardSm90 {
         __device__ __forceinline__ void step(const Visit& at, int skipped, Meanwhile meanwhile) {
             float shrink[2];
             if constexpr (kCross) wait_q();
-            wait_k();
+            mbarrier_wait_unless(kCross ? 0 : k_ended, kernel.k_full(k.stage), k.parity);
             take_turn();
             wgmma_pin(s.data);
             wgmma_pin(o.data);
@@ -541,6 +544,7 @@ struct ForwardSm90 {
                 wgmma_pin(o.data);
                 wgmma_pin(probabilities);
                 release_v();
+                k_ended = mbarrier_try(kernel.k_full(k.stage), k.parity);
                 if constexpr (kCross) {
                     skip_v(skipped);
                     if constexpr (kStagesOutput) {
@@ -548,9 +552,8 @@ struct ForwardSm90 {
                     } else {
                         finish(done);
                     }
-#pragma unroll
-                    for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
                 }
+                fresh = kCross;
             };
             if constexpr (kCross) {
                 rows[0] = rows[1] = RowState<float>();
@@ -670,12 +673,12 @@ struct ForwardSm90 {
             Element* out = static_cast<Element*>(p.out) + w.seq.out + w.at.head * p.out_head;
             OutTile::template store_rows<Element, Config::kVecOut>(
                 kernel.smem + (q_stage * kConsumers + wg) * QTile::kBytes, loaded, static_cast<int>(threadIdx.x % 128 / 32),
-                out + first_row(w) * p.out_row, p.out_row, w.at.seqlen_q - first_row(w), p.head_dim_v);
-            if (loaded) {
-                fence_proxy_async();
-                __syncwarp();
-                if (leads()) mbarrier_arrive(kernel.q_empty(q_stage, wg));
-            }
+                out + first_row(w) * p.out_row, p.out_row, w.at.seqlen_q - first_row(w), p.head_dim_v, [&] {
+                    if (!loaded) return;
+                    fence_proxy_async();
+                    __syncwarp();
+                    if (leads()) mbarrier_arrive(kernel.q_empty(q_stage, wg));
+                });
             if (threadIdx.x % 4 == 0) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
