@@ -704,15 +704,20 @@ def _bias_obstacles(backward: BackwardProblem) -> list[str]:
     return reasons
 
 
-def sm90_dims(problem: Problem) -> tuple[int, int]:
-    """Head dimensions in whole panels of 64 columns, beyond 128 for each of two warpgroups."""
-    unit = 64 if max(problem.head_dim, problem.head_dim_v) <= 128 else 128
+def _shares_keys(tiles: Tiles) -> bool:
+    """Whether two consumer warpgroups hold the same keys, each half the columns."""
+    return tiles.block_n == 64 and tiles.warps == 12
+
+
+def sm90_dims(problem: Problem, tiles: Tiles) -> tuple[int, int]:
+    """Head dimensions in whole panels of 64 columns, of each of two warpgroups where these share their keys."""
+    unit = 128 if _shares_keys(tiles) else 64
     return round_up(problem.head_dim, unit), round_up(problem.head_dim_v, unit)
 
 
 def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     """kernels/mainloop/backward_sm90.cuh, which asserts that it suffices."""
-    dim, dim_v = sm90_dims(backward.forward)
+    dim, dim_v = sm90_dims(backward.forward, tiles)
     m, n, stages = tiles.block_m, tiles.block_n, tiles.stages
     staged, sums = sm90_bias(backward.forward), {CELLS: 2 * 4, STORE: 2 * 2, COPIES: 2 * 2}.get(_sm90_bias_kind(backward), 0)
     sums = 0 if _sends_ds(backward) else sums
@@ -721,7 +726,7 @@ def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     bias += 4 * 8 * 16 * (staged is not None and one_row(staged)) + 4 * 256 * 2 * (_bias_kind(backward) is COLUMNS)
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
     bulk = 4 * m * dim if tiles.bulk else 0
-    through = 2 if n == 64 and tiles.warps == 12 else 1  # dS, and P where the warpgroups share their keys
+    through = 2 if _shares_keys(tiles) else 1  # dS, and P where the warpgroups share their keys
     keys = (1 + tiles.runs) * 2 * n * (dim + dim_v)
     return keys + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (6 + 7 * stages) + 1024
 
@@ -734,6 +739,7 @@ _SM90 = {  # by the wider head dimension; warps include the producer's four
         Tiles(32, 128, 2, 12, max_weight=17),
     ),
     128: (Tiles(64, 128, 2, 12, max_weight=5), Tiles(32, 128, 2, 12, max_weight=13)),
+    192: (Tiles(48, 128, 2, 12, max_weight=1), Tiles(32, 128, 2, 12, max_weight=4)),  # with values to 128
     256: (Tiles(64, 64, 2, 12, max_weight=17),),
 }
 _SM90_NARROW = {64: (Tiles(64, 64, 2, 8, 2, max_weight=5),), 128: (Tiles(32, 64, 2, 8, 2, max_weight=5),)}
@@ -748,21 +754,28 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
         weight += 4 + 4 * any(isinstance(mod, Bias) for mod in problem.mods)
     weight += 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
     weight += 2 * (backward.deterministic and weight > 0)  # the doormen, beside what is heavy already
-    widest = max(sm90_dims(problem))
+    dim, dim_v = round_up(problem.head_dim, 64), round_up(problem.head_dim_v, 64)
+    widest = max(dim, dim_v)
     window = _window(problem)
     narrow = window is not None and window <= NARROW_WINDOW
     table = {**_SM90, **_SM90_NARROW} if narrow else _SM90
-    tiles = next((tiles for limit, tiles in table.items() if widest <= limit), ())
+    tiles = next((tiles for limit, tiles in table.items() if widest <= limit and (limit != 192 or dim_v <= 128)), ())
+    if widest == 192:  # whose 48 rows leave the producers fewer registers than doormen and sequences' own lengths take
+        own_lengths = any(problem.operand(name) is not None for name in ("q_lens", "kv_lens"))
+        tight = backward.deterministic or problem.packed or own_lengths
+        tiles = (*(t for t in tiles if not (tight and t.block_m == 48)), *_SM90[256])
     # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
     # spread by themselves, and at 256 there is no shared memory left to stage them.
-    bulk = widest == 128 or (widest == 64 and (narrow or isinstance(problem.mask, Full) or backward.deterministic))
+    bulk = widest in (128, 192) or (widest == 64 and (narrow or isinstance(problem.mask, Full) or backward.deterministic))
     # The rows that a band shows to 128 keys begin and end at multiples of 64 more often than of 96, which counts where they
     # are few.
     plain = not (problem.packed or problem.mods or backward.deterministic)
     few = window is not None or (plain and isinstance(problem.mask, SlidingWindow) and problem.seqlen_q <= MOST_FEW_ROWS)
     rows = 64 if few else 128
     runs = narrow and widest == 64 and not backward.deterministic
-    tiles = tuple(replace(t, bulk=bulk, runs=runs) for t in tiles if weight <= t.max_weight and t.block_m <= rows)
+    tiles = tuple(
+        replace(t, bulk=bulk and not _shares_keys(t), runs=runs) for t in tiles if weight <= t.max_weight and t.block_m <= rows
+    )
     return [t for t in tiles if sm90_smem_bytes(backward, t) <= device.smem_per_block]
 
 
@@ -805,7 +818,7 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
     m_blocks, n_blocks = -(-longest_q // tiles.block_m), max(1, -(-longest_k // tiles.block_n))
     if p.packed:
         m_blocks = max(m_blocks, 1)
-    dims = sm90_dims(p) if hopper else padded_dims(p)
+    dims = sm90_dims(p, tiles) if hopper else padded_dims(p)
     staged = sm90_bias(p) if hopper else bias_to_stage(p)
     if not hopper and staged is not None and smem_bytes(p, tiles, gemm, staged) > device.smem_per_block:
         staged = None

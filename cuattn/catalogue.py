@@ -229,7 +229,7 @@ def decode_problem_of(
         views["sinks"] = view((heads[0],), "float32")
     mask = mask or SlidingWindow(None, 0)
     own = [*mask.arrays, *(a for mod in mods for a in mod.arrays)]
-    scalars = Scalars(None, True, False, 0, True, seqlen_q if packed else None, "tf32" if dtype == "float32" else "ieee")
+    scalars = Scalars(None, True, False, 0, True, seqlen_q if packed else None, "ieee")
     scalars = scalars._replace(head_dim_v=dims[1] if latent else None, **options)
     return make_decode_problem(views, mask, mods, own, scalars)
 
@@ -252,9 +252,19 @@ def decode_plans(arch: str, everything: bool = False) -> list[DecodePlan]:
             decode_problem_of("bfloat16", "float8_e4m3fn", (256, 256), heads=(32, 8)),
             decode_problem_of(dims=(256, 256), heads=(32, 8), seqlen_q=16),
             decode_problem_of(dims=(100, 72), misaligned=True),
-            decode_problem_of("float32", dims=(256, 256), seqlen_q=8),
-            decode_problem_of("float64", seqlen_q=8),
         ]
+        for dtype, precision in PRECISIONS[2:]:
+            kind: dict[str, Any] = {"dtype": dtype, "precision": precision}
+            problems += [decode_problem_of(dims=dims, **kind) for dims in COMMON_DIMS]
+            problems += [
+                decode_problem_of(batch=1, rotary_dim=64, appends=True, **kind),
+                decode_problem_of(seqlen_q=4, deterministic=True, **kind),
+                decode_problem_of(dims=(256, 256), seqlen_q=8, **kind),
+                decode_problem_of(seqlen_q=8, mask=tree, mods=(SoftCap(30.0), alibi, bias), sinks=True, packed=True, **kind),
+                decode_problem_of(dims=(100, 72), page_size=0, misaligned=True, **kind),
+                decode_problem_of(dims=(512, 512), heads=(32, 8), **kind),
+                decode_problem_of(dims=(576, 512), heads=(128, 1), latent=True, **kind),
+            ]
         for dtype, page_size, heads in (("bfloat16", 64, 128), ("float16", 16, 16), ("bfloat16", 1, 128), ("float16", 0, 64)):
             options: dict[str, Any] = {"page_size": page_size, "heads": (heads, 1), "mask": SlidingWindow(1024, 0)}
             problems.append(decode_problem_of(dtype, dims=(576, 512), latent=True, **options))
@@ -262,7 +272,6 @@ def decode_plans(arch: str, everything: bool = False) -> list[DecodePlan]:
             decode_problem_of(dims=(576, 512), page_size=64, heads=(32, 1), mask=Full(), latent=True, appends=True),
             decode_problem_of(dims=(576, 512), heads=(16, 1), seqlen_q=4, latent=True, packed=True, mods=(SoftCap(30.0),)),
             decode_problem_of("float16", "int8", (576, 512), heads=(128, 1), latent=True),
-            decode_problem_of("float32", dims=(576, 512), heads=(128, 1), latent=True),
             decode_problem_of(dims=(512, 512), heads=(32, 8)),
         ]
     return [make_decode_plan(problem, device) for problem in problems if not declines_decode(problem, device)]

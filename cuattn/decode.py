@@ -631,39 +631,55 @@ def declines_decode(problem: DecodeProblem, device: Device) -> list[str]:
     reasons = []
     if device.number < 80:
         reasons.append(f"needs sm_80 or newer, got {device.arch}")
-    if problem.dtype == "float32" and problem.precision != "tf32":
-        reasons.append(f"multiplies float32 as tf32, got precision {problem.precision}")
-    widest = 128 if problem.dtype == "float64" else WIDEST
+    widest = WIDEST
+    if problem.dtype == "float64":
+        widest = max(n for n, smem in WIDEST_FLOAT64 if smem <= device.smem_per_block)
     if max(problem.head_dim, problem.head_dim_v) > widest:
-        reasons.append(
-            f"serves head dimensions to {widest} of {problem.dtype}, got {problem.head_dim} and {problem.head_dim_v}"
-        )
+        dims = f"{problem.head_dim} and {problem.head_dim_v}"
+        reasons.append(f"serves head dimensions to {widest} of {problem.dtype}, got {dims}")
     return reasons
 
 
 WIDEST = 576
-WIDEST_PIECE = 256
-"""Columns of out that a warp holds."""
+WIDEST_FLOAT64 = ((256, 0), (512, 160 * 1024), (WIDEST, 224 * 1024))
+"""(head_dim, bytes of shared memory that it needs): q and two blocks of eight keys."""
 
 
-def _mma(problem: DecodeProblem, device: Device) -> tuple[str, int, int]:
-    """(policy of the products, multiples of head_dim and of head_dim_v that it takes)."""
+class Products(NamedTuple):
+    """How warps multiply: a policy of kernels/tile/mma_*.cuh and what it asks of the tiles."""
+
+    cuda: str
+    multiple: int
+    """of head_dim"""
+    multiple_v: int
+    step: int
+    """keys of a fragment"""
+    rest: int | None
+    """of the 16-byte units of a row of q and k in shared memory, divided by 8; None: any odd number"""
+    piece: int
+    """most columns of out that the registers of a warp hold"""
+
+
+def _products(problem: DecodeProblem, device: Device) -> Products:
     if problem.dtype == "float64":
-        return f"MmaWide<ProductFp64<{'true' if device.number == 90 else 'false'}>>", 16, 16
+        return Products(f"MmaWide<ProductFp64<{'true' if device.number == 90 else 'false'}>>", 16, 16, 8, 4, 128)
     if problem.dtype == "float32":
-        return "MmaWide<ProductTf32>", 16, 32
+        if problem.precision == "tf32":
+            return Products("MmaWide<ProductTf32>", 16, 32, 8, 4, 256)
+        return Products("MmaSimt", 16, 16, 8, None, 256)
     if problem.cache_dtype in CACHE_DTYPES:
-        return f"MmaByte<{CACHE_DTYPES[problem.cache_dtype]}, {'true' if device.number >= 89 else 'false'}>", 32, 32
-    return f"MmaHalf<{CTYPES[problem.dtype]}>", 16, 16
+        converts = "true" if device.number >= 89 else "false"
+        return Products(f"MmaByte<{CACHE_DTYPES[problem.cache_dtype]}, {converts}>", 32, 32, 16, 0, 256)
+    return Products(f"MmaHalf<{CTYPES[problem.dtype]}>", 16, 16, 16, 0, 256)
 
 
-def _pitches(problem: DecodeProblem, head_dim: int, head_dim_v: int) -> tuple[int, int, int]:
+def _pitches(problem: DecodeProblem, products: Products, head_dim: int, head_dim_v: int) -> tuple[int, int, int]:
     """Bytes of a row of q, k and v in shared memory."""
     size, cache_size = ITEMSIZE[problem.dtype], ITEMSIZE[problem.cache_dtype]
     if size == 2:
-        return tuple(round_up(n, 128) for n in (size * head_dim, cache_size * head_dim, cache_size * head_dim_v))  # type: ignore[return-value]
-    units, units_v = head_dim * size // 16, head_dim_v * size // 16
-    pitch = 16 * (units + (12 - units % 8) % 8)
+        return round_up(size * head_dim, 128), round_up(cache_size * head_dim, 128), round_up(cache_size * head_dim_v, 128)
+    units, units_v = (n * size // 16 for n in (head_dim, head_dim_v))
+    pitch = 16 * (units + (1 - units % 2 if products.rest is None else (8 + products.rest - units % 8) % 8))
     return pitch, pitch, 16 * (units_v + 1 - units_v % 2)
 
 
@@ -701,15 +717,15 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
     if declined:
         reasons = [f"decode: {'; '.join(declined)}"] + [f"decode_latent_sm90: {'; '.join(latent)}"] * problem.latent
         raise NotImplementedError("\n  ".join([f"no kernel serves {problem} on {device.arch}:", *reasons]))
-    mma, multiple, multiple_v = _mma(problem, device)
-    head_dim = round_up(problem.head_dim, multiple)
+    products = _products(problem, device)
+    head_dim = round_up(problem.head_dim, products.multiple)
     # Beside wide keys in little shared memory, one warp does all the loads, and has registers for half as many columns.
-    alone = problem.head_dim > WIDEST_PIECE and device.smem_per_block < 2**17 and problem.seqlen_q * problem.group <= 16
-    pieces = -(-problem.head_dim_v // (WIDEST_PIECE // 2 if alone else WIDEST_PIECE))
-    head_dim_v = round_up(-(-problem.head_dim_v // pieces), multiple_v)
+    alone = problem.head_dim > 256 and device.smem_per_block < 2**17 and problem.seqlen_q * problem.group <= 16
+    pieces = -(-problem.head_dim_v // (products.piece // 2 if alone else products.piece))
+    head_dim_v = round_up(-(-problem.head_dim_v // pieces), products.multiple_v)
     rows = max(1, problem.seqlen_q * problem.group)
-    pitch_q, pitch_k, pitch_v = _pitches(problem, head_dim, head_dim_v)
-    step = 16 if ITEMSIZE[problem.dtype] == 2 else 8
+    pitch_q, pitch_k, pitch_v = _pitches(problem, products, head_dim, head_dim_v)
+    step = products.step
     clustered = _clustered(problem, device, rows)
     for warps_m, warps_n, ctas in (CLUSTER_TILE, *TILES) if clustered else TILES:
         if warps_m > 1 and rows <= 8 * warps_m:  # half as many warps hold them
@@ -727,7 +743,7 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
         if stages >= 2 and merged <= budget:
             smem = bytes_q + max(stages * stage, merged)
             plan = DecodePlan(
-                problem, device, mma, warps_m, warps_n, block_n, stages, ctas, head_dim, head_dim_v, smem, bytes_q
+                problem, device, products.cuda, warps_m, warps_n, block_n, stages, ctas, head_dim, head_dim_v, smem, bytes_q
             )
             return replace(plan, cluster=CLUSTER) if clustered and warps_n == CLUSTER_TILE[1] else plan
     raise NotImplementedError(f"no tile of {problem} fits the {device.smem_per_block} bytes of shared memory of a block")

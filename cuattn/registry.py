@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cuattn.fields import ITEMSIZE, Operand
 from cuattn.masks import And, BooleanMask, Full, SlidingWindow
 from cuattn.problem import Problem
 from cuattn.score_mods import Bias, UserMod
 from cuattn.tma import tma_bias, tma_obstacles
+
+if TYPE_CHECKING:
+    from cuattn.decode import DecodeProblem
 
 
 class Device(NamedTuple):
@@ -66,6 +69,8 @@ class Tiles:
     """forward_sm90: a row keeps the maximum of its first keys until a sum exceeds 2^40, which bfloat16 probabilities may"""
     late_wait: bool = True
     """forward_sm90: the compiler may not wait for the output before the maxima of the next scores"""
+    draws_early: bool = False
+    """forward_sm90: the next query tile is drawn when the loads of this one begin, not when they end"""
     scale_first: bool = False
     """forward_sm90: the output is scaled before its product is issued, not among the exponentials"""
     bulk: bool = False
@@ -184,7 +189,10 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     keeps = keeps and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
     scales_first = wide and weight == 0 and not keeps
     tiles = [
-        replace(t, late_wait=keeps or not wide, scale_first=scales_first and t.overlap, keep_maxima=keeps) for t in tiles
+        replace(
+            t, late_wait=keeps or not wide, scale_first=scales_first and t.overlap, keep_maxima=keeps, draws_early=keys <= SHORT
+        )
+        for t in tiles
     ]
     return _allowed(tiles, weight, device)
 
@@ -488,21 +496,27 @@ FORWARD: tuple[KernelSpec, ...] = (
 def support_rows() -> list[dict[str, str]]:
     """What the kernels serve, asked of the kernels: one row for each dtype and precision, in order of the registry."""
     from cuattn.catalogue import PRECISIONS as KINDS
-    from cuattn.catalogue import problem_of
+    from cuattn.catalogue import decode_problem_of, problem_of
+    from cuattn.decode import declines_decode
 
+    def cached(dtype: str, precision: str, dims: tuple[int, int]) -> DecodeProblem:
+        return decode_problem_of(dtype, dims=dims, precision=precision)
+
+    kernels: list[tuple[str, Callable[..., list[str]], Callable[..., Problem | DecodeProblem]]] = [
+        *((spec.name, spec.unsupported, problem_of) for spec in FORWARD),
+        ("decode", declines_decode, cached),
+    ]
     rows = []
     for dtype, precision in KINDS:
-        for spec in FORWARD:
-            dims = [d for d in range(1, 1025) if not spec.unsupported(problem_of(dtype, precision, (d, d)), DEVICES["sm_90a"])]
-            served = [
-                arch for arch, gpu in DEVICES.items() if not spec.unsupported(problem_of(dtype, precision, (64, 64)), gpu)
-            ]
+        for name, unsupported, make in kernels:
+            dims = [d for d in range(1, 1025) if not unsupported(make(dtype, precision, (d, d)), DEVICES["sm_90a"])]
+            served = [arch for arch, gpu in DEVICES.items() if not unsupported(make(dtype, precision, (64, 64)), gpu)]
             if dims and served:
                 rows.append(
                     {
                         "dtype": dtype,
                         "precision": precision if dtype == "float32" else "",
-                        "kernel": spec.name,
+                        "kernel": name,
                         "head_dim, head_dim_v": f"{dims[0]}-{dims[-1]}",
                         "compiled for": ", ".join(served),
                     }

@@ -2,6 +2,7 @@
 #include "mainloop/decode.cuh"
 #include "tile/mma_byte.cuh"
 #include "tile/mma_half.cuh"
+#include "tile/mma_simt.cuh"
 #include "tile/mma_wide.cuh"
 
 namespace cuattn {

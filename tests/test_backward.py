@@ -86,6 +86,25 @@ def test_narrow_windows(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("bfloat16", "ieee", 3, 410, 520, 4, 2, 192, 128),
+        Case("float16", "ieee", 2, 517, 390, 4, 1, 192, 128, mask="causal"),
+        Case("bfloat16", "ieee", 2, 300, 301, 2, 2, 160, 64, mask="causal", sinks=True),
+        Case("bfloat16", "ieee", 5, 300, 333, 4, 2, 192, 128, mask="causal", sequences="packed"),
+        Case("float16", "ieee", 3, 300, 333, 4, 2, 136, 128, sequences="lens"),
+        Case("bfloat16", "ieee", 2, 300, 520, 2, 1, 192, 128, mask="boolean"),
+        Case("bfloat16", "ieee", 2, 300, 520, 2, 1, 192, 128, mods=("softcap",), dropout=0.2),
+    ],
+    ids=str,
+)
+def test_three_panels_of_columns(cupy_backend: Any, case: Case, deterministic: bool) -> None:
+    check(cupy_backend, case, deterministic=deterministic)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "case",
     [

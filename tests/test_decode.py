@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -265,18 +266,55 @@ KINDS = (
     Decode("float16", dims=(128, 128)),
     Decode("float64", dims=(48, 80)),
     Decode("float32", precision="tf32", dims=(64, 96)),
+    Decode("float32", dims=(64, 96)),
+    Decode("float32", precision="tf32x3", dims=(64, 96)),
+)
+WIDE = tuple(  # the same of both
+    Decode(dtype, **options)
+    for dtype in ("float32", "float64")
+    for options in (
+        {"lengths": (1000, 3000, 5, 64), "heads": (16, 2), "dims": (128, 128), "page": 64},
+        {"lengths": (5003,), "heads": (32, 8), "dims": (128, 128), "sinks": True},
+        {"lengths": (300, 20, 0), "heads": (20, 1), "seqlen_q": 4, "new": 4, "page": 7},
+        {"lengths": (30, 200), "heads": (6, 2), "seqlen_q": 70, "new": 70, "dims": (32, 32), "page": 0},
+        {"lengths": (500, 33), "heads": (8, 2), "dims": (256, 256)},
+        {"lengths": (100, 33), "heads": (32, 2), "dims": (256, 200), "seqlen_q": 3, "mods": ("softcap",)},
+        {"lengths": (100, 33), "heads": (4, 2), "dims": (512, 400), "page": 16},
+        {"lengths": (100, 33), "dims": (100, 36), "aligned": False},
+        {"lengths": (100, 33), "dims": (72, 40), "page": 1},
+        {"new": 3, "seqlen_q": 3, "rotary": 32, "interleaved": False, "page": 5},
+        {"leftpad": True, "batch_idx": True, "page": 16, "new": 2, "seqlen_q": 2, "rotary": 64},
+        {"packed": True, "seqlen_q": 5, "new": 1, "lengths": (100, 20, 7, 300), "batch_idx": True},
+        {"mask": "window", "lengths": (500, 33, 2), "seqlen_q": 3},
+        {"mask": "tree", "lengths": (300, 33), "seqlen_q": 7, "new": 7},
+        {
+            "mods": ("softcap", "alibi", "bias", "user"),
+            "mask": "boolean",
+            "lengths": (300, 33),
+            "seqlen_q": 5,
+            "sinks": True,
+            "packed": True,
+        },
+        {"deterministic": True, "lengths": (1500, 33, 600), "sinks": True},
+        {"splits": 7, "lengths": (1500, 33, 0), "mods": ("softcap",)},
+    )
+)
+LONG = (
+    Decode(page=64, lengths=(1000, 3000, 5, 64), heads=(16, 2), dims=(128, 128)),
+    Decode(lengths=(5003,), heads=(64, 8), dims=(128, 128)),
+    Decode(lengths=(1500, 20), heads=(20, 1), dims=(128, 128), seqlen_q=4),
+    WIDE[0],
 )
 CASES = (
     *KINDS,
+    *LONG[:-1],
+    *WIDE,
     Decode(page=0),
     Decode(page=1, lengths=(65, 3)),
     Decode(page=7, lengths=(65, 3, 0)),
-    Decode(page=64, lengths=(1000, 3000, 5, 64), heads=(16, 2), dims=(128, 128)),
     Decode(page=256, lengths=(0,), mask="full"),
     Decode(lengths=(0, 5, 0), sinks=True),
-    Decode(lengths=(5003,), heads=(64, 8), dims=(128, 128)),
     Decode(lengths=(5003,), heads=(4, 4), dims=(128, 128), page=0),
-    Decode(lengths=(1500, 20), heads=(20, 1), dims=(128, 128), seqlen_q=4),
     Decode(lengths=(300, 20), heads=(8, 1), dims=(128, 128), seqlen_q=16, new=16),
     Decode(lengths=(300, 20), heads=(8, 2), dims=(64, 64), seqlen_q=4, new=2),
     Decode(lengths=(30, 200), heads=(6, 2), seqlen_q=70, new=70, dims=(32, 32)),
@@ -351,13 +389,18 @@ def plan_of(backend: Any, case: Decode) -> DecodePlan:
     return make_decode_plan(make_decode_problem(views, mask, mods, own, scalars), call.device_of(0))
 
 
+_NO_CASE = SimpleNamespace(params={})
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(request: pytest.FixtureRequest) -> None:
-    """The kernels of all cases at once, where they will be asked for: one by one would take most of a run's time."""
-    if any("gpu" in item.keywords for item in request.session.items) and arrays.gpu_available()[0]:
+    """The kernels of all cases that run, at once: one by one they would take most of a run's time."""
+    items = [item for item in request.session.items if "gpu" in item.keywords and item.path == request.path]
+    cases = {item.callspec.params["case"] for item in items if "case" in getattr(item, "callspec", _NO_CASE).params}
+    if cases and arrays.gpu_available()[0]:
         from tests.conftest import CuPyBackend
 
-        plans = [plan_of(CuPyBackend(), case) for case in CASES]
+        plans = [plan_of(CuPyBackend(), case) for case in cases]
         jit.compile_many(dict.fromkeys((u.source, plan.device.arch) for plan in plans for u in decode_units(plan).values()))
 
 
@@ -377,7 +420,7 @@ def test_bits_do_not_depend_on_other_sequences(backend: Any, case: Decode) -> No
                 assert all(found[n].tobytes() == whole[b].tobytes() for n in range(len(rows)))
 
 
-@pytest.mark.parametrize("case", (CASES[7], CASES[10], CASES[12]), ids=str)
+@pytest.mark.parametrize("case", LONG, ids=str)
 def test_bitwise_reruns(backend: Any, case: Decode) -> None:
     made = put(backend, arguments(case))
     first, *others = (

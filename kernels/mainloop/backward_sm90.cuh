@@ -74,19 +74,22 @@ struct BackwardSm90 {
     static constexpr int kHeadDim = Config::kHeadDim, kHeadDimV = Config::kHeadDimV;
     static constexpr int kConsumers = Config::kThreads / 128 - 1, kConsumerThreads = 128 * kConsumers;
     static constexpr bool kWide = kBlockN == 64 && kConsumers == 2, kRuns = Config::kRuns;
-    static_assert((kConsumers == 1 || kConsumers == 2) && kBlockM % 32 == 0);
+    static_assert((kConsumers == 1 || kConsumers == 2) && kBlockM % 16 == 0);
     static_assert(kWide ? kHeadDim % 128 == 0 && kHeadDimV % 128 == 0 : kBlockN == 64 * kConsumers);
     // Of a warpgroup: rows of its scores, columns of dk and dv.
     static constexpr int kScoreRows = kWide ? kBlockM / 2 : kBlockM;
     static constexpr int kKeyCols = kWide ? kHeadDim / 2 : kHeadDim, kValueCols = kWide ? kHeadDimV / 2 : kHeadDimV;
     // Two buffers of dS let one barrier a tile do.
     static_assert(kStages == 2);
+    // Scores, dk and dv leave so few registers that dq has none before the operand of dv has been read.
+    static constexpr bool kFewLeft = kScoreRows + (kKeyCols + kValueCols) / 2 > 200;
     // Per thread, of a CTA's share of 65536. Small sums leave more to the guide, who asks the mask.
     static constexpr bool kSmallSums = kScoreRows + (kKeyCols + kValueCols) / 2 <= 160 && !kWide;
     static constexpr int kLaunchRegisters = 65536 / Config::kMinBlocks / Config::kThreads / 8 * 8;
     static constexpr int kProducerRegisters = kConsumers == 1                                     ? (kHeadDim > 64 ? 48 : 56)
                                               : kSmallSums                                        ? 72
                                               : Mask::kTiled && (kWide || Config::kDeterministic) ? 56
+                                              : kFewLeft                                          ? 24
                                                                                                   : 40;
     static constexpr int kConsumerRegisters = ((kConsumers + 1) * kLaunchRegisters - kProducerRegisters) / kConsumers;
 
@@ -97,9 +100,8 @@ struct BackwardSm90 {
     using DsTile = PanelTile<kBlockM, kBlockN>;
     using Scores = WgmmaTransposedTile<kScoreRows>;
     using Slab = QuerySlab<Config>;
-    using DqGrid = typename Slab::Grid;
-    static constexpr int kDqPanels = DqGrid::kCols / 64;
-    static_assert(kDqPanels <= 2);
+    using DqSums = typename Slab::Sums;
+    static_assert(DqSums::kParts <= 2);
     using Stats = RowStats<Config>;
     using Sums = ModSums<Config, Scores>;
     using Slot = RingSlot<kStages>;
@@ -116,17 +118,15 @@ struct BackwardSm90 {
     static_assert(!(kWide && kBiasTiles));
     using BiasTile = PanelTile<kBlockM, kBlockN>;
     static constexpr int kSumsBytes = kStageSums ? (kAddSums ? 2 : 1) * BiasTile::kBytes : 0;
-    // A part of dQ^T starts at a multiple of 8 rows of a panel of dS.
-    static_assert(DqGrid::kRows % 8 == 0);
 
     // A query tile of the loop; m is negative after the last one of a key tile.
     struct alignas(16) Visit {
         int head, m, full, n;  // head: of the group
-        long long slab, padding;
+        long long slab;
     };
     static constexpr bool kEarly = Config::kEarly;
     // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that a bias needs.
-    static constexpr bool kStatsAhead = kEarly && kScoreRows <= (Config::kStageBias && kKeyCols > 64 ? 32 : 64);
+    static constexpr bool kStatsAhead = kEarly && !kFewLeft && kScoreRows <= (Config::kStageBias && kKeyCols > 64 ? 32 : 64);
     static constexpr int kDqWarpBytes = Config::kBulkDq ? Slab::kWarpElements * 4 : 0;
     static constexpr int kKeyStages = kRuns ? 2 : 1;
     using KeySlot = RingSlot<kKeyStages>;
@@ -177,7 +177,7 @@ struct BackwardSm90 {
     }
     // Row statistics of a tile: lse of all rows, then delta, in an order in which the four of 16 rows that a thread's elements
     // lie in are neighbours.
-    __device__ __forceinline__ static int stats_place(int row) {
+    __device__ __forceinline__ static unsigned stats_place(unsigned row) {
         return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;
     }
     struct StatsReader {
@@ -299,32 +299,43 @@ struct BackwardSm90 {
         const BackwardParams& g = grads();
         const int lane = lane_index();
         Slot slot;
-        auto publish = [&](const Visit& next) {
-            if (lane == 0) visit(slot.stage) = next;
+        auto publish = [&](int head, int m, bool full, int n) {
+            if (lane == 0) {
+                Visit& next = visit(slot.stage);
+                next.head = head, next.m = m, next.full = full, next.n = n;
+            }
             mbarrier_arrive(visit_full(slot.stage));
             slot.advance();
         };
+        constexpr int kLaneRows = (kBlockM + 31) / 32;  // of a tile
         const Work w = Work::of(p, g);
         const Stats* from = static_cast<const Stats*>(g.row_stats) + w.seq.row + w.at.head * w.seq.head_rows;
+        const long long slabs = Slab::number(p, g, w.seq, w.at, 0);
         for_places(w, [&](const Tiles& tiles, Place here) {
             const int row = here.m * kBlockM + lane;
-            Stats own[kBlockM / 32];
+            if (kFewLeft) mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);  // nor has the guide registers to read ahead
+            Stats own[kLaneRows];
 #pragma unroll
-            for (int x = 0; x < kBlockM / 32; x++) {
+            for (int x = 0; x < kLaneRows; x++) {
                 own[x] = row + 32 * x < w.at.seqlen_q ? from[here.head * w.seq.head_rows + row + 32 * x] : Stats::nothing();
             }
-            Coord at = w.at;
-            at.head += here.head;
-            const bool full = tiles.full(arguments.variant.mask, at, here);
-            const long long slab = Slab::number(p, g, w.seq, at, here.m);
-            mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
-            float* to = stats(slot.stage) + stats_place(lane);
+            if (!kFewLeft) mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
+            // NOTE: opaque, or what follows from these is kept in registers from one tile to the next.
+            float* to = stats(slot.stage) + stats_place(opaque(static_cast<unsigned>(lane)));
 #pragma unroll
-            for (int x = 0; x < kBlockM / 32; x++) to[32 * x] = own[x].lse, to[32 * x + kBlockM] = own[x].delta;
-            publish({here.head, here.m, full, kRuns ? tiles.n : 0, slab, 0});
+            for (int x = 0; x < kLaneRows; x++) {
+                if (32 * x + 32 <= kBlockM || lane < kBlockM % 32) to[32 * x] = own[x].lse, to[32 * x + kBlockM] = own[x].delta;
+            }
+            Coord at = w.at;
+            at.head += here.head, at.seqlen_q = opaque(at.seqlen_q), at.seqlen_k = opaque(at.seqlen_k);
+            Tiles own_tiles = tiles;
+            own_tiles.n = opaque(tiles.n);
+            const bool full = own_tiles.full(arguments.variant.mask, at, here);
+            if (lane == 0) visit(slot.stage).slab = slabs + static_cast<long long>(here.head) * g.q_slabs + here.m;
+            publish(here.head, here.m, full, kRuns ? tiles.n : 0);
         });
         mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
-        publish({0, -1, 0, 0, 0, 0});
+        publish(0, -1, false, 0);
     }
 
     // Key tiles before this one that visit a query tile: their number, found by all lanes of a warp.
@@ -650,33 +661,32 @@ struct BackwardSm90 {
         __device__ __forceinline__ float* dq_target() const {
             return static_cast<float*>(grads().dq_sum) + kernel.visit(slot.stage).slab * Slab::kElements;
         }
-        // kPanel: of the 64 columns that a product of dq has.
-        template <int kPanel>
-        __device__ __forceinline__ void add_dq(float* to, typename Slab::Sums::Panel& dq, unsigned start) const {
+        // Adds a part of dq, of this thread's elements those from `first` on.
+        template <class Part>
+        __device__ __forceinline__ void add_dq(float* to, Part& part, int first, unsigned start) const {
             if constexpr (Config::kBulkDq) {
-                constexpr int kSize = Slab::Sums::Panel::kSize, kFirst = kPanel * 32 * kSize;
                 const int warp = uniform(static_cast<int>(threadIdx.x / 32));
                 if constexpr (!Config::kDeterministic) {
-                    if (kPanel == 0 && sends_sums()) {
+                    if (first == 0 && sends_sums()) {
                         cp_async_bulk_wait_read<1>();  // but what the bias has just received
-                    } else if (kPanel == 0 && leads()) {
+                    } else if (first == 0 && leads()) {
                         cp_async_bulk_wait_read();
                     }
                     __syncwarp();
                 }
-                const int own = kOffsetDq + warp * kDqWarpBytes + 4 * kFirst;
+                const int own = kOffsetDq + warp * kDqWarpBytes + 128 * first;
                 float4* staged = reinterpret_cast<float4*>(kernel.smem + own) + lane_index();
 #pragma unroll
-                for (int x = 0; x < kSize; x += 4) {
-                    staged[x / 4 * 32] = make_float4(dq.data[x], dq.data[x + 1], dq.data[x + 2], dq.data[x + 3]);
+                for (int x = 0; x < Part::kSize; x += 4) {
+                    staged[x / 4 * 32] = make_float4(part.data[x], part.data[x + 1], part.data[x + 2], part.data[x + 3]);
                 }
                 fence_proxy_async();
                 __syncwarp();
                 if (!Config::kDeterministic && leads()) {
-                    cp_reduce_async_bulk_add(to + warp * Slab::kWarpElements + kFirst, start + own, 128 * kSize);
+                    cp_reduce_async_bulk_add(to + warp * Slab::kWarpElements + 32 * first, start + own, 128 * Part::kSize);
                 }
             } else {
-                Slab::template add<kPanel * Slab::Sums::Panel::kSize>(to, dq);
+                Slab::add(to, part, first);
             }
         }
 
@@ -688,7 +698,7 @@ struct BackwardSm90 {
             const unsigned q = start + kOffsetQ + stage * QTile::kBytes, dout = start + kOffsetDo + stage * DoTile::kBytes;
             const unsigned ds = start + kOffsetDs + stage * DsTile::kBytes;
             Scores s, dp;
-            typename Slab::Sums dq;
+            DqSums dq;
             unsigned p_operand[Scores::kSize / 2], ds_operand[Scores::kSize / 2];
             mbarrier_wait(kernel.q_full(stage), slot.parity);
             if constexpr (kForeignRows) {
@@ -746,17 +756,25 @@ struct BackwardSm90 {
                 bar_sync(kDsBarrier, kConsumerThreads);
                 send_sums(start, ds);
             }
-            const unsigned dq_keys = k + (DqGrid::kAcross == 2 ? group * kDqPanels : 0) * KTile::kPanelBytes;
-            const unsigned dq_rows = ds + (DqGrid::kDown == 2 ? group : 0) * DqGrid::kRows * 128;
+            if constexpr (kFewLeft) {
+                wgmma_wait_group<0>();
+                wgmma_pin(dv.data);
+                wgmma_pin(p_operand);
+            }
 #pragma unroll
-            for (int panel = 0; panel < kDqPanels; panel++) wgmma_pin(dq.panels[panel].data);
+            for (int x = 0; x < DqSums::kWhole; x++) wgmma_pin(dq.whole[x].data);
+            if constexpr (DqSums::kOdd) wgmma_pin(dq.half.data);
             wgmma_pin(dk.data);
             if constexpr (!kWide) wgmma_pin(ds_operand);
             wgmma_fence();
 #pragma unroll
-            for (int panel = 0; panel < kDqPanels; panel++) {
-                wgmma_at<Element, KTile, DsTile>(dq.panels[panel], KTile::descriptor(dq_keys + panel * KTile::kPanelBytes, 16),
-                                                 DsTile::k_major(dq_rows));
+            for (int x = 0; x < DqSums::kWhole; x++) {
+                wgmma_at<Element, KTile, DsTile>(
+                    dq.whole[x], KTile::descriptor(k + DqSums::panel(group, x) * KTile::kPanelBytes, 16), DsTile::k_major(ds));
+            }
+            if constexpr (DqSums::kOdd) {
+                wgmma_at<Element, KTile, DsTile>(dq.half, KTile::descriptor(k + DqSums::kHalfPanel * KTile::kPanelBytes, 16),
+                                                 DsTile::k_major(ds + DqSums::half_row(group) * 128));
             }
             if constexpr (kWide) {
                 wgmma_atb<Element, DsTile, QTile>(dk, DsTile::descriptor(ds, 16),
@@ -764,8 +782,12 @@ struct BackwardSm90 {
             } else {
                 wgmma_pv<Element, QTile>(dk, ds_operand, QTile::mn_major(q));
             }
-            wgmma_wait_group<kDqPanels>();
-            wgmma_pin(dq.panels[0].data);
+            wgmma_wait_group<DqSums::kParts>();
+            if constexpr (DqSums::kWhole > 0) {
+                wgmma_pin(dq.whole[0].data);
+            } else {
+                wgmma_pin(dq.half.data);
+            }
             wgmma_pin(dv.data);
             if constexpr (!kWide) wgmma_pin(p_operand);
             if (leads()) mbarrier_arrive(kernel.do_empty(stage));
@@ -774,11 +796,20 @@ struct BackwardSm90 {
             const int head = read_visit(next);
             if constexpr (Config::kDeterministic) mbarrier_wait(kernel.turn(stage), slot.parity);
             float* const to = dq_target();
-            add_dq<0>(to, dq.panels[0], start);
-            if constexpr (kDqPanels == 2) {
-                wgmma_wait_group<1>();
-                wgmma_pin(dq.panels[1].data);
-                add_dq<1>(to, dq.panels[1], start);
+#pragma unroll
+            for (int x = 0; x < DqSums::kWhole; x++) {
+                if (x > 0) {
+                    wgmma_wait_group<1>();
+                    wgmma_pin(dq.whole[x].data);
+                }
+                add_dq(to, dq.whole[x], x * DqSums::Whole::kSize, start);
+            }
+            if constexpr (DqSums::kOdd) {
+                if constexpr (DqSums::kWhole > 0) {
+                    wgmma_wait_group<1>();
+                    wgmma_pin(dq.half.data);
+                }
+                add_dq(to, dq.half, DqSums::kHalf, start);
             }
             if constexpr (Config::kDeterministic) {
                 __syncwarp();

@@ -160,26 +160,38 @@ struct ForwardSm90 {
         QueryTile tile = schedule.place(p, static_cast<int>(blockIdx.x));
         announce(tile);
         while (tile.m_block >= 0) {
+            const Work w = schedule.work(p, tile);
+            if constexpr (!Config::kPersistent) {
+                load(w, q, k, v, bias, [] {}, [] {});
+                break;
+            }
             // NOTE: drawn when all but the last load is issued. Earlier, the CTA with the longest tile would hold back the
-            // longest of those left; later, the loads of the next tile would wait for the counter.
+            // longest of those left; later, the loads of the next tile would wait for the counter. Short rows draw when the
+            // first loads are issued, or they would wait for where the tile is, too.
             int drawn = 0;
-            load(schedule.work(p, tile), q, k, v, bias, [&] {
-                if constexpr (Config::kPersistent) drawn = schedule.draw(p);
-            });
-            if constexpr (!Config::kPersistent) break;
-            tile = schedule.place(p, schedule.drawn_tile(p, drawn));
-            announce(tile);
+            auto draw = [&] { drawn = schedule.draw(p); };
+            auto look_up = [&] {
+                tile = schedule.place(p, schedule.drawn_tile(p, drawn));
+                announce(tile);
+            };
+            if constexpr (Config::kDrawsEarly) {
+                draw();
+                load(w, q, k, v, bias, look_up, [] {});
+            } else {
+                load(w, q, k, v, bias, [] {}, draw);
+                look_up();
+            }
         }
     }
-    // Loads what a query tile needs, and calls `before_last` once.
-    template <class BeforeLast>
-    __device__ __forceinline__ void load(const Work& w, QSlot& q, Slot& k, Slot& v, BiasSlot& bias,
+    // Loads what a query tile needs, and calls `when_begun` and `before_last` once each.
+    template <class WhenBegun, class BeforeLast>
+    __device__ __forceinline__ void load(const Work& w, QSlot& q, Slot& k, Slot& v, BiasSlot& bias, WhenBegun when_begun,
                                          BeforeLast before_last) const {
         const ForwardParams& p = params();
         const Tiles tiles = Tiles::of(p, arguments.variant.mask, w);
         int n = tiles.next(tiles.blocks.start);
         if (n >= tiles.blocks.stop) {
-            before_last();
+            when_begun(), before_last();
             return;
         }
         // Packed sequences share one axis of tokens.
@@ -217,6 +229,7 @@ struct ForwardSm90 {
         }
         q.advance();
         load_bias(n);
+        when_begun();
         for (int following = tiles.next(n + 1); following < tiles.blocks.stop; following = tiles.next(n + 1)) {
             load_k(following);
             load_bias(following);

@@ -43,16 +43,16 @@ struct QuerySlab {
         return static_cast<Real*>(g.dq_sum) + split * g.dq_split + number(p, g, seq, at, m) * kElements;
     }
 
-    // Adds this thread's elements from kFirst on.
-    template <int kFirst = 0, class Part>
-    __device__ __forceinline__ static void add(Real* to, Part& part) {
+    // Adds `part`, of this thread's elements those from `first` on.
+    template <class Part>
+    __device__ __forceinline__ static void add(Real* to, Part& part, int first = 0) {
         to += start();
 #pragma unroll
         for (int x = 0; x < Part::kSize; x += kVec) {
             if constexpr (kVec == 4) {
-                red_add_v4(to + place(kFirst + x), part[x], part[x + 1], part[x + 2], part[x + 3]);
+                red_add_v4(to + place(first + x), part[x], part[x + 1], part[x + 2], part[x + 3]);
             } else {
-                red_add(to + place(kFirst + x), part[x]);
+                red_add(to + place(first + x), part[x]);
             }
         }
     }

@@ -41,6 +41,7 @@ struct Wgmma;
 
 // clang-format off
 #define CUATTN_REGS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define CUATTN_REGS_12 CUATTN_REGS_8 ", %8, %9, %10, %11"
 #define CUATTN_REGS_16 CUATTN_REGS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define CUATTN_REGS_24 CUATTN_REGS_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define CUATTN_REGS_32 CUATTN_REGS_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
@@ -58,6 +59,7 @@ struct Wgmma;
 #define CUATTN_REGS_128 CUATTN_REGS_120 ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define CUATTN_EIGHT(x) "+f"(d[x]), "+f"(d[x + 1]), "+f"(d[x + 2]), "+f"(d[x + 3]), "+f"(d[x + 4]), "+f"(d[x + 5]), "+f"(d[x + 6]), "+f"(d[x + 7])
 #define CUATTN_OUTS_8 CUATTN_EIGHT(0)
+#define CUATTN_OUTS_12 CUATTN_OUTS_8, "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
 #define CUATTN_OUTS_16 CUATTN_OUTS_8, CUATTN_EIGHT(8)
 #define CUATTN_OUTS_24 CUATTN_OUTS_16, CUATTN_EIGHT(16)
 #define CUATTN_OUTS_32 CUATTN_OUTS_24, CUATTN_EIGHT(24)
@@ -95,6 +97,7 @@ struct Wgmma;
     CUATTN_WGMMA_OF(N, R, __half, "f16", x0, x1, x2, x3, x4, x5)           \
     CUATTN_WGMMA_OF(N, R, __nv_bfloat16, "bf16", x0, x1, x2, x3, x4, x5)
 CUATTN_WGMMA(16, 8, 8, 9, 10, 11, 12, 13)
+CUATTN_WGMMA(24, 12, 12, 13, 14, 15, 16, 17)
 CUATTN_WGMMA(32, 16, 16, 17, 18, 19, 20, 21)
 CUATTN_WGMMA(48, 24, 24, 25, 26, 27, 28, 29)
 CUATTN_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)

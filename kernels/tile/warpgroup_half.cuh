@@ -1,27 +1,58 @@
-// Who holds dq where one or two warpgroups multiply dq^T = K^T dS^T: of two each half the columns of dq, or of 64 columns half
-// the rows.
+// Who holds dq where one or two warpgroups multiply dq^T = K^T dS^T: half its panels of 64 columns each of two, and of an odd
+// last panel half the rows.
 #pragma once
 #include "tile/wgmma_tile.cuh"
 
 namespace cuattn {
+
+// What a warpgroup holds of kRows rows: kShare columns, in whole panels and, of two warpgroups, maybe half the rows of one
+// more.
+template <int kRows, int kShare>
+struct WarpgroupHalfSums {
+    static_assert(kShare % 32 == 0 && kShare <= 128);
+    static constexpr int kWhole = kShare / 64, kOdd = kShare % 64 / 32, kParts = kWhole + kOdd;
+    using Whole = WgmmaTransposedTile<kRows>;
+    using Half = WgmmaTransposedTile<kOdd ? kRows / 2 : 16>;
+    static constexpr int kHalf = kWhole * Whole::kSize, kSize = kHalf + kOdd * Half::kSize;
+    // A warpgroup's rows of a panel of dS start at a multiple of 8.
+    static_assert(kRows % 8 == 0 && (!kOdd || kRows % 16 == 0));
+    Whole whole[kWhole > 0 ? kWhole : 1];
+    Half half;
+
+    // Of a warpgroup: its panel n, the panel of which it has half the rows, and the first of these.
+    __device__ __forceinline__ static constexpr int panel(int warpgroup, int n) { return warpgroup * kWhole + n; }
+    static constexpr int kHalfPanel = 2 * kWhole;
+    __device__ __forceinline__ static constexpr int half_row(int warpgroup) { return warpgroup * (kRows / 2); }
+
+    __device__ __forceinline__ static int warpgroup() { return static_cast<int>(threadIdx.x / 128); }
+    __device__ __forceinline__ float& operator[](int x) {
+        return x < kHalf ? whole[x / Whole::kSize][x % Whole::kSize] : half[x - kHalf];
+    }
+    __device__ __forceinline__ static int row(int x) {
+        return x < kHalf ? Whole::row(x % Whole::kSize) : half_row(warpgroup()) + Half::row(x - kHalf);
+    }
+    __device__ __forceinline__ static int col(int x) {
+        return x < kHalf ? 64 * panel(warpgroup(), x / Whole::kSize) + Whole::col(x % Whole::kSize)
+                         : 64 * kHalfPanel + Half::col(x - kHalf);
+    }
+};
 
 template <class Element_>
 struct WarpgroupHalf {
     using Element = Element_;
     using Accum = float;
 
+    // The sums know themselves where they lie.
     template <bool kTransA, bool kTransB, int kTileRows, int kTileCols, int kWarps>
     struct Grid {
-        static_assert((kWarps == 4 || kWarps == 8) && (kTileCols == 64 || kTileCols == 128 || kTileCols == 256));
-        static constexpr int kAcross = kTileCols == 64 ? 1 : kWarps / 4, kDown = kWarps / 4 / kAcross;
-        static constexpr int kRows = kTileRows / kDown, kCols = kTileCols / kAcross;
+        static_assert((kWarps == 4 || kWarps == 8) && kTileCols % 64 == 0);
+        static constexpr int kRows = kTileRows, kCols = kTileCols / (kWarps / 4);
         __device__ __forceinline__ static bool active() { return true; }
-        __device__ __forceinline__ static int warpgroup() { return static_cast<int>(threadIdx.x / 128); }
-        __device__ __forceinline__ static int row() { return kDown == 2 ? warpgroup() * kRows : 0; }
-        __device__ __forceinline__ static int col() { return kAcross == 2 ? warpgroup() * kCols : 0; }
+        __device__ __forceinline__ static int row() { return 0; }
+        __device__ __forceinline__ static int col() { return 0; }
     };
     template <bool kTransA, bool kTransB, int kRows, int kCols>
-    using Sums = WgmmaTransposedPanels<kRows, kCols / 64>;
+    using Sums = WarpgroupHalfSums<kRows, kCols>;
 };
 
 }  // namespace cuattn

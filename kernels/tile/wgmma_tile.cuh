@@ -63,18 +63,6 @@ struct WgmmaTransposedTile {
     __device__ __forceinline__ static bool leads_col() { return threadIdx.x % 4 == 0; }
 };
 
-// Accumulators of kPanels such products side by side: 64 kPanels columns.
-template <int kN, int kPanels>
-struct WgmmaTransposedPanels {
-    using Panel = WgmmaTransposedTile<kN>;
-    static constexpr int kSize = kPanels * Panel::kSize;
-    Panel panels[kPanels];
-
-    __device__ __forceinline__ float& operator[](int x) { return panels[x / Panel::kSize][x % Panel::kSize]; }
-    __device__ __forceinline__ static int row(int x) { return Panel::row(x % Panel::kSize); }
-    __device__ __forceinline__ static int col(int x) { return x / Panel::kSize * 64 + Panel::col(x % Panel::kSize); }
-};
-
 // Starts s = Q K^T over kDepth columns; `q` and `k` are K-major descriptors of 64 rows of QTile and of rows of a KTile.
 template <class Element, int kDepth, class QTile, class KTile, class Sums>
 __device__ __forceinline__ void wgmma_qk(Sums& s, unsigned long long q, unsigned long long k) {
