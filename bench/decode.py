@@ -33,6 +33,7 @@ class DecodeCase(NamedTuple):
     page_size: int = 16
     seqlen_q: int = 1
     cache: str = "bfloat16"
+    """dtype of its elements; under 8 bits, queries are bfloat16"""
     columns: int = 0
     """of the keys that are values; 0: values have a cache of their own"""
 
@@ -49,8 +50,18 @@ class DecodeCase(NamedTuple):
 
     def bytes(self) -> int:
         """of keys and values"""
-        size = 2 if self.cache == "bfloat16" else 1
+        size = {"float64": 8, "float32": 4, "bfloat16": 2}.get(self.cache, 1)
         return (1 if self.columns else 2) * sum(self.lengths()) * self.heads[1] * self.head_dim * size
+
+    @property
+    def dtype(self) -> str:
+        """of the queries"""
+        return "bfloat16" if self.scaled else self.cache
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the elements of the cache have 8 bits."""
+        return self.cache in ("int8", "float8_e4m3fn")
 
     def flops(self) -> int:
         return 2 * sum(self.lengths()) * self.seqlen_q * self.heads[0] * (self.head_dim + self.head_dim_v)
@@ -86,6 +97,9 @@ CASES = (
     DecodeCase(64, 8192, (128, 1), 576, 64, columns=512),
     DecodeCase(64, 8192, (128, 1), 576, columns=512),
     DecodeCase(64, 8192, (16, 1), 576, 64, columns=512),
+    DecodeCase(16, 4096, (32, 32), cache="float32"),
+    DecodeCase(64, 4096, cache="float32"),
+    DecodeCase(16, 4096, (32, 32), cache="float64"),
 )
 LENGTHS = tuple(DecodeCase(batch, 1024 << n) for batch in (1, 32) for n in range(0, 7, 2))
 """Bandwidth against length."""
@@ -108,12 +122,12 @@ def inputs_of(case: DecodeCase) -> Inputs:
 
     lengths = case.lengths()
     each = [-(-n // case.page_size) for n in lengths]
-    pages, device = sum(each), torch.device("cuda")
+    pages, device, dtype = sum(each), torch.device("cuda"), getattr(torch, case.dtype)
     shape = (pages, case.page_size, case.heads[1], case.head_dim)
 
     def cache() -> Any:
-        if case.cache == "bfloat16":
-            return torch.randn(shape, device=device, dtype=torch.bfloat16)
+        if not case.scaled:
+            return torch.randn(shape, device=device, dtype=dtype)
         # As e4m3, negative ones would hold -1, which is a NaN.
         least = -100 if case.cache == "int8" else 0
         return torch.randint(least, 100, shape, device=device, dtype=torch.int8).view(getattr(torch, case.cache))
@@ -124,8 +138,8 @@ def inputs_of(case: DecodeCase) -> Inputs:
     for b, n in enumerate(each):
         table[b, :n] = order[start : start + n]
         start += n
-    q = torch.randn((case.batch, case.seqlen_q, case.heads[0], case.head_dim), device=device, dtype=torch.bfloat16)
-    scales = None if case.cache == "bfloat16" else torch.full((case.heads[1],), 0.02, device=device)
+    q = torch.randn((case.batch, case.seqlen_q, case.heads[0], case.head_dim), device=device, dtype=dtype)
+    scales = None if not case.scaled else torch.full((case.heads[1],), 0.02, device=device)
     k_cache, out = cache(), torch.empty_like(q[..., : case.head_dim_v])
     v_cache = k_cache[..., : case.columns] if case.columns else cache()
     return Inputs(q, k_cache, v_cache, table, torch.tensor(lengths, device=device, dtype=torch.int32), scales, out)
@@ -188,7 +202,29 @@ def flashinfer(case: DecodeCase, x: Inputs) -> Callable[[], Any]:
     return lambda: wrapper.run(q, (x.k_cache, x.v_cache))
 
 
-PEERS: dict[str, Callable[[DecodeCase, Inputs], Callable[[], Any]]] = {"fa3": fa3, "flashinfer": flashinfer}
+def efficient(case: DecodeCase, x: Inputs) -> Callable[[], Any]:
+    """PyTorch's kernel for float32, over the same keys and values in one contiguous piece."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if case.cache != "float32" or case.heads[0] != case.heads[1] or case.seqlen_q > 1 or not case.length or case.columns:
+        raise NotImplementedError("one query token over float32 keys of equal lengths, a head for each of the queries")
+    pages = x.page_table.long()
+    k, v = (c[pages].flatten(1, 2)[:, : case.length].transpose(1, 2).contiguous() for c in (x.k_cache, x.v_cache))
+    q = x.q.transpose(1, 2)
+
+    def call() -> Any:
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    return call
+
+
+PEERS: dict[str, Callable[[DecodeCase, Inputs], Callable[[], Any]]] = {
+    "fa3": fa3,
+    "flashinfer": flashinfer,
+    "efficient": efficient,
+}
 
 
 def graph_of(call: Callable[[], Any]) -> Any:
@@ -254,7 +290,7 @@ def row(case: DecodeCase, us: float, peers: Mapping[str, float], env: Row) -> Ro
     mods = [f"page {case.page_size}"] + [f"cache {case.cache}"] * (case.cache != "bfloat16")
     return {
         "bench": "decode",
-        "dtype": "bfloat16",
+        "dtype": case.dtype,
         "precision": "ieee",
         "d": case.head_dim,
         "dv": case.head_dim_v,

@@ -284,6 +284,10 @@ class CuPy(Library):
         """Nothing to do: CuPy's pool reuses memory in stream order."""
 
 
+PINNED = 1 << 20
+"""Bytes up to which an array travels to a GPU through pinned memory, which PyTorch keeps."""
+
+
 class Torch(Library):
     """PyTorch tensors, through raw pointers and PyTorch's own allocator and stream: nothing of CuPy's, no DLPack capsule."""
 
@@ -402,6 +406,8 @@ class Torch(Library):
             tensor = self._torch.from_numpy(x.view(carrier)).view(_torch_dtype(x.dtype.name))
         else:
             tensor = self._torch.from_numpy(x)
+        if like.device.type == "cuda" and x.nbytes <= PINNED:  # or PyTorch would wait for everything queued before
+            return tensor.pin_memory().to(like.device, non_blocking=True)
         return tensor.to(like.device)
 
     def retain(self, arrays: tuple[Any, ...]) -> None:

@@ -74,10 +74,15 @@ class Step(NamedTuple):
     cache_batch_idx: Any
     k_cache: Any
     v_cache: Any
+    """None: values are columns of the keys"""
+    head_dim_v: int | None = None
+    """of these"""
 
     def arguments(self, layer: int = 0) -> dict[str, Any]:
         """By name, for one layer."""
-        return {**self._asdict(), "k_cache": self.k_cache[layer], "v_cache": self.v_cache[layer]}
+        given = {**self._asdict(), "k_cache": self.k_cache[layer]}
+        given.pop("v_cache" if self.v_cache is None else "head_dim_v")
+        return given if self.v_cache is None else {**given, "v_cache": self.v_cache[layer]}
 
 
 class PagedKVCache:
@@ -85,6 +90,7 @@ class PagedKVCache:
 
     num_pages, page_size: of the pool and of a page, in tokens, for each of `layers`.
     dtype: of the elements: a float dtype, or an 8-bit one (`attention_with_kvcache`).
+    latent: values are the first head_dim_v columns of the keys; `v_cache` is None, and new tokens are `k` alone.
     max_sequences, max_length: sequences at a time (default: num_pages), and tokens that one may have (default: the pool's).
     like: an array of the kind, and on the device, that the caches shall have; default: NumPy.
 
@@ -109,6 +115,7 @@ class PagedKVCache:
         head_dim: int,
         head_dim_v: int | None = None,
         dtype: str = "float16",
+        latent: bool = False,
         layers: int = 1,
         max_sequences: int | None = None,
         max_length: int | None = None,
@@ -119,6 +126,8 @@ class PagedKVCache:
         for name, n in sizes.items():
             if isinstance(n, bool) or not isinstance(n, int) or n < 1:
                 raise ValueError(f"{name}: got {n!r}, expected a positive integer")
+        if latent and (head_dim_v is None or head_dim_v > head_dim):
+            raise ValueError(f"head_dim_v: got {head_dim_v!r} in a latent cache, expected 1 to {head_dim}, the head_dim")
         if dtype not in (*FLOATS, *CACHE_DTYPES):
             raise TypeError(f"dtype: got {dtype!r}, expected one of {', '.join((*FLOATS, *CACHE_DTYPES))}")
         like = np.empty(0) if like is None else like
@@ -137,7 +146,9 @@ class PagedKVCache:
             return x
 
         lead = (layers, num_pages, page_size, num_heads_kv)
-        self.k_cache, self.v_cache = zeros((*lead, head_dim), dtype), zeros((*lead, sizes["head_dim_v"]), dtype)
+        self.k_cache = zeros((*lead, head_dim), dtype)
+        self.v_cache = None if latent else zeros((*lead, sizes["head_dim_v"]), dtype)
+        self._head_dim_v = head_dim_v if latent else None
         self.page_table = zeros((self.max_sequences, self._max_pages), "int32")
         self._free = list(range(num_pages - 1, -1, -1))
         self._references = [0] * num_pages
@@ -228,7 +239,7 @@ class PagedKVCache:
         self._copy_pages(copied)
         self._write_table(changes)
         both = self._library.from_host(np.stack([before, np.array(seqs, np.int32)]).reshape(2, -1), self.page_table)
-        return Step(self.page_table, both[0], both[1], self.k_cache, self.v_cache)
+        return Step(self.page_table, both[0], both[1], self.k_cache, self.v_cache, self._head_dim_v)
 
     def truncate(self, seq: int, length: int) -> None:
         """Drop the tokens of a sequence past the first `length`: drafts that were not accepted."""
@@ -401,4 +412,5 @@ class PagedKVCache:
             source, target = self._indices(tuple(zip(*copied, strict=True)))
             with self._library.guard(self._library.device(self.page_table)):
                 for cache in (self.k_cache, self.v_cache):
-                    cache[:, target] = cache[:, source]
+                    if cache is not None:
+                        cache[:, target] = cache[:, source]

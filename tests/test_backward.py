@@ -10,7 +10,7 @@ import pytest
 
 import cuattn
 from cuattn import backward
-from tests.cases import CORNERS, FEATURES, KINDS, REGULAR, SMALL, Case
+from tests.cases import CORNERS, FEATURES, KINDS, MASKS, MOD_SETS, REGULAR, SMALL, Case
 from tests.tolerance import verify_gradients
 
 CASES = (*REGULAR, *FEATURES, *CORNERS)
@@ -266,6 +266,14 @@ DIFFERENCES = tuple(
     for mask in ("full", "causal", "window", "boolean", "block_sparse", "composed")
     for mods in ((), ("softcap",), ("alibi",), ("bias",), ("user",), ("user_params",), ("softcap", "alibi", "bias"))
 )
+DIFFERENCES += tuple(  # the rest, each beside something else
+    case
+    for case in (
+        *(replace(DIFFERENCES[0], mask=mask, mods=("softcap",)) for mask in MASKS),
+        *(replace(DIFFERENCES[0], mask="causal", mods=mods) for mods in MOD_SETS),
+    )
+    if case not in DIFFERENCES
+)
 
 
 @pytest.mark.gpu
@@ -276,11 +284,7 @@ def test_finite_differences(cupy_backend: Any, case: Case) -> None:
     dout, dlse = case.cotangents()
 
     def loss(moved: dict[str, Any]) -> float:
-        call = {n: cupy_backend.put(x) if isinstance(x, np.ndarray) else x for n, x in {**arguments, **moved}.items()}
-        if "score_mod" in call and isinstance(call["score_mod"], cuattn.UserMod):
-            call["score_mod"] = call["score_mod"].bind([cupy_backend.put(a) for a in call["score_mod"].arrays])
-        if "mask" in call and isinstance(call["mask"], cuattn.Mask):
-            call["mask"] = call["mask"].bind([cupy_backend.put(a) for a in call["mask"].arrays])
+        call = {**case.arguments(cupy_backend.put), **{name: cupy_backend.put(x) for name, x in moved.items()}}
         out, lse = (cupy_backend.get(x) for x in cuattn.attention(**call, return_lse=True))
         return float((out * dout).sum() + (np.where(np.isfinite(lse), lse, 0) * dlse).sum())
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 import cuattn
 from cuattn import arrays, call, jit, reference
@@ -527,6 +530,101 @@ def test_pages_outside_the_cache_are_not_touched(cupy_backend: Any, monkeypatch:
         for name in padded:
             around = cupy_backend.get(padded[name])
             assert (around[:32] == 7).all() and (around[-32:] == 7).all(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [64, 0], ids=["pages", "rows"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_more_than_2_31_elements(cupy_backend: Any, dtype: str, page: int) -> None:
+    """What lies at the end of a large cache is found and written as in a small one, which takes 64-bit offsets."""
+    import cupy
+
+    case = Decode(dtype, lengths=(61, 300), new=2, page=page, heads=(16, 8), dims=(128, 128), batch_idx=not page)
+    made = put(cupy_backend, arguments(case))
+    shape = made["k_cache"].shape
+    offset = (1 << 31) // int(np.prod(shape[1:])) + 1
+    if cupy.cuda.runtime.memGetInfo()[0] < 3 * offset * int(np.prod(shape[1:])) * made["q"].itemsize:
+        pytest.skip("needs more GPU memory")
+    large = dict(made)
+    for name in ("k_cache", "v_cache"):
+        large[name] = cupy.full((offset + shape[0], *shape[1:]), np.nan, made[name].dtype)
+        large[name][offset:] = made[name]
+    where = "page_table" if page else "cache_batch_idx"
+    large[where] = made[where] + offset
+    expected, found = (cuattn.attention_with_kvcache(**given, return_lse=True) for given in (made, large))
+    verify(case, cupy_backend, *expected, made)
+    for x, y in zip((*found, large["k_cache"][offset:], large["v_cache"][offset:]), (*expected, *_caches(made)), strict=True):
+        assert cupy_backend.get(x).tobytes() == cupy_backend.get(y).tobytes()
+    del large, found
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
+def _caches(made: dict[str, Any]) -> tuple[Any, Any]:
+    return made["k_cache"], made["v_cache"]
+
+
+ANY_SIZES: dict[str, st.SearchStrategy[Any]] = {
+    "lengths": st.lists(st.integers(0, 150), max_size=5).map(tuple),
+    "seqlen_q": st.integers(1, 20),
+    "heads": st.tuples(st.integers(1, 4), st.integers(1, 3)).map(lambda n: (n[0] * n[1], n[1])),
+    "page": st.sampled_from((0, 1, 5, 16, 64)),
+    "new": st.integers(0, 5),
+    "batch_idx": st.booleans(),
+    "leftpad": st.booleans(),
+    "splits": st.sampled_from((0, 0, 1, 3)),
+    "deterministic": st.booleans(),
+}
+ANY_CASE = st.builds(
+    Decode,
+    st.sampled_from(("bfloat16", "float16", "float32", "float64")),
+    dims=st.tuples(st.integers(4, 80), st.integers(1, 80)),
+    packed=st.booleans(),
+    rotary=st.sampled_from((0, 2, 4)),
+    interleaved=st.booleans(),
+    mask=st.sampled_from(("causal", "full", "window", "boolean", "tree")),
+    mods=st.lists(st.sampled_from(("softcap", "alibi", "bias", "user")), unique=True).map(tuple),
+    sinks=st.booleans(),
+    **ANY_SIZES,
+)
+FEW_KERNELS = st.builds(
+    Decode,
+    st.sampled_from(("bfloat16", "float32")),
+    **{
+        **ANY_SIZES,
+        "page": st.integers(1, 40),
+        "leftpad": st.just(False),
+        "splits": st.just(0),
+        "deterministic": st.just(False),
+    },
+)
+"""Sizes vary freely, what decides the code hardly does: a GPU run compiles a dozen kernels."""
+ANY = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@ANY
+@hypothesis.given(ANY_CASE)
+def test_anything_on_numpy(numpy_backend: Any, case: Decode) -> None:
+    _check(numpy_backend, case)
+
+
+@pytest.mark.gpu
+@ANY
+@hypothesis.given(FEW_KERNELS)
+def test_anything_on_the_gpu(cupy_backend: Any, case: Decode) -> None:
+    _check(cupy_backend, case)
+
+
+def _check(backend: Any, case: Decode) -> None:
+    made = put(backend, arguments(case))
+    with backend.poisoned():
+        out, lse = cuattn.attention_with_kvcache(**made, return_lse=True)
+    verify(case, backend, out, lse, made)
 
 
 BAD = (

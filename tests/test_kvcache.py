@@ -287,6 +287,58 @@ def test_paged_equals_contiguous(backend: Any, dtype: str) -> None:
     assert_close("out", np.concatenate(found, 1), exact, limit(exact, naive, np.float16, "float16"))
 
 
+def test_values_that_are_columns_of_the_keys(backend: Any) -> None:
+    """A latent cache has no v_cache, and its forks copy what they write."""
+    rng = np.random.default_rng(0)
+    dim, dim_v = 48, 32
+    q, k = (rng.standard_normal((1, 9, n, dim)).astype(np.float16) for n in (4, 1))
+    cache = PagedKVCache(
+        8, 4, num_heads_kv=1, head_dim=dim, head_dim_v=dim_v, latent=True, like=backend.put(np.zeros(1, np.float16))
+    )
+    assert cache.v_cache is None
+    seq = cache.add_sequence()
+    for rows in (slice(0, 6), slice(6, 9)):
+        step = cache.append([seq], [rows.stop - rows.start])
+        parts = [backend.put(np.ascontiguousarray(x[:, rows])) for x in (q, k)]
+        out = backend.get(cuattn.attention_with_kvcache(parts[0], k=parts[1], causal=True, **step.arguments()))
+        exact, naive = (
+            reference.forward(
+                q[:, rows],
+                k[:, : rows.stop],
+                k[:, : rows.stop, :, :dim_v],
+                scale=dim**-0.5,
+                mask=cuattn.Causal(),
+                dtype=precise,
+            )[0]
+            for precise in (np.dtype(np.float64), np.dtype(np.float16))
+        )
+        assert_close("out", out, exact, limit(exact, naive, np.float16, "float16"))
+        seq = cache.fork(seq)
+    assert cache.statistics().copies == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
+def test_torch_waits_for_nothing(dtype: str) -> None:
+    """Tables, lengths and copies of pages are queued on the stream; the host never waits for it."""
+    torch = pytest.importorskip("torch")
+    cache = PagedKVCache(16, 4, num_heads_kv=1, head_dim=64, dtype=dtype, like=torch.zeros(1, device="cuda"))
+    new = torch.ones((2, 5, 1, 64), device="cuda", dtype=torch.float16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        seqs = [cache.add_sequence([1, 2, 3, 4, 5]), cache.add_sequence()]
+        step = cache.append(seqs, [[1, 2, 3, 4, 5], [6] * 5])
+        cuattn.attention_with_kvcache(new, k=new, v=new, **step.arguments())
+        seqs = [seqs[0], cache.fork(seqs[0])]
+        step = cache.append(seqs, [[1], [2]])
+        out = cuattn.attention_with_kvcache(new[:, :1], k=new[:, :1], v=new[:, :1], **step.arguments())
+        cache.truncate(seqs[1], 2)
+        cache.free(seqs[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert cache.statistics().copies == 1 and bool((out == 1).all())
+
+
 def _order(parts: list[Any], step: Any) -> tuple[Any, ...]:
     arguments = step.arguments()
     return (parts[0], arguments["k_cache"], arguments["v_cache"], parts[1], parts[2])

@@ -71,8 +71,8 @@ __device__ __forceinline__ void online_softmax(Scores& s, Output& o, RowState<Re
         Real top = s.data[m][0][2 * half];
 #pragma unroll
         for (int u = 0; u < kN; u++) top = maximum(top, maximum(s.data[m][u][2 * half], s.data[m][u][2 * half + 1]));
-        top = maximum(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = maximum(top, __shfl_xor_sync(0xffffffffu, top, 2));
+        top = maximum(top, Scores::across(top, 1));
+        top = maximum(top, Scores::across(top, 2));
         shrink[m][half] = rows[m][half].rescale(top, factor);
         grew |= shrink[m][half] != Real(1);
     }

@@ -76,7 +76,7 @@ struct Decode {
     static constexpr int kHeld = kHeadDim / Mma::kGroupK, kAccumulators = 4 * (kN + kNv) * static_cast<int>(sizeof(Real)) / 4;
     static constexpr bool kHoldsQ = kAccumulators + kHeld * static_cast<int>(sizeof(typename Mma::Q)) / 4 <= 128;
     typename Mma::Q q[kHoldsQ ? kHeld : 1];
-    RegTile<Real, 1, kNv> o;
+    RegTile<Real, 1, kNv, typename Mma::Lanes> o;
     RowState<Real> rows[1][2];
 
     __device__ __forceinline__ QTile sQ() const { return {reinterpret_cast<typename QTile::Element*>(smem)}; }
@@ -202,7 +202,7 @@ struct Decode {
         const int first = warp_n() * kKeys, col0 = n * kBlockN + first;
         const KTile k{sK(stage).at(first, 0)};
         const VTile v{sV(stage).at(first, 0)};
-        RegTile<Real, 1, kN> s;
+        RegTile<Real, 1, kN, typename Mma::Lanes> s;
         if constexpr (kHoldsQ) {
             gemm_qk_of<Mma, kHeadDim>(s.data, [&](int, int column) { return q[column / Mma::kGroupK]; }, k);
         } else {
@@ -284,14 +284,13 @@ struct Decode {
     // The warps' outputs and statistics to shared memory, each relative to the maximum of the whole row; then the factor and
     // lse of every row.
     __device__ __forceinline__ void merge_warps(const DecodeItem& item, bool whole) {
-        const int lane = threadIdx.x % 32;
-        const int count = rows_of(item);
+        const int own = o.g(), count = rows_of(item);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             RowState<Real>& row = rows[0][half];
             row.sum = o.sum_row(row.sum);
-            const int r = 16 * warp_m() + 8 * half + lane / 4;
-            if (lane % 4 == 0) {
+            const int r = 16 * warp_m() + 8 * half + own;
+            if (o.leads_row()) {
                 shared.max_log2[warp_n()][r] =
                     row.max == negative_infinity<Real>()
                         ? row.max
@@ -304,8 +303,8 @@ struct Decode {
         const PackedRows packed_rows = packed(item);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int r = 16 * warp_m() + 8 * half + lane / 4;
-            if (r - lane / 4 >= count) break;  // the rows of a warp exist from the first on
+            const int r = 16 * warp_m() + 8 * half + own;
+            if (r - own >= count) break;  // the rows of a warp exist from the first on
             Real top = negative_infinity<Real>(), sum = 0;
 #pragma unroll
             for (int w = 0; w < kWarpsN; w++) top = maximum(top, shared.max_log2[w][r]);
@@ -316,7 +315,7 @@ struct Decode {
             for (int e = 0; e < 2 * kNv; e++) {
                 staged(warp_n(), r)[Mma::column(e / 2, e % 2)] = o.data[0][e / 2][2 * half + e % 2] * weight;
             }
-            if (warp_n() == 0 && lane % 4 == 0) {
+            if (warp_n() == 0 && o.leads_row()) {
                 const int head = packed_rows.head(r, packed_rows.query(r));
                 const bool exists = r < count;
                 const RowResult<Real> result =

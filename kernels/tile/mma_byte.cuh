@@ -16,6 +16,7 @@ template <class Byte, bool kConverts>
 struct MmaByte {
     using Element = __half;
     using Accum = float;
+    using Lanes = MmaLanes;
     static constexpr int kGroupK = 32, kTilesK = 2, kDepth = 16, kTilesV = 4;
     static constexpr int kParts = 1, kProducts = 2;
     static constexpr bool kPromote = false;

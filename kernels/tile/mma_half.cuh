@@ -1,7 +1,7 @@
 // Warp products of 16-bit elements with fp32 accumulation: mma m16n8k16 fed by ldmatrix.
 //
 // A policy (this one and MmaWide) names the fragments of one warp's two products and how they come from shared memory.
-// g = lane / 4, t = lane % 4; an accumulator tile is 16 x 8 and its column for S is always 8 u + 2 t + e.
+// g = lane / 4, t = lane % 4 (Lanes); an accumulator tile is 16 x 8 and its column for S is always 8 u + 2 t + e.
 //   S = Q K^T   load_q: 16 rows x kGroupK of q;  load_k: kTilesK * 8 keys x kGroupK;  multiply_qk
 //   O = P V     to_p: accumulated probabilities of kDepth keys as an operand;  load_v: kDepth keys x kTilesV * 8 columns;
 //               multiply_pv;  column: which column of O element e of accumulator tile u is, in this lane
@@ -11,6 +11,7 @@
 #include "ptx/convert.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/mma.cuh"
+#include "tile/reg_tile.cuh"
 #include "tile/smem_tile.cuh"
 
 namespace cuattn {
@@ -19,6 +20,7 @@ template <class Element_>
 struct MmaHalf {
     using Element = Element_;
     using Accum = float;
+    using Lanes = MmaLanes;
     static constexpr int kGroupK = 16, kTilesK = 2, kDepth = 16, kTilesV = 2;
     static constexpr int kParts = 1, kProducts = 1;
     static constexpr bool kPromote = false;

@@ -14,6 +14,7 @@ struct MmaSplit {
     using Half = MmaHalf<__half>;
     using Element = __half;
     using Accum = float;
+    using Lanes = MmaLanes;
     static constexpr int kGroupK = 16, kTilesK = 1, kDepth = 16, kTilesV = 1;
     static constexpr int kParts = 2, kProducts = 3;
     static constexpr bool kPromote = true;

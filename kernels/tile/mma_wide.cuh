@@ -7,6 +7,7 @@
 #pragma once
 #include "ptx/convert.cuh"
 #include "ptx/mma.cuh"
+#include "tile/reg_tile.cuh"
 #include "tile/smem_tile.cuh"
 
 namespace cuattn {
@@ -43,6 +44,7 @@ template <class Product>
 struct MmaWide {
     using Element = typename Product::Element;
     using Accum = Element;
+    using Lanes = MmaLanes;
     using Operand = typename Product::Operand;
     static constexpr int kUnit = 16 / sizeof(Element);  // elements per load: 4 or 2
     static constexpr int kGroupK = 4 * kUnit, kTilesK = 1, kDepth = 8, kTilesV = kUnit;
