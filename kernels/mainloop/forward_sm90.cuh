@@ -530,20 +530,32 @@ struct ForwardSm90 {
         // products are under way.
         template <bool kCross, class Meanwhile>
         __device__ __forceinline__ void step(const Visit& at, int skipped, Meanwhile meanwhile) {
+            // With one buffer, Q of a new query tile comes late: O need not wait for it.
+            constexpr bool kOutputFirst = kCross && kQStages == 1;
             float shrink[2];
-            if constexpr (kCross) wait_q();
-            mbarrier_wait_unless(kCross ? 0 : k_ended, kernel.k_full(k.stage), k.parity);
+            auto wait = [&] {
+                if constexpr (kCross) wait_q();
+                mbarrier_wait_unless(kCross ? 0 : k_ended, kernel.k_full(k.stage), k.parity);
+            };
+            if constexpr (!kOutputFirst) wait();
             take_turn();
             wgmma_pin(s.data);
             wgmma_pin(o.data);
             wgmma_pin(probabilities);
             wgmma_fence();
+            if constexpr (kOutputFirst) {
+                issue_o(probabilities);
+                wait();
+                wgmma_fence();
+            }
             issue_s(s);
-            scale_output();
-            issue_o(probabilities);
+            if constexpr (!kOutputFirst) {
+                scale_output();
+                issue_o(probabilities);
+            }
             pass_turn();
             meanwhile();
-            wgmma_wait_group<1>();
+            wgmma_wait_group<kOutputFirst ? 0 : 1>();
             wgmma_pin(s.data);
             // By the end of the maxima, or of some exponentials, O is all but done, and if it is waited for there, the compiler
             // hides the conversions and the scaling or storing of O among the exponentials. NOTE: it would move that wait up
