@@ -162,7 +162,7 @@ SHORTEST = 512
 """Keys up to which the ends of tiles are most of the time."""
 SHORT = 2048
 """Keys up to which the ends of tiles count: below, they overlap where an SM holds two CTAs."""
-LONG = 1024
+LONG = 2048
 """Keys from which fewer, wider tiles of keys pay."""
 
 
@@ -209,7 +209,7 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
             late_wait=keeps or not wide,
             scale_first=scales_first and t.overlap,
             keep_maxima=keeps,
-            draws_early=keys <= SHORT,
+            draws_early=keys < SHORT and t.overlap and t.q_stages == 2,
         )
         for t in tiles
     ]

@@ -22,7 +22,10 @@
 //             The first S of a query tile goes with the last O of the one before. A warpgroup passes over tiles of keys that
 //             none of its rows sees. With kScalesFirst, O is scaled between the issue of S and its own instead, and waited for
 //             after the exponentials. Without kOverlap, O of a tile follows its softmax, which needs fewer registers.
-// Maxima      with kKeepsMaxima, a row's maximum is that of the first tile in which it sees a key, unless sums grow too large.
+// Maxima      with kKeepsMaxima, a row's maximum is that of the first tile in which it sees a key, unless sums grow too large:
+//             after the release of K come the first exponentials, the wait for O and the other exponentials.
+// Output      with kStagesOutput, what a query tile gives lies where its Q was until the next one's second products are under
+//             way, and is stored then; else it is stored at once.
 #pragma once
 #include "attention/scores.cuh"
 #include "attention/softmax.cuh"
@@ -79,8 +82,9 @@ struct ForwardSm90 {
     static constexpr bool kScalesFirst = Config::kOverlap && Config::kScalesFirst;
     static_assert(!kScalesFirst || (!kCrosses && kStages > 1));
     // Columns whose exponentials are taken before O is waited for, where no maxima are in between, and where a query tile
-    // begins.
-    static constexpr int kEarly = Config::kScalesFirst ? kBlockN : kBlockN / 32 * 8, kEarlyCross = kBlockN / 16 * 8;
+    // begins. Narrow O is done before the first of them.
+    static constexpr int kEarly = Config::kScalesFirst ? kBlockN : kHeadDimV <= 64 ? 0 : kBlockN / 32 * 8;
+    static constexpr int kEarlyCross = kBlockN / 16 * 8;
     static constexpr int kTileStages = 3;  // of query tiles: the one being stored, the current and the next
     using TileSlot = RingSlot<kTileStages>;
     // A bias that TMA can load comes in tiles like K; kBiasStages 0: there is none, or it is read from global memory.
@@ -530,32 +534,20 @@ struct ForwardSm90 {
         // products are under way.
         template <bool kCross, class Meanwhile>
         __device__ __forceinline__ void step(const Visit& at, int skipped, Meanwhile meanwhile) {
-            // With one buffer, Q of a new query tile comes late: O need not wait for it.
-            constexpr bool kOutputFirst = kCross && kQStages == 1;
             float shrink[2];
-            auto wait = [&] {
-                if constexpr (kCross) wait_q();
-                mbarrier_wait_unless(kCross ? 0 : k_ended, kernel.k_full(k.stage), k.parity);
-            };
-            if constexpr (!kOutputFirst) wait();
+            if constexpr (kCross) wait_q();
+            mbarrier_wait_unless(kCross ? 0 : k_ended, kernel.k_full(k.stage), k.parity);
             take_turn();
             wgmma_pin(s.data);
             wgmma_pin(o.data);
             wgmma_pin(probabilities);
             wgmma_fence();
-            if constexpr (kOutputFirst) {
-                issue_o(probabilities);
-                wait();
-                wgmma_fence();
-            }
             issue_s(s);
-            if constexpr (!kOutputFirst) {
-                scale_output();
-                issue_o(probabilities);
-            }
+            scale_output();
+            issue_o(probabilities);
             pass_turn();
             meanwhile();
-            wgmma_wait_group<kOutputFirst ? 0 : 1>();
+            wgmma_wait_group<1>();
             wgmma_pin(s.data);
             // By the end of the maxima, or of some exponentials, O is all but done, and if it is waited for there, the compiler
             // hides the conversions and the scaling or storing of O among the exponentials. NOTE: it would move that wait up
