@@ -37,6 +37,29 @@ def test_sizes_do_not_reach_the_source() -> None:
     assert len(sources) == 1
 
 
+@pytest.mark.parametrize(
+    ("dtype", "precision", "seqlen_q", "products"),
+    [
+        ("float32", "ieee", 1, "MmaSimt<1>"),
+        ("float32", "tf32x3", 2, "MmaSimt<2>"),
+        ("float32", "tf32", 1, "MmaWide<ProductTf32>"),
+        ("float64", "ieee", 1, "MmaWide<ProductFp64<true>>"),
+    ],
+)
+def test_products_are_those_of_the_precision(dtype: str, precision: str, seqlen_q: int, products: str) -> None:
+    plan = make_decode_plan(decode_problem_of(dtype, precision=precision, seqlen_q=seqlen_q), DEVICES["sm_90a"])
+    assert plan.mma == products
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arch", "widest"), [("float32", "sm_86", 576), ("float64", "sm_80", 512), ("float64", "sm_89", 256)]
+)
+def test_what_is_too_wide_is_declined_by_name(dtype: str, arch: str, widest: int) -> None:
+    assert make_decode_plan(decode_problem_of(dtype, dims=(widest, widest)), DEVICES[arch]).head_dim == widest
+    with pytest.raises(NotImplementedError, match=f"decode: serves head dimensions to {widest} of {dtype}, got {widest + 1}"):
+        make_decode_plan(decode_problem_of(dtype, dims=(widest + 1, widest)), DEVICES[arch])
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 8, 16, 48, 255, 256, 257, 1000, 65537, 2**30 + 1, 2**31 - 1])
 def test_division_by_a_multiplication(n: int) -> None:
     multiplier, shift = divisor(n)
