@@ -221,7 +221,7 @@ class BackwardPlan:
     backward: BackwardProblem
     device: Device
     kernel: str
-    """of kernels/<kernel>.cu: backward or backward_sm90"""
+    """of kernels/<kernel>.cu: backward, backward_sm90 or backward_window_sm90"""
     declined: tuple[str, ...]
     """why not backward_sm90"""
     gemm: Gemm
@@ -243,7 +243,7 @@ class BackwardPlan:
     map_heads: int
     smem_bytes: int
     run: int
-    """backward_sm90: key tiles that a CTA takes one after the other"""
+    """backward_sm90: key tiles that a CTA takes one after the other; backward_window_sm90: query tiles"""
     num_splits: int = field(default=1, init=False)
     dv_chunks: int = field(default=1, init=False)
     bias_stages: int = field(default=0, init=False)
@@ -258,7 +258,12 @@ class BackwardPlan:
 
     @property
     def uses_tma(self) -> bool:
-        return self.kernel == SM90
+        return self.kernel in (SM90, WINDOW_SM90)
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether dq is written as it is found, not summed in memory first."""
+        return self.kernel == WINDOW_SM90
 
     @property
     def slab_threads(self) -> int:
@@ -308,7 +313,7 @@ class BackwardPlan:
     @property
     def takes_turns(self) -> bool:
         """backward_sm90, deterministic: key tiles add to dq in their order."""
-        return self.uses_tma and self.backward.deterministic
+        return self.kernel == SM90 and self.backward.deterministic
 
     @property
     def section(self) -> int:
@@ -317,9 +322,21 @@ class BackwardPlan:
         """
         p = self.problem
         row = 2 * self.head_dim + 2 * self.head_dim_v + 4 * self.head_dim
-        in_cache = L2_BYTES // max(1, row * min(p.seqlen_q, p.total_q) * p.group)
-        pairs = self.q_splits * p.num_heads_kv * self.batches
+        queries = -(-p.total_q // max(1, p.batch)) if p.packed else p.seqlen_q
+        in_cache = L2_BYTES // max(1, row * queries * p.group)
+        pairs = self.q_splits * p.num_heads_kv * (1 if self.all_tokens else self.batches)
         return min(max(1, in_cache, -(-2 * self.device.num_sms // self.shares)), max(1, pairs))
+
+    @property
+    def all_tokens(self) -> bool:
+        """backward_sm90: key tiles are numbered over all packed sequences."""
+        return self.kernel == SM90 and self.problem.packed and not self.tiles.runs
+
+    @property
+    def key_tiles(self) -> int:
+        """Of the longest sequence, or of all packed ones, as `slabs` counts those of queries."""
+        p = self.problem
+        return p.total_k // self.tiles.block_n + p.batch + 1 if self.all_tokens else self.n_blocks
 
     @property
     def split_inputs(self) -> bool:
@@ -349,8 +366,9 @@ class BackwardPlan:
 
     @property
     def shares(self) -> int:
-        """CTAs that the key tiles of a head are divided among."""
-        return self.dq_splits if self.backward.deterministic and not self.takes_turns else -(-self.n_blocks // self.run)
+        """CTAs that the key tiles of a head are divided among, in one pass the query tiles."""
+        in_turn = self.backward.deterministic and not self.uses_tma
+        return self.dq_splits if in_turn else -(-(self.m_blocks if self.in_one_pass else self.key_tiles) // self.run)
 
     @property
     def launches(self) -> tuple[tuple[int, int, int, int], ...]:
@@ -368,7 +386,7 @@ class BackwardPlan:
         return tuple((b, h, nb, nh) for b, nb in parts_b for h, nh in parts_h)
 
     def grid(self, batches: int, heads_kv: int) -> int:
-        return self.shares * self.q_splits * heads_kv * batches
+        return self.shares * self.q_splits * heads_kv * (1 if self.all_tokens else batches)
 
     @property
     def partial_rows(self) -> int:
@@ -389,6 +407,8 @@ class BackwardPlan:
     @property
     def dq_elements(self) -> int:
         """Elements of one dq_sum."""
+        if self.in_one_pass:
+            return 0
         heads = self.problem.num_heads * (1 if self.problem.packed else self.problem.batch)
         return heads * self.slabs * self.tiles.block_m * self.head_dim
 
@@ -435,7 +455,7 @@ class BackwardPlan:
 
     @property
     def zeroed(self) -> int:
-        """Bytes at the start of the workspace that kernels add to."""
+        """Bytes at the start of the workspace that kernels add to; backward_prepare.cu clears them."""
         sizes = self.workspace[: len(ZEROED)]
         return sum(sizes[:-1] if self.writes_bias else sizes)
 
@@ -612,6 +632,7 @@ def candidates(problem: Problem, device: Device, deterministic: bool = False) ->
 # On Hopper: wgmma and TMA (kernels/backward_sm90.cu) --------------------------------------------------------------------
 
 SM90 = "backward_sm90"
+WINDOW_SM90 = "backward_window_sm90"
 PRODUCER_THREADS = 128
 L2_BYTES = 32 << 20
 """Of an H200's 50 MB, what may be counted on."""
@@ -655,7 +676,7 @@ def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
     window = _window(p)
     if window is not None and window <= NARROW_WINDOW and widest > 128:
         reasons.append(f"does not repay its start in windows to {NARROW_WINDOW} keys, got {window}")
-    if not reasons and not sm90_candidates(backward, device):
+    if not reasons and not _in_one_pass(p) and not sm90_candidates(backward, device):
         reasons.append("has no registers or shared memory left for these modifications")
     return reasons
 
@@ -728,7 +749,7 @@ def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     bulk = 4 * m * dim if tiles.bulk else 0
     through = 2 if _shares_keys(tiles) else 1  # dS, and P where the warpgroups share their keys
     keys = (1 + tiles.runs) * 2 * n * (dim + dim_v)
-    return keys + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (6 + 7 * stages) + 1024
+    return keys + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (7 + 7 * stages) + 1024
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four
@@ -779,6 +800,28 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     return [t for t in tiles if sm90_smem_bytes(backward, t) <= device.smem_per_block]
 
 
+_IN_ONE_PASS = Tiles(64, 64, 3, 16, reason="a query tile sees no more than three key tiles: no sums of dq in memory")
+HELD_TILES = 3
+"""Key tiles that a CTA of backward_window_sm90 holds."""
+WINDOW_SLOTS = 4
+"""Its buffers for them."""
+
+
+def _in_one_pass(problem: Problem) -> bool:
+    """Whether backward_window_sm90 serves what backward_sm90 does."""
+    p, t, window = problem, _IN_ONE_PASS, _window(problem)
+    plain = not p.mods and p.scale > 0 and p.dropout == 0 and max(p.head_dim, p.head_dim_v) <= 64
+    return plain and window is not None and window <= min(NARROW_WINDOW, (HELD_TILES - 1) * t.block_n + 1)
+
+
+def window_smem_bytes(tiles: Tiles) -> int:
+    """kernels/mainloop/backward_window_sm90.cuh, which asserts that it suffices."""
+    tile = 2 * 64 * tiles.block_m
+    stage = 2 * tile + 8 * tiles.block_m
+    barriers = 3 * WINDOW_SLOTS + 4 * tiles.stages + 4
+    return 2 * WINDOW_SLOTS * tile + tiles.stages * stage + 2 * HELD_TILES * tile + 32 + 8 * barriers + 1024
+
+
 def _sm90_gemm(problem: Problem) -> Gemm:
     element = {"float16": "__half", "bfloat16": "__nv_bfloat16"}[problem.dtype]
     return Gemm(f"WarpgroupHalf<{element}>", 2, (64, 64), (64, 64), (64, 64), panel=64)
@@ -813,7 +856,11 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
     declined = sm90_declines(backward, device)
     hopper = not declined
     gemm = _sm90_gemm(p) if hopper else gemm_of(p, device)
-    tiles = (sm90_candidates(backward, device) if hopper else candidates(p, device, backward.deterministic))[0]
+    one_pass = hopper and _in_one_pass(p)
+    if one_pass:
+        tiles = _IN_ONE_PASS
+    else:
+        tiles = (sm90_candidates(backward, device) if hopper else candidates(p, device, backward.deterministic))[0]
     longest_q, longest_k = min(p.seqlen_q, p.total_q), min(p.seqlen_k, p.total_k)
     m_blocks, n_blocks = -(-longest_q // tiles.block_m), max(1, -(-longest_k // tiles.block_n))
     if p.packed:
@@ -823,7 +870,10 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
     if not hopper and staged is not None and smem_bytes(p, tiles, gemm, staged) > device.smem_per_block:
         staged = None
     kind = _sm90_bias_kind(backward) if hopper else _bias_kind(backward)
-    smem = sm90_smem_bytes(backward, tiles) if hopper else smem_bytes(p, tiles, gemm, staged)
+    if one_pass:
+        smem = window_smem_bytes(tiles)
+    else:
+        smem = sm90_smem_bytes(backward, tiles) if hopper else smem_bytes(p, tiles, gemm, staged)
     resident = max(1, min(tiles.min_blocks, device.smem_per_sm // (smem + 1024)))
     slots, heads = resident * device.num_sms, max(1, p.num_heads_kv * p.batch)
     dq_splits = 1
@@ -836,7 +886,7 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
     return BackwardPlan(
         backward=backward,
         device=device,
-        kernel=SM90 if hopper else "backward",
+        kernel=WINDOW_SM90 if one_pass else SM90 if hopper else "backward",
         declined=tuple(declined),
         gemm=gemm,
         tiles=tiles,
@@ -844,7 +894,7 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
         head_dim_v=dims[1],
         m_blocks=m_blocks,
         n_blocks=n_blocks,
-        q_splits=1 if kind is CELLS and _sums_in_order(backward) else _q_splits(ctas, m_blocks * p.group, slots),
+        q_splits=1 if one_pass or (kind is CELLS and _sums_in_order(backward)) else _q_splits(ctas, m_blocks * p.group, slots),
         dq_splits=dq_splits,
         bias_kind=kind,
         staged_bias=staged,
@@ -852,7 +902,7 @@ def make_backward_plan(backward: BackwardProblem, device: Device) -> BackwardPla
         map_batches=p.batch if own_lengths or per_batch else 1,
         map_heads=p.num_heads if per_head else 1,
         smem_bytes=smem,
-        run=_run(n_blocks, heads, slots) if tiles.runs else 1,
+        run=_window_run(m_blocks, heads, p.group, slots) if one_pass else _run(n_blocks, heads, slots) if tiles.runs else 1,
     )
 
 
@@ -863,6 +913,12 @@ def _run(n_blocks: int, heads: int, slots: int) -> int:
     """Key tiles of a CTA of several: of the fewest in turn, where what a CTA costs besides counts as one."""
     runs = [1 << n for n in range(MAX_RUN.bit_length())]
     return min(runs, key=lambda run: -(-heads * -(-n_blocks // run) // slots) * (run + 1))
+
+
+def _window_run(m_blocks: int, heads: int, group: int, slots: int) -> int:
+    """Query tiles of a CTA of backward_window_sm90: of the fewest visits in turn; what a CTA costs besides counts as two."""
+    runs = range(1, max(1, m_blocks) + 1)
+    return min(runs, key=lambda run: -(-heads * -(-m_blocks // run) // slots) * ((run + HELD_TILES - 1) * group + 2))
 
 
 MIN_TILES_PER_SPLIT = 4

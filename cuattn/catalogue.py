@@ -251,6 +251,9 @@ def decode_plans(arch: str, everything: bool = False) -> list[DecodePlan]:
         tree = TreeMask(view((4, 1, 8, 8), "bool")) & SlidingWindow(512, None)
         problems += [
             decode_problem_of(batch=1),
+            decode_problem_of(
+                "float16", batch=1, dims=(256, 256), heads=(16, 2), page_size=0, sinks=True, mods=(SoftCap(30.0),)
+            ),
             decode_problem_of("bfloat16", "float8_e4m3fn", batch=1, seqlen_q=2, mods=(SoftCap(30.0),)),
             decode_problem_of(deterministic=True),
             decode_problem_of("float16", page_size=0, seqlen_q=4, appends=True, rotary_dim=64),

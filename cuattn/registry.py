@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cuattn.fields import ITEMSIZE, Operand
 from cuattn.masks import And, BooleanMask, Full, SlidingWindow
 from cuattn.problem import Problem
-from cuattn.score_mods import Bias, UserMod
+from cuattn.score_mods import Bias, SoftCap, UserMod
 from cuattn.tma import tma_bias, tma_obstacles
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class Tiles:
     """forward_sm90: buffers for q; with two, the next query tile's has come before this one's is free"""
     keep_maxima: bool = False
     """forward_sm90: a row keeps the maximum of its first keys until a sum exceeds 2^40, which bfloat16 probabilities may"""
+    bounded: bool = False
+    """forward_sm90: scores are so close to 0 that exponentials need no maximum"""
     late_wait: bool = True
     """forward_sm90: the compiler may not wait for the output before the maxima of the next scores"""
     draws_early: bool = False
@@ -180,6 +183,18 @@ def _fills_sm90(problem: Problem, device: Device, block_m: int) -> bool:
     return 20 * problem.seqlen_q >= 17 * m_blocks * block_m and ctas >= 2 * device.num_sms
 
 
+LARGEST_EXPONENT = 80
+"""Of 2: probabilities and sums of them that a bfloat16 and a float32 hold with room for the values they are multiplied with."""
+
+
+def _bounded(problem: Problem) -> bool:
+    """Whether exponentials of scores, none relative to a maximum, fit bfloat16, as do queries in units of a softcap."""
+    mod = problem.mods[0] if len(problem.mods) == 1 else None
+    if problem.dtype != "bfloat16" or not isinstance(mod, SoftCap):
+        return False
+    return mod.cap * math.log2(math.e) <= LARGEST_EXPONENT and 2.0**-30 <= problem.scale / mod.cap <= 1
+
+
 def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     widest, weight = max(_dims_sm90(problem)), _weight_sm90(problem)
     tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
@@ -203,12 +218,14 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     # Beside more columns of out the compiler has no room for what a late wait lets it interleave.
     wide = problem.head_dim_v > 128
     scales_first = wide and weight == 0 and not keeps
+    waits_late, bounded = keeps or not wide, _bounded(problem) and not wide
     tiles = [
         replace(
             t,
-            late_wait=keeps or not wide,
+            late_wait=waits_late,
             scale_first=scales_first and t.overlap,
             keep_maxima=keeps,
+            bounded=bounded,
             draws_early=keys < SHORT and t.overlap and t.q_stages == 2,
         )
         for t in tiles

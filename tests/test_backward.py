@@ -10,7 +10,8 @@ import pytest
 
 import cuattn
 from cuattn import backward
-from tests.cases import CORNERS, FEATURES, KINDS, MASKS, MOD_SETS, REGULAR, SMALL, Case
+from cuattn.masks import SlidingWindow
+from tests.cases import CORNERS, FEATURES, KINDS, MASKS, MOD_SETS, REGULAR, SMALL, Case, Feature
 from tests.tolerance import verify_gradients
 
 CASES = (*REGULAR, *FEATURES, *CORNERS)
@@ -73,15 +74,62 @@ def test_deterministic(cupy_backend: Any, case: Case) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("run_of", [0, 3])
+@pytest.mark.parametrize(
+    ("left", "right", "case"),
+    [
+        (128, 0, Case("bfloat16", "ieee", 3, 410, 410, 4, 2, 64)),
+        (100, 28, Case("float16", "ieee", 2, 410, 523, 4, 1, 64, sinks=True)),
+        (0, 128, Case("bfloat16", "ieee", 2, 523, 410, 2, 2, 40, 56)),
+        (5, 3, Case("bfloat16", "ieee", 1, 900, 300, 2, 1, 64)),
+        (127, 0, Case("bfloat16", "ieee", 2, 60, 1000, 4, 4, 64)),
+        (0, 60, Case("bfloat16", "ieee", 2, 330, 330, 4, 4, 64)),
+        (120, 8, Case("bfloat16", "ieee", 5, 410, 523, 4, 2, 64, sequences="packed")),
+        (128, 0, Case("float16", "ieee", 5, 523, 410, 4, 2, 64, sequences="lens")),
+    ],
+    ids=str,
+)
+def test_windows_in_one_pass(
+    cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, left: int, right: int, case: Case, run_of: int
+) -> None:
+    """Of no more keys than three tiles hold beside any tile of queries; no sums of dq in memory, so always the same bits."""
+    feature = Feature({"window": (left, right)}, SlidingWindow(left, right))
+    monkeypatch.setitem(MASKS, "window", lambda *_: feature)
+    if run_of:
+        monkeypatch.setattr(backward, "_window_run", lambda *_: run_of)
+    case = replace(case, mask="window", seed=1000 * left + right)  # inputs are kept by case
+    once, again = (check(cupy_backend, case, deterministic=deterministic) for deterministic in (False, True))
+    for x, y in zip(once[:3], again[:3], strict=True):
+        assert cupy_backend.get(x).tobytes() == cupy_backend.get(y).tobytes()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(("head_dim", "narrow"), [(64, 0), (64, 256), (128, 0), (128, 256), (256, 0)])
 def test_narrow_windows(
     cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, head_dim: int, narrow: int, deterministic: bool
 ) -> None:
     """As wide ones, and by CTAs that take several key tiles."""
+    monkeypatch.setattr(backward, "_in_one_pass", lambda _: False)
     monkeypatch.setattr(backward, "NARROW_WINDOW", narrow)
     monkeypatch.setattr(backward, "_run", lambda *_: 3)
     case = Case("bfloat16", "ieee", 3, 410, 520 + 8 * deterministic, 4, 2, head_dim, mask="window")
+    check(cupy_backend, case, deterministic=deterministic)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("bfloat16", "ieee", 40, 130, 200, 2, 1, 128, mask="causal", sequences="packed"),
+        Case("float16", "ieee", 33, 300, 300, 2, 2, 64, sequences="packed"),
+        Case("bfloat16", "ieee", 3, 900, 1200, 4, 4, 128, mask="causal", sequences="packed"),
+    ],
+    ids=str,
+)
+def test_key_tiles_of_all_sequences(cupy_backend: Any, case: Case, deterministic: bool) -> None:
+    """More sequences than a warp has lanes, and few of several key tiles."""
     check(cupy_backend, case, deterministic=deterministic)
 
 

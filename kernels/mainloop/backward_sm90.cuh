@@ -41,9 +41,11 @@
 #include "attention/row_stats.cuh"
 #include "attention/scores.cuh"
 #include "attention/seqlen.cuh"
+#include "mainloop/backward_maps.cuh"
 #include "mainloop/query_tiles.cuh"
 #include "mainloop/ring.cuh"
 #include "mainloop/slab.cuh"
+#include "mainloop/stats_tile.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/special_registers.cuh"
 #include "ptx/warpgroup.cuh"
@@ -52,18 +54,6 @@
 #include "tile/wgmma_tile.cuh"
 
 namespace cuattn {
-
-// Tensor maps of q, k, v and dout over (d, row, head, batch), packed (d, token, head, 1), with boxes of 64 columns and the rows
-// of a tile.
-// kBiasTiles: also of the bias and, where it is wanted, of its gradient or bias_sum over (key, query, head, batch), with boxes
-// of 128 bytes and the rows of a tile.
-enum BackwardMapIndex { kBackwardMapQ, kBackwardMapK, kBackwardMapV, kBackwardMapDout, kBackwardMapBias, kBackwardMapDbias };
-template <class Config>
-struct BackwardTmaArguments {
-    static constexpr bool kBiasTiles = Config::kStageBias && !Config::kBiasRow;
-    TensorMap maps[!kBiasTiles ? 4 : Config::kBiasKind == kBiasNone ? 5 : 6];
-    BackwardArguments<Config> variant;
-};
 
 template <class Config>
 struct BackwardSm90 {
@@ -103,6 +93,8 @@ struct BackwardSm90 {
     using DqSums = typename Slab::Sums;
     static_assert(DqSums::kParts <= 2);
     using Stats = RowStats<Config>;
+    using StatsRows = StatsTile<kBlockM>;
+    using StatsReader = typename StatsRows::Reader;
     using Sums = ModSums<Config, Scores>;
     using Slot = RingSlot<kStages>;
     // Deterministic: key tiles add to a query tile's dq in their order. All begin with the last query tiles, which under a
@@ -141,14 +133,12 @@ struct BackwardSm90 {
     static constexpr int kOffsetStats = kOffsetColumns + (Sums::kKind == kBiasColumns ? kConsumerThreads * 8 : 0);
     static_assert(Scores::kThreadCols == 2);
     static_assert(kOffsetBias % QTile::kAlignment == 0);
-    static constexpr int kStatsBytes = kBlockM * static_cast<int>(sizeof(Stats));
-    static_assert(sizeof(Stats) == 8);
-    static constexpr int kOffsetVisits = kOffsetStats + kStages * kStatsBytes;
+    static constexpr int kOffsetVisits = kOffsetStats + kStages * StatsRows::kBytes;
     static constexpr int kOffsetBarriers = kOffsetVisits + kStages * static_cast<int>(sizeof(Visit));
     static constexpr int kBarriers = 6 + 7 * kStages;
+    static constexpr int kOffsetSequence = kOffsetBarriers + 8 * kBarriers;
     // The dynamic shared memory of a CTA is aligned by hand.
-    static_assert(kOffsetBarriers + 8 * kBarriers + QTile::kAlignment <= Config::kSmemBytes,
-                  "the plan's shared memory is too small");
+    static_assert(kOffsetSequence + 8 + QTile::kAlignment <= Config::kSmemBytes, "the plan's shared memory is too small");
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
@@ -173,32 +163,33 @@ struct BackwardSm90 {
     __device__ __forceinline__ unsigned turn(int stage) const { return barrier(6 + 5 * kStages + stage); }
     __device__ __forceinline__ unsigned handed(int stage) const { return barrier(6 + 6 * kStages + stage); }
     __device__ __forceinline__ float* stats(int stage) const {
-        return reinterpret_cast<float*>(smem + kOffsetStats + stage * kStatsBytes);
+        return reinterpret_cast<float*>(smem + kOffsetStats + stage * StatsRows::kBytes);
     }
-    // Row statistics of a tile: lse of all rows, then delta, in an order in which the four of 16 rows that a thread's elements
-    // lie in are neighbours.
-    __device__ __forceinline__ static unsigned stats_place(unsigned row) {
-        return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;
-    }
-    struct StatsReader {
-        const float4* own;  // of this thread
-
-        __device__ __forceinline__ float at(int r) const {
-            const float4 four = own[r / 4 * 4];
-            return r % 4 == 0 ? four.x : r % 4 == 1 ? four.y : r % 4 == 2 ? four.z : four.w;
-        }
-        __device__ __forceinline__ float lse(int r) const { return at(r); }
-        __device__ __forceinline__ float delta(int r) const { return at(r + kBlockM / 4); }
-        __device__ __forceinline__ Stats operator()(int r) const { return {lse(r), delta(r)}; }
-    };
     __device__ __forceinline__ StatsReader read_stats(int stage) const {
-        const int first = kWide ? static_cast<int>(threadIdx.x / 128) * kScoreRows / 4 : 0;
-        return {reinterpret_cast<const float4*>(stats(stage)) + first + threadIdx.x % 4};
+        return StatsRows::read(stats(stage), kWide ? static_cast<int>(threadIdx.x / 128) * kScoreRows : 0);
     }
     __device__ __forceinline__ Visit& visit(int stage) const { return reinterpret_cast<Visit*>(smem + kOffsetVisits)[stage]; }
 
     // ---------------------------------------------------------------------------------------------------------- schedule
 
+    // Packed: the key tiles of all sequences are numbered one after the other, those of a sequence from here on, or CTAs for
+    // the longest sequence would find nothing to do in most.
+    static constexpr bool kAllTokens = Config::kPacked && !kRuns;
+    __device__ __forceinline__ static int first_tile(int token, int sequence) { return token / kBlockN + sequence; }
+    // Of a key tile so numbered the sequence, found by all lanes of a warp.
+    __device__ __forceinline__ static int sequence_at(const ForwardParams& p, int tile) {
+        int found = 0;
+        for (int start = 0; start <= p.batch; start += 32) {
+            const int other = start + lane_index();
+            found += __popc(
+                __ballot_sync(0xffffffffu, other <= p.batch && first_tile(p.cu_seqlens_k[min(other, p.batch)], other) <= tile));
+        }
+        return found - 1;
+    }
+
+    struct Share {
+        int pair, n;
+    };
     struct Work {
         Coord at;  // head: the first of the group
         Sequence seq;
@@ -208,19 +199,26 @@ struct BackwardSm90 {
         // together. Within a section, key tiles that run side by side belong to different pairs, and the first ones, which
         // under a causal mask are the longest, go first. The first section takes what does not fill one: the long tiles of a
         // small last section would end one by one.
-        __device__ __forceinline__ static Work of(const ForwardParams& p, const BackwardParams& g) {
+        __device__ __forceinline__ static Share share_of(const ForwardParams& p, const BackwardParams& g) {
             const int run = kRuns ? g.run : 1;
             const int index = static_cast<int>(cta_index()), shares = (g.n_blocks + run - 1) / run;
-            const int pairs = g.q_splits * g.heads_kv * g.batches, missing = (p.section - pairs % p.section) % p.section;
+            const int pairs = g.q_splits * g.heads_kv * (kAllTokens ? 1 : g.batches);
+            const int missing = (p.section - pairs % p.section) % p.section;
             const int end = ((index + missing * shares) / (p.section * shares) + 1) * p.section - missing;
             const int first = max(0, end - p.section), size = end - first, rest = index - first * shares;
-            int pair = first + rest % size;
+            return {first + rest % size, rest / size * run};
+        }
+        // `sequence`: with kAllTokens, the one that the key tile belongs to.
+        __device__ __forceinline__ static Work of(const ForwardParams& p, const BackwardParams& g, int sequence) {
+            auto [pair, n] = share_of(p, g);
             Work w;
-            w.n = rest / size * run, w.stop = w.n + run;
+            w.n = n, w.stop = n + (kRuns ? g.run : 1);
             w.q_split = pair % g.q_splits;
             pair /= g.q_splits;
-            // Those who share elements of a bias run side by side.
-            if constexpr (Config::kBiasKind == kBiasCells || Config::kBiasKind == kBiasCopies) {
+            if constexpr (kAllTokens) {
+                w.head_kv = pair, w.at.batch = sequence;
+            } else if constexpr (Config::kBiasKind == kBiasCells || Config::kBiasKind == kBiasCopies) {
+                // Those who share elements of a bias run side by side.
                 w.at.batch = g.first_batch + pair % g.batches;
                 w.head_kv = g.first_head_kv + pair / g.batches;
             } else {
@@ -230,6 +228,7 @@ struct BackwardSm90 {
             w.at.head = w.head_kv * p.group;
             w.seq = Sequence::of<Config::kPacked, Config::kLens>(p, w.at.batch);
             w.at.seqlen_q = w.seq.seqlen_q, w.at.seqlen_k = w.seq.seqlen_k;
+            if constexpr (kAllTokens) w.n -= first_tile(w.seq.token_k, sequence), w.stop = w.n + 1;
             return w;
         }
         // Of [n, stop) those that hold keys.
@@ -237,6 +236,9 @@ struct BackwardSm90 {
             return kRuns ? min(stop, (at.seqlen_k + kBlockN - 1) / kBlockN) : n + (n * kBlockN < at.seqlen_k);
         }
     };
+
+    __device__ __forceinline__ int& sequence() const { return *reinterpret_cast<int*>(smem + kOffsetSequence); }
+    __device__ __forceinline__ Work work() const { return Work::of(params(), grads(), kAllTokens ? sequence() : 0); }
 
     // Calls visitor(tiles, place) for each query tile that this CTA visits; tiles.n is the key tile.
     template <class Visitor>
@@ -259,7 +261,7 @@ struct BackwardSm90 {
     __device__ __forceinline__ void load_tiles() const {
         Slot slot;
         KeySlot keys;
-        const Work w = Work::of(params(), grads());
+        const Work w = work();
         // Packed sequences share one axis of tokens.
         const int batch = Config::kPacked ? 0 : w.at.batch;
         int loaded = -1;
@@ -308,7 +310,7 @@ struct BackwardSm90 {
             slot.advance();
         };
         constexpr int kLaneRows = (kBlockM + 31) / 32;  // of a tile
-        const Work w = Work::of(p, g);
+        const Work w = work();
         const Stats* from = static_cast<const Stats*>(g.row_stats) + w.seq.row + w.at.head * w.seq.head_rows;
         const long long slabs = Slab::number(p, g, w.seq, w.at, 0);
         for_places(w, [&](const Tiles& tiles, Place here) {
@@ -321,7 +323,7 @@ struct BackwardSm90 {
             }
             if (!kFewLeft) mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
             // NOTE: opaque, or what follows from these is kept in registers from one tile to the next.
-            float* to = stats(slot.stage) + stats_place(opaque(static_cast<unsigned>(lane)));
+            float* to = stats(slot.stage) + StatsRows::place(opaque(static_cast<unsigned>(lane)));
 #pragma unroll
             for (int x = 0; x < kLaneRows; x++) {
                 if (32 * x + 32 <= kBlockM || lane < kBlockM % 32) to[32 * x] = own[x].lse, to[32 * x + kBlockM] = own[x].delta;
@@ -349,7 +351,7 @@ struct BackwardSm90 {
     }
     // Two warps, or what follows an addition, until it is known to be done and has been told, would hold up the next.
     __device__ __forceinline__ void keep_order(int stage) const {
-        const Work w = Work::of(params(), grads());
+        const Work w = work();
         const bool leads = lane_index() == 0;
         Slot slot;
         if (Config::kBulkDq && stage == 0 && leads) mbarrier_arrive(turn(0));
@@ -470,7 +472,7 @@ struct BackwardSm90 {
             kernel.arguments.variant.score_mod.flush(sums, at);
             if constexpr (Sums::kKind == kBiasColumns) {
                 const BackwardParams& g = grads();
-                const Work w = Work::of(params(), g);
+                const Work w = kernel.work();
 #pragma unroll
                 for (int c = 0; c < Scores::kThreadCols; c++) {
                     const float2 own = key_sums();
@@ -500,6 +502,7 @@ struct BackwardSm90 {
             if constexpr (kForeignRows) {
                 const int rows = at.seqlen_q - m * kBlockM, thread = static_cast<int>(threadIdx.x % 128);
                 if (rows >= kBlockM) return;
+                mbarrier_wait(kernel.do_full(slot.stage), slot.parity);
                 QTile::template clear_rows<128>(kernel.smem + kOffsetQ + slot.stage * QTile::kBytes, rows, thread);
                 DoTile::template clear_rows<128>(kernel.smem + kOffsetDo + slot.stage * DoTile::kBytes, rows, thread);
                 fence_proxy_async();
@@ -701,16 +704,13 @@ struct BackwardSm90 {
             DqSums dq;
             unsigned p_operand[Scores::kSize / 2], ds_operand[Scores::kSize / 2];
             mbarrier_wait(kernel.q_full(stage), slot.parity);
-            if constexpr (kForeignRows) {
-                mbarrier_wait(kernel.do_full(stage), slot.parity);
-                clear_queries();
-            }
+            clear_queries();
             wgmma_pin(s.data);
             wgmma_fence();
             const int own_keys = kWide ? 0 : group * 64 * 128, queries = kWide ? group * kScoreRows * 128 : 0;
             const unsigned k = start + keys.stage * KTile::kBytes, v = start + kOffsetV + keys.stage * VTile::kBytes;
             wgmma_qk<Element, kHeadDim, KTile, QTile>(s, KTile::k_major(k + own_keys), QTile::k_major(q + queries));
-            if constexpr (!kForeignRows) mbarrier_wait(kernel.do_full(stage), slot.parity);
+            mbarrier_wait(kernel.do_full(stage), slot.parity);
             wgmma_pin(dp.data);
             wgmma_fence();
             wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(v + own_keys), DoTile::k_major(dout + queries));
@@ -865,7 +865,7 @@ struct BackwardSm90 {
         __device__ __forceinline__ void store() const {
             const ForwardParams& p = params();
             const BackwardParams& g = grads();
-            const Work w = Work::of(p, g);
+            const Work w = kernel.work();
             const int start = first_key(), rows = w.at.seqlen_k - start;
             const float scale = static_cast<float>(p.scale);
             const float scale_v = static_cast<float>(Config::kDropout ? p.dropout_scale : 1.0);
@@ -915,7 +915,7 @@ struct BackwardSm90 {
         const ForwardParams& p = params();
         Consumer consumer{*this, wg};
         consumer.factor = static_cast<float>(Config::kFoldScale ? p.scale * kLog2e : kLog2e);
-        const Work w = Work::of(p, grads());
+        const Work w = work();
         if (w.n < w.last()) {
             consumer.at = w.at, consumer.first_head = w.at.head, consumer.n = w.n;
             consumer.visit_queries(w.last());
@@ -925,7 +925,7 @@ struct BackwardSm90 {
         }
         if constexpr (kForeignRows && !Config::kQuerySplit) {
             // NOTE: worked out again, or it would live in registers that the loop needs.
-            const Work again = Work::of(p, grads());
+            const Work again = work();
             for (int n = again.n; n < again.stop && n < grads().n_blocks; n++) store_padding(again, n);
         }
     }
@@ -951,10 +951,16 @@ struct BackwardSm90 {
             }
             fence_mbarrier_init();
         }
+        if constexpr (kAllTokens) {
+            if (warp == 0) {
+                const int found = sequence_at(params(), Work::share_of(params(), grads()).n);
+                if (lane_index() == 0) sequence() = found;
+            }
+        }
         __syncthreads();
         if (wg == kConsumers) {
             setmaxnreg_dec<kProducerRegisters>();
-            const Work w = Work::of(params(), grads());
+            const Work w = work();
             if (w.n >= w.last()) return;
             if (warp == 4 * kConsumers && elect_sync()) load_tiles();
             if (warp == 4 * kConsumers + 1) guide();

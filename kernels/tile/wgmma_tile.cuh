@@ -111,6 +111,17 @@ __device__ __forceinline__ void wgmma_atb(WgmmaTile<kN>& sums, unsigned long lon
     wgmma_commit_group();
 }
 
+// Issues sums = or += A B, without closing the group; `a` is the K-major descriptor of 64 rows of ATile, `b` the MN-major one
+// of a BTile whose rows are the columns of A.
+template <class Element, class ATile, class BTile, int kN>
+__device__ __forceinline__ void wgmma_ab(WgmmaTile<kN>& sums, unsigned long long a, unsigned long long b, bool accumulate) {
+#pragma unroll
+    for (int step = 0; step < BTile::kRows / 16; step++) {
+        Wgmma<kN, Element>::template ss<0, 1>(sums.data, a + ATile::k_major_step(step), b + BTile::mn_major_step(step),
+                                              accumulate || step > 0);
+    }
+}
+
 // Accumulators as 16-bit elements in pairs: the A operand of a product that sums over the columns of the 64 rows.
 template <class Element, class Sums>
 __device__ __forceinline__ void pack_operand(unsigned (&operand)[Sums::kSize / 2], const Sums& sums) {
