@@ -22,8 +22,11 @@
 //             The first S of a query tile goes with the last O of the one before. A warpgroup passes over tiles of keys that
 //             none of its rows sees. With kScalesFirst, O is scaled between the issue of S and its own instead, and waited for
 //             after the exponentials. Without kOverlap, O of a tile follows its softmax, which needs fewer registers.
-// Maxima      with kKeepsMaxima, a row's maximum is that of the first tile in which it sees a key, unless sums grow too large.
-//             With kBounded there are none, and O is waited for when S has become P.
+// Maxima      with kKeepsMaxima, a row's maximum is that of the first tile in which it sees a key, unless sums grow too large:
+//             after the release of K come the first exponentials, the wait for O and the other exponentials. With kBounded
+//             there are none, and O is waited for when S has become P.
+// Output      with kStagesOutput, what a query tile gives lies where its Q was until the next one's second products are under
+//             way, and is stored then; else it is stored at once.
 #pragma once
 #include "attention/scores.cuh"
 #include "attention/softmax.cuh"
@@ -69,7 +72,7 @@ struct ForwardSm90 {
     using KTile = PanelTile<kBlockN, kHeadDim>;
     using VTile = PanelTile<kBlockN, kHeadDimV>;
     using OutTile = PanelTile<64, kHeadDimV>;  // a warpgroup's
-    using Tiles = KeyTiles<Mask, kBlockM, kBlockN>;
+    using Tiles = KeyTiles<Mask, kBlockM, kBlockN, Config::kSplit>;
     using Schedule = TileSchedule<Config>;
     using Slot = RingSlot<kStages>;
     static constexpr int kQStages = Config::kQStages;
@@ -80,8 +83,9 @@ struct ForwardSm90 {
     static constexpr bool kScalesFirst = Config::kOverlap && Config::kScalesFirst;
     static_assert(!kScalesFirst || (!kCrosses && kStages > 1));
     // Columns whose exponentials are taken before O is waited for, where no maxima are in between, and where a query tile
-    // begins.
-    static constexpr int kEarly = Config::kScalesFirst ? kBlockN : kBlockN / 32 * 8, kEarlyCross = kBlockN / 16 * 8;
+    // begins. Narrow O is done before the first of them.
+    static constexpr int kEarly = Config::kScalesFirst ? kBlockN : kHeadDimV <= 64 ? 0 : kBlockN / 32 * 8;
+    static constexpr int kEarlyCross = kBlockN / 16 * 8;
     static constexpr int kTileStages = 3;  // of query tiles: the one being stored, the current and the next
     using TileSlot = RingSlot<kTileStages>;
     // A bias that TMA can load comes in tiles like K; kBiasStages 0: there is none, or it is read from global memory.
@@ -166,26 +170,38 @@ struct ForwardSm90 {
         QueryTile tile = schedule.place(p, static_cast<int>(blockIdx.x));
         announce(tile);
         while (tile.m_block >= 0) {
+            const Work w = schedule.work(p, tile);
+            if constexpr (!Config::kPersistent) {
+                load(w, q, k, v, bias, [] {}, [] {});
+                break;
+            }
             // NOTE: drawn when all but the last load is issued. Earlier, the CTA with the longest tile would hold back the
-            // longest of those left; later, the loads of the next tile would wait for the counter.
+            // longest of those left; later, the loads of the next tile would wait for the counter. Short rows draw when the
+            // first loads are issued, or they would wait for where the tile is, too.
             int drawn = 0;
-            load(schedule.work(p, tile), q, k, v, bias, [&] {
-                if constexpr (Config::kPersistent) drawn = schedule.draw(p);
-            });
-            if constexpr (!Config::kPersistent) break;
-            tile = schedule.place(p, schedule.drawn_tile(p, drawn));
-            announce(tile);
+            auto draw = [&] { drawn = schedule.draw(p); };
+            auto look_up = [&] {
+                tile = schedule.place(p, schedule.drawn_tile(p, drawn));
+                announce(tile);
+            };
+            if constexpr (Config::kDrawsEarly) {
+                draw();
+                load(w, q, k, v, bias, look_up, [] {});
+            } else {
+                load(w, q, k, v, bias, [] {}, draw);
+                look_up();
+            }
         }
     }
-    // Loads what a query tile needs, and calls `before_last` once.
-    template <class BeforeLast>
-    __device__ __forceinline__ void load(const Work& w, QSlot& q, Slot& k, Slot& v, BiasSlot& bias,
+    // Loads what a query tile needs, and calls `when_begun` and `before_last` once each.
+    template <class WhenBegun, class BeforeLast>
+    __device__ __forceinline__ void load(const Work& w, QSlot& q, Slot& k, Slot& v, BiasSlot& bias, WhenBegun when_begun,
                                          BeforeLast before_last) const {
         const ForwardParams& p = params();
         const Tiles tiles = Tiles::of(p, arguments.variant.mask, w);
         int n = tiles.next(tiles.blocks.start);
         if (n >= tiles.blocks.stop) {
-            before_last();
+            when_begun(), before_last();
             return;
         }
         // Packed sequences share one axis of tokens.
@@ -223,6 +239,7 @@ struct ForwardSm90 {
         }
         q.advance();
         load_bias(n);
+        when_begun();
         for (int following = tiles.next(n + 1); following < tiles.blocks.stop; following = tiles.next(n + 1)) {
             load_k(following);
             load_bias(following);
@@ -251,6 +268,8 @@ struct ForwardSm90 {
         float owed[2];            // what O is still to be multiplied with (kScalesFirst)
         float lse_log2[2];        // of the rows whose output is staged (kStagesOutput)
         bool staged = false;      // the query tile before this one is still to be stored
+        unsigned k_ended = 0;     // the next K was there when this was asked under the exponentials
+        bool fresh = false;       // O holds that of the query tile before: its first product overwrites it
         Whole whole;
         Bounded bounded;
 
@@ -335,7 +354,7 @@ struct ForwardSm90 {
                                                       KTile::advance(desc_k, k.stage * KTile::kTileStep));
         }
         __device__ __forceinline__ void issue_o(const unsigned (&probabilities)[kBlockN / 4]) {
-            wgmma_pv<Element, VTile>(o, probabilities, VTile::advance(desc_v, v.stage * VTile::kTileStep));
+            wgmma_pv<Element, VTile>(o, probabilities, VTile::advance(desc_v, v.stage * VTile::kTileStep), !fresh);
         }
 
         __device__ __forceinline__ void modify(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n) {
@@ -532,7 +551,7 @@ struct ForwardSm90 {
         __device__ __forceinline__ void reset() {
 #pragma unroll
             for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
-            rows[0] = rows[1] = RowState<float>();
+            rows[0] = rows[1] = RowState<float>(), fresh = false;
         }
 
         // Scores and probabilities of a query tile's first keys, with nothing else in flight.
@@ -555,6 +574,7 @@ struct ForwardSm90 {
                 exponentiate<false>(s, probabilities, shrink, at.w, at.n, [](float) {});
             }
             wait_v(v, at.w, at.n, false);
+            k_ended = 0;
         }
         // O times `owed`, before the next product adds to it.
         __device__ __forceinline__ void scale_output() {
@@ -572,7 +592,7 @@ struct ForwardSm90 {
         __device__ __forceinline__ void step(const Visit& at, int skipped, Meanwhile meanwhile) {
             float shrink[2];
             if constexpr (kCross) wait_q();
-            wait_k();
+            mbarrier_wait_unless(kCross ? 0 : k_ended, kernel.k_full(k.stage), k.parity);
             take_turn();
             wgmma_pin(s.data);
             wgmma_pin(o.data);
@@ -596,6 +616,7 @@ struct ForwardSm90 {
                 wgmma_pin(o.data);
                 wgmma_pin(probabilities);
                 release_v();
+                k_ended = mbarrier_try(kernel.k_full(k.stage), k.parity);
                 if constexpr (kCross) {
                     skip_v(skipped);
                     if constexpr (kStagesOutput) {
@@ -603,9 +624,8 @@ struct ForwardSm90 {
                     } else {
                         finish(done);
                     }
-#pragma unroll
-                    for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
                 }
+                fresh = kCross;
             };
             // `sum` is never negative.
             auto wait_and_take_output = [&](float sum) {
@@ -739,12 +759,12 @@ struct ForwardSm90 {
             Element* out = static_cast<Element*>(p.out) + w.seq.out + w.at.head * p.out_head;
             OutTile::template store_rows<Element, Config::kVecOut>(
                 kernel.smem + (q_stage * kConsumers + wg) * QTile::kBytes, loaded, static_cast<int>(threadIdx.x % 128 / 32),
-                out + first_row(w) * p.out_row, p.out_row, w.at.seqlen_q - first_row(w), p.head_dim_v);
-            if (loaded) {
-                fence_proxy_async();
-                __syncwarp();
-                if (leads()) mbarrier_arrive(kernel.q_empty(q_stage, wg));
-            }
+                out + first_row(w) * p.out_row, p.out_row, w.at.seqlen_q - first_row(w), p.head_dim_v, [&] {
+                    if (!loaded) return;
+                    fence_proxy_async();
+                    __syncwarp();
+                    if (leads()) mbarrier_arrive(kernel.q_empty(q_stage, wg));
+                });
             if (threadIdx.x % 4 == 0) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
