@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no sections for L2": {"section": 1},
     "one buffer for Q": {"q_stages": 1},
     "maxima of every tile": {"keep_maxima": False},
+    "tiles drawn when loads end": {"draws_early": False},
     "waits as the compiler likes": {"late_wait": False},
     "mma.sync and cp.async": {"kernel": "forward_sm80"},
 }

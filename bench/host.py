@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bench import backward
@@ -16,12 +17,13 @@ from bench.progress import within
 from bench.results import Row, Store, make_row
 from bench.timing import Contender, Deadline, first_line, measure_host
 
-CALLS = 4000
-QUICK_CALLS = 2000
+CALLS = 1000
+QUICK_CALLS = 400
 CORE, EMPTY, EMPTY_JIT = "core", "an empty autograd.Function", "an empty jit"
 BARE = "an autograd.Function of the core calls"
 PEERS = ("cudnn", "flash", "fa3", "fa4")
 """Those whose host path is worth a comparison, on the tensors they take."""
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 def forward_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Contender]:
@@ -67,10 +69,13 @@ def recorded_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[C
     return [Contender(OURS, [recorded]), Contender(CORE, [core]), Contender(EMPTY, [empty])]
 
 
-def autograd_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Contender]:
-    """Forward and backward through autograd, the two core calls, and what PyTorch takes for other functions.
+def autograd_contenders(
+    inputs: Inputs, baselines: Sequence[Baseline], forward: bool = True, threads: bool = True
+) -> list[Contender]:
+    """Gradients through autograd, the core calls, and what PyTorch takes for other functions.
 
-    These are one that does nothing, one that does nothing but the core calls, and peers' forward and backward.
+    These are one that does nothing, one that does nothing but the core calls, and peers. forward: with the forward; without
+    it, gradients are taken of one graph again and again. threads: without them, the engine runs the backward in the caller's.
     """
     import torch
 
@@ -78,10 +83,47 @@ def autograd_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[C
 
     (qkv, *_), (dout, *_), options = inputs.sets, inputs.cotangents(), inputs.options()
     leaves = [x.detach().requires_grad_() for x in qkv]
+    attend = functools.partial(cuattn.attention, *qkv, return_lse=True, **options)
+    done = attend()
 
     def core() -> Any:
-        out, lse = cuattn.attention(*qkv, return_lse=True, **options)
+        out, lse = attend() if forward else done
         return cuattn.attention_backward(dout, *qkv, out, lse, **options)
+
+    def engine() -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if threads else torch.autograd.set_multithreading_enabled(False)
+
+    def contender(name: str, call: Callable[[], Any], dout: Any = dout, context: Context = contextlib.nullcontext) -> Contender:
+        graph = call if forward else functools.cache(call)
+
+        @contextlib.contextmanager
+        def around() -> Iterator[None]:
+            with context(), engine():
+                yield
+
+        def gradients() -> Any:
+            return torch.autograd.grad(graph(), leaves, dout, retain_graph=not forward)
+
+        return Contender(name, [gradients], context=around)
+
+    return [
+        contender(OURS, functools.partial(cuattn.attention, *leaves, **options)),
+        Contender(CORE, [core]),
+        contender(EMPTY, functools.partial(_empty_function(dout).apply, *leaves)),
+        contender(BARE, functools.partial(_bare_function(options).apply, *leaves)),
+        *[
+            contender(b.name, _forward_of(b, inputs, leaves), dout.transpose(-3, -2) if b.heads_first else dout, b.context)
+            for b in baselines
+            if not b.declines_gradient(HOST)
+        ],
+    ]
+
+
+def _bare_function(options: dict[str, Any]) -> Any:
+    """The core calls, and nothing else."""
+    import torch
+
+    import cuattn
 
     class Bare(torch.autograd.Function):
         @staticmethod
@@ -94,16 +136,7 @@ def autograd_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[C
         def backward(ctx: Any, dout: Any) -> Any:
             return cuattn.attention_backward(dout, *ctx.saved_tensors, **options)[:3]
 
-    def through_autograd(function: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(function(*leaves), leaves, dout)
-
-    mine = [
-        Contender(OURS, [through_autograd(functools.partial(cuattn.attention, **options))]),
-        Contender(CORE, [core]),
-        Contender(EMPTY, [through_autograd(_empty_function(dout).apply)]),
-        Contender(BARE, [through_autograd(Bare.apply)]),
-    ]
-    return [*mine, *(_both(b, inputs, leaves, dout) for b in baselines if not b.declines_gradient(HOST))]
+    return Bare
 
 
 def _empty_function(dout: Any) -> Any:
@@ -123,18 +156,15 @@ def _empty_function(dout: Any) -> Any:
     return Empty
 
 
-def _both(baseline: Baseline, inputs: Inputs, leaves: Sequence[Any], dout: Any) -> Contender:
-    """A peer's forward and backward."""
-    import torch
-
+def _forward_of(baseline: Baseline, inputs: Inputs, leaves: Sequence[Any]) -> Callable[[], Any]:
+    """A peer's out."""
     forward = baseline.calls(dataclasses.replace(inputs, sets=[tuple(leaves)]))[0]
-    dout = dout.transpose(-3, -2) if baseline.heads_first else dout
 
-    def both() -> Any:
+    def out() -> Any:
         result = forward()
-        return torch.autograd.grad(result[0] if isinstance(result, (tuple, list)) else result, leaves, dout)
+        return result[0] if isinstance(result, (tuple, list)) else result
 
-    return Contender(baseline.name, [both], context=baseline.context)
+    return out
 
 
 def flash_attn_contenders(inputs: Inputs, baselines: Sequence[Baseline]) -> list[Contender]:
@@ -187,7 +217,10 @@ PARTS: dict[str, Build] = {
 }
 TORCH_PARTS: dict[str, Build] = {
     "/recorded": recorded_contenders,
+    "/gradients": functools.partial(autograd_contenders, forward=False),
+    "/gradients_one_thread": functools.partial(autograd_contenders, forward=False, threads=False),
     "/autograd": autograd_contenders,
+    "/autograd_one_thread": functools.partial(autograd_contenders, threads=False),
     "/flash_attn": flash_attn_contenders,
     "/sdpa": sdpa_contenders,
 }

@@ -87,9 +87,8 @@ def attention(
     >>> attention(q, k, v, causal=True).shape
     (1, 4, 2, 8)
     """
-    named = {"q": q, "k": k, "v": v, "sinks": sinks, "q_lens": q_lens, "kv_lens": kv_lens, "out": out}
     return call.forward(
-        named,
+        _named(q, k, v, sinks, q_lens, kv_lens, out),
         _mask_of(causal, window, mask),
         parse_mods(softcap, alibi_slopes, bias, score_mod),
         call.Options(scale, dropout, precision, return_lse, None, None, deterministic),
@@ -142,14 +141,35 @@ def attention_varlen(
     (5, 2, 8)
     """
     _check_cumulative(cu_seqlens_q, cu_seqlens_k)
-    named = {"q": q, "k": k, "v": v, "sinks": sinks, "q_lens": q_lens, "kv_lens": kv_lens, "out": out}
     return call.forward(
-        {**named, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k},
+        {**_named(q, k, v, sinks, q_lens, kv_lens, out), "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k},
         _mask_of(causal, window, mask),
         parse_mods(softcap, alibi_slopes, bias, score_mod),
         call.Options(scale, dropout, precision, return_lse, max_seqlen_q, max_seqlen_k, deterministic),
         seed,
     )
+
+
+def _named(q: Any, k: Any, v: Any, sinks: Any, q_lens: Any, kv_lens: Any, out: Any) -> dict[str, Any]:
+    """Arrays by name: q, k, v, and those of the others that are given."""
+    named = {"q": q, "k": k, "v": v}
+    if sinks is not None:
+        named["sinks"] = sinks
+    if q_lens is not None:
+        named["q_lens"] = q_lens
+    if kv_lens is not None:
+        named["kv_lens"] = kv_lens
+    if out is not None:
+        named["out"] = out
+    return named
+
+
+def _cotangents(dout: Any, out: Any, lse: Any, dlse: Any) -> dict[str, Any]:
+    """What a backward takes beside the arrays of its forward."""
+    for name, x in (("dout", dout), ("out", out), ("lse", lse)):
+        if x is None:
+            raise TypeError(f"{name}: got None, expected an array")
+    return {"dout": dout, "lse": lse} if dlse is None else {"dout": dout, "lse": lse, "dlse": dlse}
 
 
 def _check_cumulative(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
@@ -158,13 +178,16 @@ def _check_cumulative(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
             raise TypeError(f"{name}: got None, expected an int32 array of shape (batch + 1,)")
 
 
-_FULL, _CAUSAL = parse_mask(False, None, None), parse_mask(True, None, None)
+_FULL, _CAUSAL, _TOP_LEFT = (parse_mask(causal, None, None) for causal in (False, True, "top-left"))
 
 
 def _mask_of(causal: Any, window: Any, mask: Any) -> Mask:
     """`parse_mask`, with the most common answers at hand."""
-    if mask is None and window is None and (causal is False or causal is True):
-        return _CAUSAL if causal else _FULL
+    if mask is None and window is None:
+        if causal is False or causal is True:
+            return _CAUSAL if causal else _FULL
+        if type(causal) is str and causal == "top-left":
+            return _TOP_LEFT
     return parse_mask(causal, window, mask)
 
 
@@ -259,13 +282,12 @@ def attention_with_kvcache(
         "sinks": sinks,
         "out": out,
     }
+    flags = bool(deterministic), num_splits, bool(rotary_interleaved)
     return decode_call.attend(
         named,
         _mask_of(causal, window, mask),
         parse_mods(softcap, alibi_slopes, bias, score_mod),
-        Scalars(
-            scale, return_lse, bool(deterministic), num_splits, bool(rotary_interleaved), max_seqlen_q, precision, head_dim_v
-        ),
+        call.new(Scalars, (scale, return_lse, *flags, max_seqlen_q, precision, head_dim_v)),
     )
 
 
@@ -347,10 +369,9 @@ def attention_backward(
     >>> attention_backward(np.ones_like(out), q, k, v, out, lse).dv[0, :, 0, 0]
     array([1., 1., 1., 1.], dtype=float32)
     """
-    named = {"q": q, "k": k, "v": v, "sinks": sinks, "q_lens": q_lens, "kv_lens": kv_lens, "out": out}
+    named = {**_named(q, k, v, sinks, q_lens, kv_lens, out), **_cotangents(dout, out, lse, dlse)}
     mods = parse_mods(softcap, alibi_slopes, bias, score_mod)
     options = call.Options(scale, dropout, precision, True, None, None, deterministic)
-    named.update(dout=dout, lse=lse, dlse=dlse)
     return Gradients.of(call.backward(named, _mask_of(causal, window, mask), mods, options, seed), mods)
 
 
@@ -393,8 +414,8 @@ def attention_varlen_backward(
     array([1., 1., 1., 1., 1.], dtype=float32)
     """
     _check_cumulative(cu_seqlens_q, cu_seqlens_k)
-    named = {"q": q, "k": k, "v": v, "sinks": sinks, "q_lens": q_lens, "kv_lens": kv_lens, "out": out}
-    named.update(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dout=dout, lse=lse, dlse=dlse)
+    named = {**_named(q, k, v, sinks, q_lens, kv_lens, out), **_cotangents(dout, out, lse, dlse)}
+    named.update(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     mods = parse_mods(softcap, alibi_slopes, bias, score_mod)
     options = call.Options(scale, dropout, precision, True, max_seqlen_q, max_seqlen_k, deterministic)
     return Gradients.of(call.backward(named, _mask_of(causal, window, mask), mods, options, seed), mods)

@@ -111,9 +111,11 @@ class Library:
         """
         raise NotImplementedError
 
-    def address(self, x: Any) -> int:
-        """Of an array that `maker` made."""
-        raise NotImplementedError
+    address: Any
+    """of an array that `maker` made; RuntimeError where `check_transforms` raises"""
+
+    def check_transforms(self) -> None:
+        """NotImplementedError where the library makes arrays that have no memory."""
 
     def stream(self, device: Device) -> int:
         """The caller's current stream on `device` as a driver handle: 0 is the legacy default stream, 2 the per-thread one."""
@@ -247,8 +249,7 @@ class CuPy(Library):
             kinds += (ptr & 15, self._kind(x))
         return _view(Gathered, (addresses, tuple(kinds), False))
 
-    def address(self, x: Any) -> int:
-        return int(x.data.ptr)
+    address = staticmethod(operator.attrgetter("data.ptr"))
 
     def device(self, x: Any, name: str = "array") -> Device:
         return ("cuda", x.data.device_id)
@@ -328,7 +329,7 @@ class Torch(Library):
 
     def _inspect(self, x: Any, name: str) -> None:
         """Refuse a tensor whose memory does not hold its values. Rare enough to be looked at only when something is unusual."""
-        ptr, (dtype, low_bits) = x.data_ptr(), _torch_element(x.dtype)
+        ptr, (dtype, low_bits) = x.data_ptr(), _TORCH_ELEMENTS.get(x.dtype) or _torch_element(x.dtype)
         if ptr == 0 and x.numel():
             raise TypeError(f"{name}: got a tensor without memory (device {x.device}), expected a CPU or CUDA tensor")
         if ptr & low_bits:
@@ -364,14 +365,12 @@ class Torch(Library):
             needs_grad = self.needs_grad(named.values())
         return _view(Gathered, (addresses, tuple(kinds), needs_grad))
 
-    def address(self, x: Any) -> int:
-        try:
-            return int(x.data_ptr())
-        except RuntimeError:
-            from cuattn.torch import check_transforms
+    address = staticmethod(operator.methodcaller("data_ptr"))
 
-            check_transforms()
-            raise
+    def check_transforms(self) -> None:
+        from cuattn.torch import check_transforms
+
+        check_transforms()
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Any:
         return self.maker(shape, dtype, device)()

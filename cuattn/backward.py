@@ -469,7 +469,7 @@ class BackwardPlan:
 
     @property
     def zeroed(self) -> int:
-        """Bytes at the start of the workspace that kernels add to."""
+        """Bytes at the start of the workspace that kernels add to; backward_prepare.cu clears them."""
         sizes = self.workspace[: len(ZEROED)]
         return sum(sizes[:-1] if self.writes_bias else sizes)
 

@@ -98,7 +98,7 @@ class Call(NamedTuple):
 def forward(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], options: Options, seed: int) -> Any:
     """out, or (out, lse) with `options.return_lse`.
 
-    named: q, k, v, and those of sinks, q_lens, kv_lens, out, cu_seqlens_q and cu_seqlens_k that are given (None: not given).
+    named: q, k, v, and those of sinks, q_lens, kv_lens, out, cu_seqlens_q and cu_seqlens_k that are given.
     """
     if arrays.traced(named["q"]):
         from cuattn.torch import trace
@@ -136,9 +136,6 @@ def backward(
 
     wanted: by score modification, whether the gradients of its differentiable arrays are; default: all of them.
     """
-    for name in ("dout", "out", "lse"):
-        if named.get(name) is None:
-            raise TypeError(f"{name}: got None, expected an array")
     if arrays.traced(named["q"]):
         from cuattn.torch import trace_backward
 
@@ -158,17 +155,18 @@ def resolve(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], optio
     q = named["q"]
     library = library_of(q, "q")
     device = library.device(q, "q")
-    present = {name: x for name, x in named.items() if x is not None}
-    mask, own = own_arrays(mask, mods, library, q, device)
-    gathered = gather(library, device, present, own, mask, mods)
-    needs_grad = check_kinds(library, device, present, mask, mods) if gathered is None else gathered[2]
-    if "out" in present and "dout" not in present:
-        check_writable(present["out"])
+    own: tuple[Any, ...] = ()
+    if mods or mask.arrays:
+        mask, own = own_arrays(mask, mods, library, q, device)
+    gathered = gather(library, device, named, own, mask, mods)
+    needs_grad = check_kinds(library, device, named, mask, mods) if gathered is None else gathered[2]
+    if "out" in named and "dout" not in named:
+        check_writable(named["out"])
     if type(seed) is not int or seed < 0 or seed >> 64:
         seed = _seed(seed)
     if options.max_seqlen_q is not None:
         options = _of_integers(options)
-    return new(Call, (library, device, present, mask, mods, own, options, seed, gathered)), needs_grad
+    return new(Call, (library, device, named, mask, mods, own, options, seed, gathered)), needs_grad
 
 
 def own_arrays(
@@ -466,8 +464,6 @@ class Layout(NamedTuple):
     results: tuple[Result, ...]
     workspace: tuple[tuple[int, int], ...]
     """(slot, bytes) of each part that is not empty"""
-    zeroed: int = 0
-    """bytes at the start of the workspace to which kernels add"""
 
     @property
     def position(self) -> dict[int, int]:
@@ -489,10 +485,7 @@ class Prepared:
         starts = itertools.accumulate([size for _, size in layout.workspace], initial=0)
         self._starts = tuple(itertools.islice(starts, len(layout.workspace))) if launches else ()
         first = len(layout.given)
-        cleared = [(first + n, result.cleared) for n, result in enumerate(layout.results)]
-        if launches:
-            cleared.append((first + len(layout.results), layout.zeroed))
-        self._cleared = tuple((position, size) for position, size in cleared if size)
+        self._cleared = tuple((first + n, result.cleared) for n, result in enumerate(layout.results) if result.cleared)
 
     def launch(self, words: list[int], workspace: int, stream: int) -> None:
         """Everything that the GPU has to do, in the order of the stream. words: as `Layout`, without the workspace."""
@@ -558,18 +551,26 @@ def remember(key: Hashable, prepared: Prepared, library: Library, device: ArrayD
 def run(library: Library, device: ArrayDevice, prepared: Prepared, makers: Makers, words: list[int]) -> list[Any]:
     """Step 5: the results of a call. `words`: those that the caller brings. The device is current."""
     results = [make() for make in makers.results]
-    words += [library.address(x) for x in results]
     workspace, address = None, 0
-    if makers.workspace is not None:
-        try:
-            workspace = makers.workspace()
-        except Exception as error:
-            size = prepared.workspace_bytes
-            raise MemoryError(f"no room for a workspace of {size} bytes: {error}\nneeded by {prepared.plan}") from error
-        address = library.address(workspace)
+    try:
+        words += map(library.address, results)
+        if makers.workspace is not None:
+            workspace = _workspace(prepared, makers.workspace)
+            address = library.address(workspace)
+    except RuntimeError:
+        library.check_transforms()
+        raise
     prepared.launch(words, address, library.stream(device))
     del workspace  # its memory is reused in stream order
     return results
+
+
+def _workspace(prepared: Prepared, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except Exception as error:
+        size = prepared.workspace_bytes
+        raise MemoryError(f"no room for a workspace of {size} bytes: {error}\nneeded by {prepared.plan}") from error
 
 
 numbers = itertools.count(secrets.randbits(62))
@@ -671,6 +672,8 @@ _FORWARD_NAMES = frozenset(POINTERS) - {"lse"}
 
 def _raw(call: Call, wanted: tuple[bool, ...], results: list[Any]) -> Raw:
     """Results in the order of `prepare_backward`, as the caller gets them; those of user parameters come in float64."""
+    if len(results) == 3:
+        return new(Raw, (*results, ((),) * len(wanted), None))
     dq, dk, dv, *rest = results
     dsinks = rest.pop(0) if "sinks" in call.present else None
     dmods: list[tuple[Any, ...]] = [()] * len(call.mods)
@@ -704,7 +707,7 @@ def prepare_backward(call: Call, wanted: tuple[bool, ...]) -> Prepared:
     slots = (*[slot_of[name] for name in views], *range(len(POINTERS), len(POINTERS) + len(own_views)), _SEED)
     sizes = zip(WORKSPACE, plan.workspace, strict=True)
     workspace = tuple((slot_of[name], size) for name, size in sizes if size)
-    layout = Layout(slots, tuple(results), workspace, plan.zeroed)
+    layout = Layout(slots, tuple(results), workspace)
     return Prepared(plan, layout, [] if plan.empty else _backward_launches(plan, layout.position))
 
 

@@ -118,6 +118,14 @@ def problems(everything: bool) -> Iterator[Problem]:
             yield problem_of(dtype, precision, dims, **options)
         for dims in ((64, 64), (256, 256), (512, 512)):  # the heaviest combination, with every tile
             yield problem_of(dtype, precision, dims, **features[6])
+        if dtype in ("float16", "bfloat16"):  # Hopper has tiles of their own for short rows
+            short: dict[str, Any] = {"mask": SlidingWindow(None, 0), "heads": (96, 96)}
+            for dims in COMMON_DIMS:
+                yield problem_of(dtype, precision, dims, seqlens=(512, 512), heads=(96, 96))
+                yield problem_of(dtype, precision, dims, seqlens=(512, 512), **short)
+                yield problem_of(dtype, precision, dims, seqlens=(1000, 1000), **short)
+            for options in (features[0], features[1], features[5], features[8]):
+                yield problem_of(dtype, precision, (128, 128), seqlens=(1000, 1000), **{**short, **options})
 
 
 def backward_problem_of(problem: Problem, deterministic: bool = False) -> BackwardProblem:
@@ -243,6 +251,9 @@ def decode_plans(arch: str, everything: bool = False) -> list[DecodePlan]:
         tree = TreeMask(view((4, 1, 8, 8), "bool")) & SlidingWindow(512, None)
         problems += [
             decode_problem_of(batch=1),
+            decode_problem_of(
+                "float16", batch=1, dims=(256, 256), heads=(16, 2), page_size=0, sinks=True, mods=(SoftCap(30.0),)
+            ),
             decode_problem_of("bfloat16", "float8_e4m3fn", batch=1, seqlen_q=2, mods=(SoftCap(30.0),)),
             decode_problem_of(deterministic=True),
             decode_problem_of("float16", page_size=0, seqlen_q=4, appends=True, rotary_dim=64),

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from cuattn.backward import CELLS, COLUMNS, COPIES, STORE, BackwardPlan, one_row
-from cuattn.decode import APPEND_THREADS, CACHE_DTYPES, DecodePlan, LatentPlan
+from cuattn.decode import APPEND_THREADS, CACHE_DTYPES, COMBINED, DecodePlan, LatentPlan
 from cuattn.fields import CTYPES, ITEMSIZE, Operand
 from cuattn.launch import backward_struct, decode_struct, forward_struct
 from cuattn.plan import SPLIT_THREADS, TILE_MAP_THREADS, WARPS_PER_COMBINE, Plan
@@ -25,6 +25,8 @@ class Unit(NamedTuple):
     source: str
     threads: int
     smem_bytes: int
+    chained: bool = False
+    """whether it waits for the grids ahead by itself (kernels/ptx/griddepcontrol.cuh)"""
 
 
 def units(plan: Plan) -> dict[str, Unit]:
@@ -122,7 +124,6 @@ def _source(
     constants: dict[str, int],
     flags: dict[str, bool],
 ) -> Unit:
-    clusters = "__cluster_dims__(1, cuattn::Config::kCluster, 1) " if constants.get("kCluster", 1) > 1 else ""
     lines = [
         f'#include "{kernel}.cu"',
         "namespace cuattn {",
@@ -137,7 +138,7 @@ def _source(
         f"using Arguments = cuattn::{arguments}<cuattn::Config>;",
         f"static_assert(sizeof(Arguments) == {size},",
         '              "launch.py lays the parameters out differently");',
-        f'extern "C" __global__ void {clusters}__launch_bounds__(cuattn::Config::kThreads, cuattn::Config::kMinBlocks)',
+        'extern "C" __global__ void __launch_bounds__(cuattn::Config::kThreads, cuattn::Config::kMinBlocks)',
         f"cuattn_{kernel}(const __grid_constant__ Arguments arguments) {{ cuattn::{kernel}<cuattn::Config>(arguments); }}",
     ]
     return Unit(f"cuattn_{kernel}", "\n".join(lines) + "\n", constants["kThreads"], constants["kSmemBytes"])
@@ -173,7 +174,8 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
         t = plan.tiles
         constants |= {"kBiasStages": plan.bias_stages, "kQStages": t.q_stages}
         flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong, "kPersistent": t.persistent, "kLateWait": t.late_wait}
-        flags |= {"kKeepsMaxima": t.keep_maxima, "kScalesFirst": t.scale_first}
+        flags |= {"kKeepsMaxima": t.keep_maxima, "kBounded": t.bounded, "kScalesFirst": t.scale_first}
+        flags |= {"kDrawsEarly": t.draws_early}
     arguments = "TmaArguments" if tma else "ForwardArguments"
     size = len(forward_struct(plan, attends).image)
     return _translation_unit(plan, kernel, arguments, size, types, constants, flags, attends)
@@ -336,7 +338,8 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
             "kWarpsM": plan.warps_m,
             "kWarpsN": plan.warps_n,
             "kStages": plan.stages,
-            "kCluster": plan.cluster,
+            "kBoxRows": plan.box_rows,
+            "kCombined": COMBINED,
             **{f"kVec{name}": n for name, n in zip(("Q", "K", "V", "Out"), p.vectors, strict=True)},
         }
         flags["kSinks"] = sinks is not None
@@ -346,10 +349,12 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
         flags["kParted"] = plan.max_parts > 0
         flags["kAlike"] = len({op.strides for op in caches if op is not None}) == 1
     arguments = "DecodeArguments"
+    if attends and plan.alone:
+        arguments = "BoxedArguments"
     if attends and isinstance(plan, LatentPlan):
         arguments = "LatentArguments"
-        constants["kBoxRows"] = plan.box_rows
         flags["kFoldScale"] = not p.mods and p.scale > 0
     definitions = _definitions(plan, kernel) if attends else []
     size = len(decode_struct(plan, attends).image)
-    return _source(kernel, arguments, size, CTYPES[p.real], definitions, types, constants, flags)
+    unit = _source(kernel, arguments, size, CTYPES[p.real], definitions, types, constants, flags)
+    return unit._replace(chained=attends and plan.alone)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from cuattn.arrays import View
@@ -387,14 +387,10 @@ PART_KEYS = 256
 """Least keys in a part where parts depend on their own sequence's length alone."""
 PARTS = 16
 """Most parts there."""
-CLUSTER = 8
-"""CTAs of a cluster: more is not portable."""
-CLUSTER_CTAS = 64
-"""CTAs of a launch in clusters. A GPU holds fewer clusters than its SMs have room for CTAs: an H200 not 16 clusters of 8."""
-CLUSTER_KEYS = 128
-"""Keys of a CTA for which another cluster is worth while."""
-CLUSTER_CAPACITY = 16384
-"""Longest sequence that is divided among the CTAs of clusters, which are too few to read at the rate of the memory."""
+ALONE_PARTS = 32
+"""Most parts of an item of one sequence: one CTA merges them."""
+COMBINED = 16
+"""Parts that it asks for at once."""
 IDLE = 0.96
 """Least share of the CTAs that must have work."""
 
@@ -422,8 +418,9 @@ class DecodePlan:
     bytes_q: int
     """of them, for q"""
     min_keys: int = MIN_KEYS
-    cluster: int = 1
-    """CTAs that divide an item among them; 1: they find their work by the lengths of all sequences"""
+    alone: bool = False
+    """whether there is one sequence, whose keys are dealt out to all warps and loaded by TMA; otherwise CTAs find their work by
+    the lengths of all sequences"""
 
     kernel: ClassVar[str] = "decode"
 
@@ -446,6 +443,16 @@ class DecodePlan:
         return 32 * self.warps_m * self.warps_n
 
     @property
+    def box_rows(self) -> int:
+        """Tokens that TMA loads at once, neighbours in every page; 0 without it."""
+        return _box_rows(self.problem, self.block_n // self.warps_n) if self.alone else 0
+
+    @property
+    def box_columns(self) -> int:
+        """of 128 bytes"""
+        return 128 // ITEMSIZE[self.problem.cache_dtype]
+
+    @property
     def rows(self) -> int:
         """of a tile: (query, head of the group)"""
         return 16 * self.warps_m
@@ -457,7 +464,7 @@ class DecodePlan:
     @property
     def head_lanes(self) -> int:
         """KV heads that are read side by side: the most that leave few CTAs without a team."""
-        if self.cluster > 1:
+        if self.alone:
             return self.num_heads_kv
         slots, heads = self.device.num_sms * self.min_blocks, self.num_heads_kv
         fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n <= slots]
@@ -476,15 +483,16 @@ class DecodePlan:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """CTAs: (members of a team, teams, 1), or (KV heads, CTAs of an item's clusters, row tiles)."""
-        if self.cluster > 1:
-            return self.num_heads_kv, self.cluster * self.clusters, self.m_blocks
+        """CTAs: (members of a team, teams, 1), or (KV heads, parts, 1)."""
+        if self.alone:
+            return self.num_heads_kv, self.parts, 1
         return self.head_lanes, self.teams, 1
 
     @property
-    def clusters(self) -> int:
-        """Of an item, at most."""
-        return CLUSTER_CTAS // (self.items * self.cluster)
+    def parts(self) -> int:
+        """Of an item, at most, if it is alone."""
+        most = min(ALONE_PARTS, self.device.num_sms // self.num_heads_kv, -(-self.problem.capacity // self.block_n))
+        return max(1, most)
 
     @property
     def ctas(self) -> int:
@@ -492,9 +500,8 @@ class DecodePlan:
 
     @property
     def min_units_log2(self) -> int:
-        """Least units of a team; in clusters, units of a CTA for which another cluster is worth while."""
-        least = CLUSTER_KEYS if self.cluster > 1 else self.min_keys
-        return 0 if self.max_parts else max(1, least // self.block_n).bit_length() - 1
+        """Least units of a team."""
+        return 0 if self.max_parts else max(1, self.min_keys // self.block_n).bit_length() - 1
 
     @property
     def max_parts(self) -> int:
@@ -514,15 +521,13 @@ class DecodePlan:
     def workspace(self) -> tuple[int, ...]:
         """Bytes of each of `WORKSPACE`, rounded up to 256."""
         size = ITEMSIZE[self.problem.real]
-        if self.cluster > 1:
-            slots, lse_slots, tickets = self.items * self.clusters, self.ctas, self.items * self.cluster
+        if self.alone:
+            slots, tickets = round_up(self.ctas, COMBINED), self.num_heads_kv
         elif self.max_parts:
             slots, tickets = (self.items * self.max_parts, self.items) if self.max_parts > 1 else (0, 0)
-            lse_slots = slots
         else:
-            slots = lse_slots = 2 * self.ctas
-            tickets = self.ctas
-        sizes = (slots * self.rows * self.head_dim_v * size, lse_slots * self.rows * size, 8 * tickets)
+            slots, tickets = 2 * self.ctas, self.ctas
+        sizes = (slots * self.rows * self.head_dim_v * size, slots * self.rows * size, 8 * tickets)
         return tuple(-(-n // 256) * 256 for n in sizes)
 
     @property
@@ -535,7 +540,7 @@ class DecodePlan:
             f"{type(self).__name__}({self.device.arch}: {self.rows} rows x {self.block_n} keys x {self.stages}, "
             f"d{self.head_dim}/{self.head_dim_v}{f' x {self.pieces}' if self.pieces > 1 else ''}, "
             f"{self.warps_m}x{self.warps_n} warps, {self.smem_bytes} B shared, "
-            f"grid {self.grid}{' in clusters' * (self.cluster > 1)}, workspace {sum(self.workspace)} B)"
+            f"grid {self.grid}{' alone' * self.alone}, workspace {sum(self.workspace)} B)"
         )
 
 
@@ -566,8 +571,12 @@ class LatentPlan(DecodePlan):
 
     @property
     def box_rows(self) -> int:
-        """Tokens that are loaded at once: neighbours in every page."""
-        return math.gcd(self.problem.page_size, self.block_n) if self.problem.paged else self.block_n
+        return _box_rows(self.problem, self.block_n)
+
+
+def _box_rows(problem: DecodeProblem, rows: int) -> int:
+    """Of `rows` tokens, as many as are neighbours in every page."""
+    return math.gcd(problem.page_size, rows) if problem.paged else rows
 
 
 def declines_latent(problem: DecodeProblem, device: Device) -> list[str]:
@@ -588,8 +597,8 @@ def declines_latent(problem: DecodeProblem, device: Device) -> list[str]:
         reasons.append("takes queries with a batch axis, got packed ones")
     if p.paged and p.operand("cache_leftpad") is not None:
         reasons.append("begins at the start of a page, got cache_leftpad with a page_table")
-    if p.paged and math.gcd(p.page_size, LATENT_BLOCK) < LATENT_BOX:
-        reasons.append(f"loads {LATENT_BOX} tokens of a page at once, got pages of {p.page_size}")
+    if p.paged and math.gcd(p.page_size, LATENT_BLOCK) < LEAST_BOX:
+        reasons.append(f"loads {LEAST_BOX} tokens of a page at once, got pages of {p.page_size}")
     if p.vectors[0] < 16:
         reasons.append(f"needs rows of q aligned to 16 bytes, got {p.vectors[0]}")
     cache = p.operand("k_cache")
@@ -600,7 +609,7 @@ def declines_latent(problem: DecodeProblem, device: Device) -> list[str]:
 
 
 LATENT_BLOCK = 64
-LATENT_BOX = 8
+LEAST_BOX = 8
 """Least tokens of a copy: the rows of a swizzle's period."""
 LATENT_SLACK = 3072
 """Shared memory beside q and two blocks: barriers, statistics, alignment."""
@@ -698,15 +707,26 @@ TILES = tuple(
     for ctas in (2, 1)
 )
 """(warps_m, warps_n, CTAs an SM holds), best first. Of two CTAs, one computes while the other waits."""
-CLUSTER_TILE = (1, 8, 1)
-"""In clusters."""
+BOX_ALIGNMENT = 1024
+"""Of tiles that TMA swizzles."""
+ALONE_TILES = ((1, 8, 1), (1, 4, 1))
+"""As TILES, of one sequence."""
+ALONE_STAGES = 3
 
 
-def _clustered(problem: DecodeProblem, device: Device, rows: int) -> bool:
-    """Whether one short sequence is worth clusters, which know nothing of other sequences. rows: of all row tiles."""
+def _alone(problem: DecodeProblem, device: Device, keys: int) -> bool:
+    """Whether one sequence is dealt out to all warps, `keys` keys at a time that TMA can load."""
     p = problem
-    alone = p.batch == 1 and not (p.packed or p.deterministic or p.num_splits) and p.capacity <= CLUSTER_CAPACITY
-    return device.number == 90 and alone and rows <= 16 and p.num_heads_kv * CLUSTER <= CLUSTER_CTAS
+    if device.arch != "sm_90a" or p.batch != 1 or p.packed or p.deterministic or p.num_splits or p.latent:
+        return False
+    if p.seqlen_q * p.group > 16 or 2 * p.num_heads_kv > device.num_sms or p.head_dim_v > 256:
+        return False
+    if ITEMSIZE[p.cache_dtype] > 2 or _box_rows(p, keys) < LEAST_BOX:
+        return False
+    if p.paged and p.operand("cache_leftpad") is not None:
+        return False
+    caches = [(name, p.operand(name), p.vectors[n]) for n, name in ((1, "k_cache"), (2, "v_cache"))]
+    return all(op is not None and 0 not in op.shape and not tma_obstacles(name, op, v) for name, op, v in caches)
 
 
 def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
@@ -721,14 +741,14 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
     products = _products(problem, device)
     head_dim = round_up(problem.head_dim, products.multiple)
     # Beside wide keys in little shared memory, one warp does all the loads, and has registers for half as many columns.
-    alone = problem.head_dim > 256 and device.smem_per_block < 2**17 and problem.seqlen_q * problem.group <= 16
-    pieces = -(-problem.head_dim_v // (products.piece // 2 if alone else products.piece))
+    one_warp = problem.head_dim > 256 and device.smem_per_block < 2**17 and problem.seqlen_q * problem.group <= 16
+    pieces = -(-problem.head_dim_v // (products.piece // 2 if one_warp else products.piece))
     head_dim_v = round_up(-(-problem.head_dim_v // pieces), products.multiple_v)
     rows = max(1, problem.seqlen_q * problem.group)
     pitch_q, pitch_k, pitch_v = _pitches(problem, products, head_dim, head_dim_v)
     step = products.step
-    clustered = _clustered(problem, device, rows)
-    for warps_m, warps_n, ctas in (CLUSTER_TILE, *TILES) if clustered else TILES:
+    tiles = [*((True, tile) for tile in ALONE_TILES), *((False, tile) for tile in TILES)]
+    for alone, (warps_m, warps_n, ctas) in tiles:
         if warps_m > 1 and rows <= 8 * warps_m:  # half as many warps hold them
             continue
         # Beside 256 columns of out there are registers for the scores of one step alone.
@@ -737,16 +757,17 @@ def make_decode_plan(problem: DecodeProblem, device: Device) -> DecodePlan:
         block_n = max(
             step * warps_n, min(most, MAX_BLOCK, STAGE_BYTES // (pitch_k + pitch_v) // (step * warps_n) * step * warps_n)
         )
+        if alone and not _alone(problem, device, block_n // warps_n):
+            continue
         bytes_q, stage = 16 * warps_m * pitch_q, block_n * (pitch_k + pitch_v)
-        budget = min(device.smem_per_block, device.smem_per_sm // ctas) - STATIC_BYTES - bytes_q
-        merged = warps_n * 16 * warps_m * (head_dim_v + 4) * ITEMSIZE[problem.real]
-        stages = min(MAX_STAGES, budget // stage)
+        beside = BOX_ALIGNMENT * alone
+        budget = min(device.smem_per_block, device.smem_per_sm // ctas) - STATIC_BYTES - bytes_q - beside
+        merged = warps_n * 16 * warps_m * (head_dim_v + 8) * ITEMSIZE[problem.real]
+        stages = min(ALONE_STAGES if alone else MAX_STAGES, budget // stage)
         if stages >= 2 and merged <= budget:
-            smem = bytes_q + max(stages * stage, merged)
-            plan = DecodePlan(
-                problem, device, products.cuda, warps_m, warps_n, block_n, stages, ctas, head_dim, head_dim_v, smem, bytes_q
-            )
-            return replace(plan, cluster=CLUSTER) if clustered and warps_n == CLUSTER_TILE[1] else plan
+            smem = bytes_q + max(stages * stage, merged) + beside
+            sizes = (warps_m, warps_n, block_n, stages, ctas, head_dim, head_dim_v, smem, bytes_q)
+            return DecodePlan(problem, device, products.cuda, *sizes, alone=alone)
     raise NotImplementedError(f"no tile of {problem} fits the {device.smem_per_block} bytes of shared memory of a block")
 
 

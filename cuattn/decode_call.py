@@ -55,15 +55,18 @@ def attend(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], scalar
     library = arrays.library_of(q, "q")
     device = library.device(q, "q")
     present = {name: x for name, x in named.items() if x is not None}
-    if isinstance(present.get("cache_seqlens"), (int, np.integer)) and not isinstance(present["cache_seqlens"], bool):
-        length = int(present.pop("cache_seqlens"))
-    elif "cache_seqlens" not in present:
+    lengths = named["cache_seqlens"]
+    if lengths is None:
         raise TypeError("cache_seqlens: got None, expected an integer or an int32 array of shape (batch,)")
+    if isinstance(lengths, (int, np.integer)) and not isinstance(lengths, bool):
+        length = int(present.pop("cache_seqlens"))
     if "v_cache" not in present and scalars.head_dim_v is None:
         raise TypeError("v_cache: got None, expected an array, or head_dim_v where values are columns of the keys")
     if scalars.max_seqlen_q is not None and type(scalars.max_seqlen_q) is not int:
         scalars = scalars._replace(max_seqlen_q=max_seqlen_of("max_seqlen_q", scalars.max_seqlen_q))
-    mask, own = call.own_arrays(mask, mods, library, q, device)
+    own: tuple[Any, ...] = ()
+    if mods or mask.arrays:
+        mask, own = call.own_arrays(mask, mods, library, q, device)
     gathered = call.gather(library, device, present, own, mask, mods)
     needs_grad = call.check_kinds(library, device, present, mask, mods) if gathered is None else gathered.needs_grad
     if "out" in present:
@@ -211,17 +214,20 @@ def _holds_values(views: dict[str, View]) -> bool:
 
 def _launch(made: _Call, gathered: Gathered) -> Any:
     library, device, present, mask, mods, _, scalars, length = made
-    shared = "v_cache" in present and gathered.addresses[1] == gathered.addresses[2]  # q, k_cache and v_cache come first
+    addresses, kinds, _ = gathered
+    shared = "v_cache" in present and addresses[1] == addresses[2]  # q, k_cache and v_cache come first
     mod_keys = tuple([m.key() for m in mods]) if mods else ()
-    key = ("decode", library.name, gathered.kinds, shared, mask.key(), mod_keys, scalars)
+    key = ("decode", library.name, kinds, shared, mask.key(), mod_keys, scalars)
     with library.guard(device):
         prepared, makers = call.known(key) or call.remember(key, _prepare(made, shared), library, device)
         problem: Any = prepared.plan.problem
         if call.debugging():
             host = {name: library.host(present[name]) for name in _INDICES if name in present}
             _check_host({**host, **{name: None for name in ("k",) if name in present}}, length, problem)
-        numbers = next(call.numbers) & _CALL_BITS, min(max(length, 0), problem.capacity)
-        results = call.run(library, device, prepared, makers, [*gathered.addresses, *numbers])
+        if length:
+            length = min(max(length, 0), problem.capacity)
+        words = [*addresses, next(call.numbers) & _CALL_BITS, length]
+        results = call.run(library, device, prepared, makers, words)
     return call.in_order(present.get("out"), results, scalars.return_lse)
 
 

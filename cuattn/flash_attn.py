@@ -352,7 +352,7 @@ def _attend(
             raise _not_a_tensor(name, x)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: got {dropout_p!r}, expected a number p with 0 <= p < 1")
-    q, k, v = (last_axis_contiguous(x) for x in qkv)
+    q, k, v = [last_axis_contiguous(x) for x in qkv]
     verb: Any = attention_varlen if packing else attention
     if dropout_p:
         options = {**options, "dropout": dropout_p, "seed": draw_seed(q.device)}

@@ -15,7 +15,7 @@ import ast
 import functools
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -368,6 +368,8 @@ class _Program:
         self.signature, self.avals, self.extra_names, self.wanted_mods = signature, avals, extra, wanted
         self.text = repr((self.kind, tuple(signature), tuple(map(tuple, avals)), extra, wanted))
         self._hash = hash(self.text)
+        self.ready: dict[tuple[int, ...], _Ready] = {}
+        """by GPU and alignments of the arrays"""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Program) and self.text == other.text
@@ -562,14 +564,14 @@ def _program(text: bytes) -> _Program:
 _thread = threading.local()
 
 
-def _device(addresses: Iterable[int]) -> int:
+def _device(*buffers: Sequence[int]) -> int:
     """The GPU that holds buffers; CUDA's runtime is told once in each of XLA's threads."""
     if not _several():
         if not getattr(_thread, "ready", False):
             call.runtime().setDevice(0)
             _thread.ready = True
         return 0
-    runtime, known = call.runtime(), next((address for address in addresses if address), 0)
+    runtime, known = call.runtime(), next((address for part in buffers for address in part if address), 0)
     index = int(runtime.pointerGetAttributes(known).device) if known else 0
     runtime.setDevice(index)
     return index
@@ -588,8 +590,7 @@ class _Ready(NamedTuple):
     """(position, as what kernels write it) of results of another dtype: gradients of user parameters, in float64"""
 
 
-_ready: dict[tuple[Any, ...], _Ready] = {}
-_MAX_READY = 4096
+_MAX_READY = 256
 
 
 def _prepare(program: _Program, addresses: Sequence[int], index: int) -> _Ready:
@@ -602,13 +603,13 @@ def _prepare(program: _Program, addresses: Sequence[int], index: int) -> _Ready:
 
 def _run_on_gpu(frame: xla.Frame) -> None:
     program, addresses, results = _program(frame.text), frame.arguments, frame.results
-    index = _device((*addresses, *results))
-    key = (program, index, *[address & 15 for address in addresses])
-    ready = _ready.get(key)
+    index = _device(addresses, results)
+    key = (index, *[address & 15 for address in addresses])
+    ready = program.ready.get(key)
     if ready is None:
-        if len(_ready) >= _MAX_READY:
-            _ready.clear()
-        ready = _ready[key] = _prepare(program, addresses, index)
+        if len(program.ready) >= _MAX_READY:
+            program.ready.clear()
+        ready = program.ready[key] = _prepare(program, addresses, index)
     stream, seed = frame.stream(), program.signature.seed
     if seed is None:
         position = program.seed_position()

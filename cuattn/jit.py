@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cuattn.chain import ChainedFunction, chains
 from cuattn.codegen import Unit, units
 from cuattn.plan import Plan
 
@@ -218,7 +219,7 @@ _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_
 
 
 def load(cubin: Cubin, unit: Unit) -> Any:
-    """The kernel as a `cupy.cuda.Function` on the current device, allowed the shared memory it needs."""
+    """The kernel as a `cupy.cuda.Function` (or called like one) on the current device, allowed the shared memory it needs."""
     import cupy
     from cupy.cuda import driver
 
@@ -230,7 +231,7 @@ def load(cubin: Cubin, unit: Unit) -> Any:
         function = module.get_function(unit.entry)
     if unit.smem_bytes > 48 * 1024:
         driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED_SIZE_BYTES, unit.smem_bytes)
-    return function
+    return ChainedFunction(function) if unit.chained and chains() else function
 
 
 def prewarm(

@@ -195,6 +195,7 @@ def _backward_fields(
         plan.rows_kv,
         plan.slabs,
         plan.dq_elements,
+        plan.zeroed // 16,
         *contiguous_strides(shape),
         *sum_strides,
     ]
@@ -251,10 +252,9 @@ def decode_struct(plan: DecodePlan, attends: bool, piece: int = 0) -> Struct:
     if p.latent:
         for name, source in DECODE_SHARED.items():
             slots[DECODE_SLOT[name]] = DECODE_SLOT[source]
-    cache = p.operand("k_cache")
-    maps = []
-    if attends and isinstance(plan, LatentPlan) and cache is not None:
-        maps.append(TensorMap(cache, (64, plan.box_rows, 1, 1)))
+    names = ("k_cache",) if isinstance(plan, LatentPlan) else ("k_cache", "v_cache")
+    caches = [p.operand(name) for name in names if attends and plan.box_rows]
+    maps = [TensorMap(cache, (plan.box_columns, plan.box_rows, 1, 1)) for cache in caches if cache is not None]
     layout = _layout(p.real, decode_fields(plan, attends, piece), decode_variant(plan, attends))
     whole = _assemble(maps, slots, layout)
     first = len(maps) * MAP_BYTES // WORD

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cuattn.fields import ITEMSIZE, Operand
 from cuattn.masks import And, BooleanMask, Full, SlidingWindow
 from cuattn.problem import Problem
-from cuattn.score_mods import Bias, UserMod
+from cuattn.score_mods import Bias, SoftCap, UserMod
 from cuattn.tma import tma_bias, tma_obstacles
 
 if TYPE_CHECKING:
@@ -67,8 +68,12 @@ class Tiles:
     """forward_sm90: buffers for q; with two, the next query tile's has come before this one's is free"""
     keep_maxima: bool = False
     """forward_sm90: a row keeps the maximum of its first keys until a sum exceeds 2^40, which bfloat16 probabilities may"""
+    bounded: bool = False
+    """forward_sm90: scores are so close to 0 that exponentials need no maximum"""
     late_wait: bool = True
     """forward_sm90: the compiler may not wait for the output before the maxima of the next scores"""
+    draws_early: bool = False
+    """forward_sm90: the next query tile is drawn when the loads of this one begin, not when they end"""
     scale_first: bool = False
     """forward_sm90: the output is scaled before its product is issued, not among the exponentials"""
     bulk: bool = False
@@ -160,8 +165,10 @@ def _weight_sm90(problem: Problem) -> int:
     return 6 * (problem.dropout > 0) + 7 * (unstaged + isinstance(problem.mask, BooleanMask)) + mods
 
 
+SHORTEST = 512
+"""Keys up to which the ends of tiles are most of the time."""
 SHORT = 2048
-"""Keys up to which a row is so short that the ends of tiles count: they overlap where an SM holds two CTAs."""
+"""Keys up to which the ends of tiles count: below, they overlap where an SM holds two CTAs."""
 LONG = 2048
 """Keys from which fewer, wider tiles of keys pay."""
 
@@ -173,24 +180,60 @@ def _keys_of_a_tile(problem: Problem) -> int:
     return len(problem.mask.kv_range(range(middle, min(queries, middle + 128)), queries, keys))
 
 
+def _fills_sm90(problem: Problem, device: Device, block_m: int) -> bool:
+    """Whether query tiles of `block_m` rows are mostly full, and several for each SM."""
+    m_blocks = -(-problem.seqlen_q // block_m)
+    ctas = m_blocks * problem.num_heads * problem.batch
+    return 20 * problem.seqlen_q >= 17 * m_blocks * block_m and ctas >= 2 * device.num_sms
+
+
+LARGEST_EXPONENT = 80
+"""Of 2: probabilities and sums of them that a bfloat16 and a float32 hold with room for the values they are multiplied with."""
+
+
+def _bounded(problem: Problem) -> bool:
+    """Whether exponentials of scores, none relative to a maximum, fit bfloat16, as do queries in units of a softcap."""
+    mod = problem.mods[0] if len(problem.mods) == 1 else None
+    if problem.dtype != "bfloat16" or not isinstance(mod, SoftCap):
+        return False
+    return mod.cap * math.log2(math.e) <= LARGEST_EXPONENT and 2.0**-30 <= problem.scale / mod.cap <= 1
+
+
 def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     widest, weight = max(_dims_sm90(problem)), _weight_sm90(problem)
     tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
-    keys = _keys_of_a_tile(problem)
-    if widest <= 64 and keys <= SHORT:
+    keys, regular = _keys_of_a_tile(problem), not (problem.packed or problem.mask.tiled)
+    # Where a sum exceeds what a row that keeps its maximum may hold, only bfloat16 is far from its own limit. The others have
+    # no registers left for going back.
+    keeps = problem.dtype == "bfloat16" and not problem.mods and problem.scale > 0
+    keeps = keeps and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
+    if widest <= 64 and keys < SHORT:
         tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False))
-    if 64 < widest <= 128 and keys >= LONG and not (problem.packed or problem.mask.tiled):
+    if 64 < widest <= 128 and keys >= LONG and regular:
         tiles.insert(0, Tiles(128, 176, 2, 12, persistent=True, max_weight=0))
+    if 64 < widest <= 128 and keys <= SHORTEST and regular and keeps and _fills_sm90(problem, device, 192):
+        tiles.insert(0, Tiles(192, 128, 2, 16, persistent=True, overlap=False, max_weight=0, q_stages=2))
     if 64 < widest <= 128 and problem.dropout > 0 and not (problem.mods or problem.mask.tiled):
         tiles.insert(0, Tiles(128, 128, 2, 12, persistent=True, max_weight=6))
     if widest > 128 >= problem.head_dim_v:
         tiles.insert(0, Tiles(128, 128, 2, 12, persistent=True, max_weight=0))
+    if widest > 192 and keys <= SHORTEST:
+        tiles = tiles[1:]  # 80 keys a tile would compute a tenth of them for nothing
     # Beside more columns of out the compiler has no room for what a late wait lets it interleave.
     wide = problem.head_dim_v > 128
-    keeps = problem.dtype == "bfloat16" and not problem.mods and problem.scale > 0
-    keeps = keeps and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
     scales_first = wide and weight == 0 and not keeps
-    tiles = [replace(t, late_wait=keeps or not wide, scale_first=scales_first and t.overlap, keep_maxima=keeps) for t in tiles]
+    waits_late, bounded = keeps or not wide, _bounded(problem) and not wide
+    tiles = [
+        replace(
+            t,
+            late_wait=waits_late,
+            scale_first=scales_first and t.overlap,
+            keep_maxima=keeps,
+            bounded=bounded,
+            draws_early=keys < SHORT and t.overlap and t.q_stages == 2,
+        )
+        for t in tiles
+    ]
     return _allowed(tiles, weight, device)
 
 

@@ -15,7 +15,7 @@ MAX_STRIDE_BYTES = 1 << 40
 _WORD = struct.Struct("<Q")
 
 # Values of the driver's enumerations CUtensorMap...
-_DATA_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9}
+_DATA_TYPES = {"uint8": 0, "int8": 0, "float8_e4m3fn": 0, "float16": 6, "float32": 7, "bfloat16": 9}
 _NO_INTERLEAVE = 0
 _SWIZZLE_128B = 3
 _L2_PROMOTION_256B = 3

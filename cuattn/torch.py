@@ -56,7 +56,11 @@ def scaled_dot_product_attention(
     causal = "top-left" if is_causal else False
     if attn_mask is None and not dropout_p and _plain(query, key, value):
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return attention(q, k, v, causal=causal, scale=scale).transpose(1, 2)
+        try:
+            return attention(q, k, v, causal=causal, scale=scale).transpose(1, 2)
+        except (TypeError, ValueError):  # raised by other names
+            _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+            raise
     _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     lead = query.shape[:-2]
     q, k, v = (last_axis_contiguous(_heads_last(x)) for x in (query, key, value))
@@ -71,13 +75,10 @@ def scaled_dot_product_attention(
 
 
 def _plain(query: Any, key: Any, value: Any) -> bool:
-    """Four axes, as many heads everywhere, contiguous rows, one device: there is nothing to check or to bring about."""
-    if not (type(query) is type(key) is type(value) is torch.Tensor):
+    """Four axes, as many heads of keys as of queries, contiguous rows: there is nothing to bring about."""
+    if not (type(query) is type(key) is type(value) is torch.Tensor and query.ndim == key.ndim == value.ndim == 4):
         return False
-    lead = query.shape[:2]
-    shaped = query.ndim == key.ndim == value.ndim == 4 and key.shape[:2] == lead and value.shape[:2] == lead
-    rows = shaped and query.stride(3) == 1 and key.stride(3) == 1 and value.stride(3) == 1
-    return bool(rows and query.device == key.device == value.device)
+    return bool(query.size(1) == key.size(1) and query.stride(3) == key.stride(3) == value.stride(3) == 1)
 
 
 def _check_sdpa(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any, is_causal: Any, enable_gqa: Any) -> None:
@@ -302,7 +303,7 @@ CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 def _casts(named: Mapping[str, Any]) -> dict[str, Any]:
     """Those of q, k and v that autocast wants in another dtype, cast to it."""
-    kind = named["q"].device.type
+    kind = "cuda" if named["q"].is_cuda else named["q"].device.type
     if not torch.is_autocast_enabled(kind):
         return {}
     dtype = torch.get_autocast_dtype(kind)
@@ -421,17 +422,19 @@ def _gradients(
     out = named["out"]
     if dout is None:
         dout = out.new_zeros(out.shape[-1:]).expand(out.shape)
-    named["dout"], named["dlse"] = _readable(dout), dlse
+    named["dout"] = _readable(dout)
+    if dlse is not None:
+        named["dlse"] = dlse
     if not options.deterministic and torch.are_deterministic_algorithms_enabled():
         options = options._replace(deterministic=True)
-    parts, start = [], 4
-    for mod in mods:
-        parts.append(needed[start : start + len(mod.differentiable)])
-        start += len(mod.differentiable)
-    raw = call.backward(named, mask, mods, options, seed, tuple([any(part) for part in parts]))
-    gradients = [raw.dq, raw.dk, raw.dv, raw.dsinks]
-    for own, part in zip(raw.dmods, parts, strict=True):
-        gradients += own or (None,) * len(part)
+    wanted: list[bool] = []
+    if mods:
+        flags = iter(needed[4:])
+        wanted = [any([next(flags) for _ in mod.differentiable]) for mod in mods]
+    dq, dk, dv, dmods, dsinks = call.backward(named, mask, mods, options, seed, tuple(wanted))
+    gradients = [dq, dk, dv, dsinks]
+    for mod, own in zip(mods, dmods, strict=True):
+        gradients += own or (None,) * len(mod.differentiable)
     return [x if need else None for x, need in zip(gradients, needed, strict=True)]
 
 

@@ -35,13 +35,21 @@ INTERNAL, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED = 13, 3, 8, 12
 """XLA's error codes."""
 
 _Function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+_Quick = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+"""For functions that wait for nothing: Python's lock is kept."""
 _words = functools.cache(lambda count: ctypes.c_uint64 * count)
 
 
 @functools.lru_cache(4096)
-def _at(address: int, count: int) -> Any:
+def _at(address: int, count: int) -> memoryview:
     """Memory at an address, as words that can be read. XLA keeps its structures, so the same addresses come again."""
-    return _words(count).from_address(address)
+    return memoryview(_words(count).from_address(address)).cast("B").cast("Q")
+
+
+@functools.lru_cache(4096)
+def _text_at(address: int, length: int) -> memoryview:
+    """Memory at an address, as bytes."""
+    return memoryview((ctypes.c_char * length).from_address(address)).cast("B")
 
 
 class Frame(NamedTuple):
@@ -55,9 +63,7 @@ class Frame(NamedTuple):
 
     def stream(self) -> int:
         """The CUDA stream of the program."""
-        request = _words(4)(32, 0, self.context, 0)
-        self.api.call(STREAM_GET, request)
-        return int(request[3])
+        return self.api.stream(self.context)
 
     def allocate(self, size: int) -> tuple[int, int]:
         """Device memory from XLA's allocator as (address, size), until `free`: reused in the order of the stream."""
@@ -84,8 +90,23 @@ class _Api:
 
     def __init__(self, address: int) -> None:
         words = _at(address, API_WORDS)
-        errors, memory = (ERROR_CREATE, ERROR_MESSAGE, ERROR_DESTROY), (STREAM_GET, MEMORY_ALLOCATE, MEMORY_FREE)
+        errors, memory = (ERROR_CREATE, ERROR_MESSAGE, ERROR_DESTROY), (MEMORY_ALLOCATE, MEMORY_FREE)
         self._functions = {n: _Function(words[n]) for n in (*errors, *memory)}
+        self._stream_get = _Quick(words[STREAM_GET])
+        self._free: list[tuple[memoryview, int]] = []
+
+    def stream(self, context: int) -> int:
+        """The CUDA stream of an execution."""
+        try:
+            request, address = self._free.pop()  # each question has memory of its own, whatever other threads ask
+        except IndexError:
+            words = _words(4)(32)
+            request, address = memoryview(words).cast("B").cast("Q"), ctypes.addressof(words)
+        request[2] = context
+        self._stream_get(address)
+        found = request[3]
+        self._free.append((request, address))
+        return found
 
     def call(self, function: int, request: Any) -> int | None:
         """The error that a function returns, an address; None if all is well."""
@@ -115,7 +136,7 @@ def handler(run: Callable[[Frame], None]) -> Any:
     """A C function that XLA can call, kept alive by the caller; exceptions of `run` become errors of the program."""
 
     def execute(address: int) -> int | None:
-        words = _at(address, FRAME_WORDS)[:]
+        words = _at(address, FRAME_WORDS).tolist()
         if words[EXTENSION] and _answer_metadata(words[EXTENSION]):
             return None
         api = _api(words[API])
@@ -123,8 +144,8 @@ def handler(run: Callable[[Frame], None]) -> Any:
             arguments = _buffers(words[ARGUMENTS + COUNT], words[ARGUMENTS + ARGUMENT_VALUES])
             results = _buffers(words[RESULTS + COUNT], words[RESULTS + ARGUMENT_VALUES])
             span = _at(words[ATTRIBUTES + ATTRIBUTE_VALUES], 1)[0]
-            text, length = _at(span, 2)
-            run(_frame(Frame, (arguments, results, ctypes.string_at(text, length), api, words[CONTEXT])))
+            text = _text_at(*_at(span, 2)).tobytes()
+            run(_frame(Frame, (arguments, results, text, api, words[CONTEXT])))
         except BaseException as error:  # nothing may pass through a C function
             return api.error(error)
         return None
@@ -133,7 +154,7 @@ def handler(run: Callable[[Frame], None]) -> Any:
 
 
 def _buffers(count: int, values: int) -> list[int]:
-    return [_at(buffer + 8 * DATA, 1)[0] for buffer in _at(values, count)] if count else []
+    return [_at(buffer + 8 * DATA, 1)[0] for buffer in _at(values, count).tolist()] if count else []
 
 
 def _answer_metadata(extension: int) -> bool:

@@ -1,6 +1,6 @@
 // What the backward needs of each query row besides its scores: lse to base 2, and delta = rowsum(dout o out) - dlse, the part
 // of the softmax's Jacobian that a row shares. A row that saw nothing gets lse +inf, which makes its probabilities 0.
-// kPrepareLanes lanes take a row, 16 bytes each at a time.
+// kPrepareLanes lanes take a row, 16 bytes each at a time. All threads together clear what later kernels add to.
 #include "attention/mask.cuh"
 #include "attention/row_stats.cuh"
 #include "attention/score_mod.cuh"
@@ -78,6 +78,10 @@ __device__ __forceinline__ void backward_prepare(const BackwardArguments<Config>
     const ForwardParams& p = arguments.base;
     const BackwardParams& g = arguments.grad;
     constexpr int kRowsAtOnce = Config::kThreads / Kernel::kLanes;
+    for (long long n = static_cast<long long>(blockIdx.x) * Config::kThreads + threadIdx.x; n < g.zeroed;
+         n += static_cast<long long>(gridDim.x) * Config::kThreads) {
+        static_cast<uint4*>(g.dq_sum)[n] = make_uint4(0, 0, 0, 0);
+    }
     const long long row = static_cast<long long>(blockIdx.x) * kRowsAtOnce + threadIdx.x / Kernel::kLanes;
     const int lane = threadIdx.x % Kernel::kLanes;
     const unsigned rows_per_head = Config::kPacked ? p.total_q : p.seqlen_q, heads = p.num_heads;

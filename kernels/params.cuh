@@ -87,6 +87,7 @@ struct BackwardParams {
     long long rows_kv;                                       // rows of a split's partial dk: B * Hkv * Sk, packed: Hkv * Tk
     long long q_slabs;                                       // slabs of a head; packed: floor(Tq / kBlockM) + B + 1
     long long dq_split;                                      // elements between the sums of two splits
+    long long zeroed;                                        // 16-byte words from dq_sum on that kernels add to
     long long bias_batch, bias_head, bias_q, bias_k;         // strides of dbias
     long long sum_split, sum_batch, sum_head, sum_q, sum_k;  // strides of bias_sum
     alignas(8) int n_blocks;     // key tiles of the longest sequence; backward_sm90, packed without runs: of all sequences

@@ -668,9 +668,16 @@ def _corner_options() -> Iterator[Case]:
     for dtype in ("float16", "bfloat16"):  # scores far below the cap have a formula of their own
         yield Case(dtype, mods=("softcap",), magnitude=0.4)
         yield Case(dtype, head_dim=128, mask="causal", mods=("softcap",), magnitude=0.4)
+        yield Case(dtype, "ieee", 3, 130, 150, 45, 45, 128, mask="causal", mods=("softcap",), magnitude=0.8)
+        yield Case(dtype, "ieee", 4, 203, 301, 4, 2, 128, mask="window", mods=("softcap",), sequences="packed", sinks=True)
+        yield Case(dtype, "ieee", 4, 203, 301, 4, 2, 64, mask="boolean", mods=("softcap",), sequences="lens", dropout=0.3)
+        yield Case(dtype, "ieee", 2, 300, 2100, 2, 1, 64, mask="causal", mods=("softcap",), magnitude=3.0)
     for dims, mask in (((64, 64), "window"), ((128, 128), "causal"), ((192, 128), "full"), ((256, 256), "causal")):
         # More query tiles than an H200 has places for CTAs, so that each takes several.
         yield Case("bfloat16", "ieee", 3, 130, 150, 45, 45, *dims, mask=mask)
+    for d, seqlen_q, heads in ((64, 130, 45), (128, 130, 45), (256, 130, 45), (128, 190, 90)):
+        # The same where maxima grow: 190 rows fill a tile of 192.
+        yield Case("bfloat16", "ieee", 3, seqlen_q, 170, heads, heads, d, mask="causal", growth=40.0)
     for dtype, precision in KINDS:
         split = Case(dtype, precision, 1, 1, 5003, 2, 1, 64)
         yield split

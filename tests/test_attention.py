@@ -10,7 +10,9 @@ import pytest
 
 import cuattn
 from cuattn import reference
-from tests.cases import CORNERS, FEATURES, KINDS, LAYOUTS, MASKS, MODS, REGULAR, SMALL, Case
+from cuattn.masks import Causal
+from cuattn.score_mods import SoftCap
+from tests.cases import CORNERS, DTYPES, FEATURES, KINDS, LAYOUTS, MASKS, MODS, REGULAR, SMALL, Case
 from tests.tolerance import assert_close, limit, verify
 
 DENSE = tuple(c for c in (*REGULAR, *FEATURES, *CORNERS) if not c.packed)
@@ -126,6 +128,25 @@ def test_defaults(backend: Any, dtype: str, precision: str) -> None:
     plain = backend.get(case.run(backend.put))
     assert plain.tobytes() == backend.get(case.run(backend.put, **neutral)).tobytes()
     verify(case, backend.get(case.run(backend.put, q_lens=backend.put(full[0]), kv_lens=backend.put(full[1]))))
+
+
+@pytest.mark.parametrize("end", [-1, 0, 1])
+@pytest.mark.parametrize("cap", [2.0, 50.0, 100.0])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sizes_of_a_softcap(backend: Any, dtype: str, cap: float, end: int) -> None:
+    """Scores far below the cap, around it, and all of them close to one of its ends."""
+    rng = np.random.default_rng(0)
+    for head_dim, magnitude in ((64, 1.0), (128, 1.0), (128, 5.0)):
+        q, k, v = (rng.standard_normal((1, n, 2, head_dim), np.float32) for n in (140, 390, 390))
+        q, k = (0.1 * q + 8, 0.1 * k + 8 * end) if end else (q * magnitude, k * magnitude)
+        q, k, v = (x.astype(DTYPES[dtype]) for x in (q, k, v))
+        out, lse = cuattn.attention(*map(backend.put, (q, k, v)), softcap=cap, causal=True, return_lse=True)
+        options: dict[str, Any] = {"scale": head_dim**-0.5, "mask": Causal(), "mods": (SoftCap(cap),)}
+        exact, exact_lse = reference.forward(q, k, v, **options)
+        naive = reference.forward(q, k, v, **options, dtype=DTYPES[dtype])[0]
+        naive_lse = reference.forward(q, k, v, **options, dtype=np.float32)[1]
+        assert_close("out", backend.get(out), exact, limit(exact, naive, DTYPES[dtype], dtype))
+        assert_close("lse", backend.get(lse), exact_lse, limit(exact_lse, naive_lse, np.float32, "statistics", 1.0))
 
 
 @pytest.mark.parametrize("function", ["exp", "exp2", "log", "log2", "tanh"])

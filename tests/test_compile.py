@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from cuattn import jit
-from cuattn.catalogue import COMMON_DIMS, plans, problem_of
+from cuattn.catalogue import COMMON_DIMS, plans, problem_of, view
 from cuattn.codegen import units
 from cuattn.masks import SlidingWindow
 from cuattn.plan import make_plan
 from cuattn.registry import DEVICES
+from cuattn.score_mods import Alibi, ScoreMod, SoftCap
 
 pytest.importorskip("cupy")
 
@@ -74,3 +75,20 @@ def test_sizes_do_not_reach_the_source() -> None:
         for seqlens in ((4096, 4096), (4096, 8000), (10000, 3333))
     }
     assert len(sources) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mods", "bounded"),
+    [
+        ("bfloat16", (SoftCap(30.0),), True),
+        ("bfloat16", (SoftCap(55.0),), True),
+        ("bfloat16", (SoftCap(60.0),), False),  # exponentials too large for sums of them times values
+        ("bfloat16", (SoftCap(0.05),), False),  # queries in units of the cap too large
+        ("bfloat16", (SoftCap(30.0), Alibi(view((16,), "float32"))), False),
+        ("float16", (SoftCap(30.0),), False),
+    ],
+)
+def test_softcaps_that_need_no_maximum(dtype: str, mods: tuple[ScoreMod, ...], bounded: bool) -> None:
+    for dims in ((64, 64), (128, 128)):
+        plan = make_plan(problem_of(dtype, dims=dims, mods=mods), DEVICES["sm_90a"])
+        assert plan.kernel == "forward_sm90" and plan.tiles.bounded == bounded

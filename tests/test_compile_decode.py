@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from cuattn import jit
 from cuattn.catalogue import decode_plans, decode_problem_of
 from cuattn.codegen import decode_units
-from cuattn.decode import divisor, make_decode_plan
+from cuattn.decode import ALONE_PARTS, divisor, make_decode_plan
 from cuattn.registry import DEVICES
 from tests.test_compile import complaints
 
@@ -31,10 +33,36 @@ def test_shared_memory_fits() -> None:
 
 def test_sizes_do_not_reach_the_source() -> None:
     sources = set()
-    for page_size, heads in ((16, (64, 8)), (64, (8, 2)), (7, (16, 16))):
+    for page_size, heads in ((16, (64, 8)), (64, (8, 2)), (48, (16, 16))):
         plan = make_decode_plan(decode_problem_of(page_size=page_size, heads=heads), DEVICES["sm_90a"])
         sources.add(decode_units(plan)["decode"].source)
     assert len(sources) == 1
+
+
+def test_one_sequence_is_dealt_out_to_all_multiprocessors() -> None:
+    device = DEVICES["sm_90a"]
+    plan = make_decode_plan(decode_problem_of(batch=1, heads=(64, 8)), device)
+    assert plan.alone and plan.grid == (8, device.num_sms // 8, 1) and plan.box_rows == 16
+    # Of few heads, no more parts than one CTA may merge.
+    assert make_decode_plan(decode_problem_of(batch=1, heads=(8, 1)), device).parts == ALONE_PARTS
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch": 2},
+        {"page_size": 7},
+        {"deterministic": True},
+        {"packed": True},
+        {"seqlen_q": 3},
+        {"dims": (100, 72), "misaligned": True},
+        {"dims": (512, 512), "heads": (32, 8)},
+    ],
+    ids=str,
+)
+def test_what_is_not_dealt_out(options: dict[str, Any]) -> None:
+    assert not make_decode_plan(decode_problem_of(**{"batch": 1, **options}), DEVICES["sm_90a"]).alone
+    assert not make_decode_plan(decode_problem_of(batch=1), DEVICES["sm_80"]).alone
 
 
 @pytest.mark.parametrize(

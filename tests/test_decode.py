@@ -358,12 +358,18 @@ CASES = (
     Decode(lengths=tuple(range(0, 300, 2)), heads=(2, 1), dims=(16, 16)),
     Decode("bfloat16", "float8_e4m3fn", scales=1, lengths=(300, 33), dims=(128, 128), magnitudes=(-100, -12, 0, 4)),
     Decode("bfloat16", "int8", scales=2, lengths=(300, 33), heads=(8, 8), magnitudes=(-100, -12, 0, 4)),
-    # One sequence: in clusters, on Hopper, where that is worth while.
+    # One sequence: dealt out to the warps of all CTAs, on Hopper, where the copy engine can load its pages.
     Decode(lengths=(0,), heads=(16, 8), sinks=True),
     Decode(lengths=(700,), heads=(64, 8), seqlen_q=4, sinks=True, mask="window", dims=(128, 64)),
     Decode(lengths=(300,), heads=(32, 32), new=1, rotary=64, mods=("softcap", "alibi")),
     Decode("bfloat16", "int8", lengths=(3000,), heads=(32, 8), scales=1, dims=(128, 128)),
     Decode("float64", lengths=(300,), heads=(16, 8), seqlen_q=9),
+    Decode(lengths=(3000,), heads=(16, 8), dims=(128, 128), page=24, mask="window", sinks=True),
+    Decode("float16", lengths=(1234,), heads=(8, 8), dims=(96, 80), page=0, leftpad=True, seqlen_q=2, new=2),
+    Decode(lengths=(2100,), heads=(8, 2), dims=(256, 256), page=64, batch_idx=True),
+    Decode("bfloat16", "float8_e4m3fn", lengths=(5000,), heads=(16, 1), scales=2, dims=(128, 64), page=8),
+    Decode(lengths=(1000,), heads=(8, 2), page=5),
+    Decode(lengths=(1000,), heads=(8, 2), leftpad=True),
 )
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from cuattn import tma
+from cuattn import chain, tma
 from cuattn.backward import POINTERS as BACKWARD_POINTERS
-from cuattn.backward import make_backward_plan
+from cuattn.backward import WORKSPACE, ZEROED, make_backward_plan
 from cuattn.catalogue import backward_problem_of, problem_of
+from cuattn.chain import ChainedFunction
 from cuattn.codegen import Unit, units
 from cuattn.launch import Launch, Struct, backward_struct, forward_struct
 from cuattn.plan import make_plan
@@ -108,3 +110,41 @@ def test_kernels_that_attend_read_pairs_in_the_place_of_inputs() -> None:
         dq = next(place for place, slot in places.items() if slot == plan.backward.slot("dq"))
         dout = dq + BACKWARD_POINTERS.index("dout") - BACKWARD_POINTERS.index("dq")
         assert places[dout] == first + BACKWARD_POINTERS.index("split_dout" if attends else "dout")
+
+
+def test_a_chained_launch_tells_the_driver_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's structs as cuda.h lays them out: CUlaunchConfig, and one CUlaunchAttribute of 72 bytes."""
+    seen = []
+
+    def driver(config: int, function: int, pointers: int, extra: None) -> int:
+        grid_and_block = struct.unpack("<7I", ctypes.string_at(config, 28))
+        stream, attributes, count = struct.unpack("<QQI", ctypes.string_at(config + 32, 20))
+        argument = struct.unpack("<Q", ctypes.string_at(pointers, 8))[0]
+        seen.append((grid_and_block, stream, ctypes.string_at(attributes, 72), count, function, argument))
+        return len(seen) - 1
+
+    monkeypatch.setattr(chain, "_launch", lambda: driver)
+    handle = ChainedFunction(SimpleNamespace(ptr=77))
+    argument, stream = SimpleNamespace(ptr=1234), SimpleNamespace(ptr=55)
+    handle((8, 16, 1), (256, 1, 1), (argument,), 4096, stream)
+    allowed = struct.pack("<iiii", 6, 0, 1, 0)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    ((sizes, *rest),) = seen
+    assert sizes == (8, 16, 1, 256, 1, 1, 4096)
+    assert (rest[0], rest[1][:16], rest[2:]) == (55, allowed, [1, 77, 1234])
+    with pytest.raises(RuntimeError, match="error 1"):
+        handle((8, 16, 1), (256, 1, 1), (argument,), 4096, stream)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_kernel_that_prepares_rows_knows_what_to_clear(dtype: str, deterministic: bool) -> None:
+    """All that others add to, which lies at the start of the workspace."""
+    backward = backward_problem_of(problem_of(dtype), deterministic=deterministic)
+    plan = make_backward_plan(backward, DEVICES["sm_90a"])
+    made = backward_struct(plan, plan.launches[0], False)
+    first = dict((slot, place) for place, slot in made.words)[backward.slot("dout")]
+    # After the pointers: strides of six arrays, rows_kv, q_slabs, dq_split.
+    words = words_of(made.image)[first + len(BACKWARD_POINTERS) + 18 :]
+    assert words[:4] == (plan.rows_kv, plan.slabs, plan.dq_elements, plan.zeroed // 16)
+    assert 0 < plan.zeroed == sum(plan.workspace[: len(ZEROED)]) and plan.zeroed % 16 == 0
+    assert WORKSPACE[: len(ZEROED)] == ZEROED and plan.workspace[0]

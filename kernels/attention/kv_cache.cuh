@@ -3,6 +3,7 @@
 #include "attention/coord.cuh"
 #include "attention/divisor.cuh"
 #include "params.cuh"
+#include "ptx/opaque.cuh"
 
 namespace cuattn {
 
@@ -15,19 +16,32 @@ struct CachedSequence {
 
     template <bool kPacked>
     __device__ __forceinline__ static CachedSequence of(const DecodeParams& p, int batch) {
+        CachedSequence s = begin<kPacked>(p, batch);
+        s.end<kPacked>(p, length(p, batch));
+        return s;
+    }
+    // The same in steps, first without the number of keys: what begins at the first key need not wait for it.
+    template <bool kPacked>
+    __device__ __forceinline__ static CachedSequence begin(const DecodeParams& p, int batch) {
         CachedSequence s;
         s.token_q = kPacked ? p.cu_seqlens_q[batch] : 0;
         s.seqlen_q = kPacked ? max(0, min(p.cu_seqlens_q[batch + 1], p.total_q) - s.token_q) : p.seqlen_q;
         s.row = p.cache_batch_idx != nullptr ? p.cache_batch_idx[batch] : batch;
-        const int capacity = p.max_pages * p.page_size;
-        s.leftpad = p.cache_leftpad != nullptr ? max(0, min(p.cache_leftpad[batch], capacity)) : 0;
-        const int length = p.cache_seqlens != nullptr ? p.cache_seqlens[batch] : static_cast<int>(p.cache_seqlen);
-        const int added = p.k_new == nullptr ? 0 : kPacked ? s.seqlen_q : p.seqlen_new;
-        s.first_new = max(0, min(length, capacity));
-        const int stop = max(s.leftpad, min(s.first_new + added, capacity));
-        s.seqlen_k = stop - s.leftpad;
+        s.leftpad = p.cache_leftpad != nullptr ? max(0, min(p.cache_leftpad[batch], capacity(p))) : 0;
         return s;
     }
+    __device__ __forceinline__ static int length(const DecodeParams& p, int batch) {
+        // NOTE: opaque, or the other value is fetched into the register that the load is on its way to, and waits for it.
+        const int length = opaque(static_cast<int>(p.cache_seqlen));
+        return p.cache_seqlens != nullptr ? p.cache_seqlens[batch] : length;
+    }
+    template <bool kPacked>
+    __device__ __forceinline__ void end(const DecodeParams& p, int length) {
+        const int added = p.k_new == nullptr ? 0 : kPacked ? seqlen_q : p.seqlen_new;
+        first_new = max(0, min(length, capacity(p)));
+        seqlen_k = max(leftpad, min(first_new + added, capacity(p))) - leftpad;
+    }
+    __device__ __forceinline__ static int capacity(const DecodeParams& p) { return p.max_pages * p.page_size; }
     __device__ __forceinline__ Coord at(int batch) const { return {batch, 0, seqlen_q, seqlen_k}; }
     // The position by which a query is rotated: sequences are aligned at their ends.
     __device__ __forceinline__ int position(int i) const { return max(0, i + seqlen_k - seqlen_q); }

@@ -157,7 +157,8 @@ struct Either<false, First, Second> {
 };
 
 // Modifications that a loop may apply to a whole tile of raw products instead of `apply`, for one head and a positive scale.
-// Afterwards they are scores in units of unit(), which is positive too. For loops that the number of instructions bounds.
+// Afterwards they are scores in units of which factor(), positive too, makes exponents of 2. For loops that the number of
+// instructions bounds.
 template <class Mod>
 struct WholeTile {
     static constexpr bool kExists = false;
@@ -166,31 +167,89 @@ struct WholeTile {
 template <class Tanh>
 struct WholeTile<SoftCap<float, Tanh>> {
     static constexpr bool kExists = true;
-    float factor;
+    float unit;  // makes four times the argument of tanh out of a product
 
-    __device__ __forceinline__ static float unit(const SoftCap<float, Tanh>& mod, float) { return mod.cap; }
-    __device__ __forceinline__ static WholeTile of(const SoftCap<float, Tanh>& mod, const Coord&, float scale) {
-        return {2.0f * scale * mod.inverse};
+    __device__ __forceinline__ static float factor(const SoftCap<float, Tanh>& mod, float) {
+        return mod.cap * static_cast<float>(kLog2e);
     }
-    // Scores are mostly much smaller than the cap. While all of a warp's are, a polynomial replaces the division: x P(x^2), of
-    // the least relative error (7e-6) on [-1, 1]. Twice the argument is below 2 if the uppermost bit of its exponent is 0.
+    __device__ __forceinline__ static WholeTile of(const SoftCap<float, Tanh>& mod, const Coord&, float scale) {
+        return {4.0f * scale * mod.inverse};
+    }
+    // Scores are mostly much smaller than the cap. While all of a warp's are below half of it, a polynomial replaces the
+    // division: x P(x^2), of the least relative error (2.3e-5). Four times the argument is below 2 if the uppermost bit of its
+    // exponent is 0.
     template <class Tile>
     __device__ __forceinline__ void apply(Tile& s, const Coord&, int, int) const {
         unsigned bits = 0;
 #pragma unroll
         for (int x = 0; x < Tile::kSize; x++) {
-            s[x] *= factor;
+            s[x] *= unit;
             bits |= __float_as_uint(s[x]);
         }
         if (__all_sync(0xffffffffu, (bits & 0x40000000u) == 0)) {
 #pragma unroll
             for (int x = 0; x < Tile::kSize; x++) {
                 const float y = s[x] * s[x];
-                s[x] *= (((1.76492578e-05f * y - 0.000350137109f) * y + 0.00407400344f) * y - 0.0416225813f) * y + 0.499996545f;
+                s[x] *= (0.000112509615f * y - 0.00518268019f) * y + 0.249994359f;
             }
         } else {
 #pragma unroll
-            for (int x = 0; x < Tile::kSize; x++) s[x] = Tanh::of(0.5f * s[x]);
+            for (int x = 0; x < Tile::kSize; x++) s[x] = Tanh::of(0.25f * s[x]);
+        }
+    }
+};
+
+// Modifications that bound scores so closely to 0 that no maximum is needed: from raw products to exponents of 2. Where
+// within_reach(), exponent(x) is that of each element; `cap` is for any. kScaledQueries: the products are with queries times
+// power(), of bfloat16; otherwise within_reach() scales them.
+template <class Mod, bool kScaledQueries>
+struct BoundedTile {
+    static constexpr bool kExists = false;
+};
+
+template <class Tanh, bool kScaledQueries>
+struct BoundedTile<SoftCap<float, Tanh>, kScaledQueries> {
+    static constexpr bool kExists = true;
+    using Mod = SoftCap<float, Tanh>;
+    float linear, cubic;  // of the exponent in a scaled product: the least relative error (6.3e-5) to a quarter of the cap
+    float unit;           // scales a product where queries are not scaled
+
+    // Eight times the argument of tanh, by a product; and the power of two that is no less.
+    __device__ __forceinline__ static float eighth(const Mod& mod, float scale) { return 8.0f * scale * mod.inverse; }
+    __device__ __forceinline__ static float power(const Mod& mod, float scale) {
+        return __uint_as_float((__float_as_uint(eighth(mod, scale)) + 0x7fffffu) & 0x7f800000u);
+    }
+    // Eight times the argument of tanh, by a scaled product: at most 1.
+    __device__ __forceinline__ static float rest(const Mod& mod, float scale) {
+        return kScaledQueries ? eighth(mod, scale) / power(mod, scale) : 1.0f;
+    }
+    __device__ __forceinline__ static float most(const Mod& mod) { return mod.cap * static_cast<float>(kLog2e); }
+    __device__ __forceinline__ static BoundedTile of(const Mod& mod, float scale) {
+        const float x = rest(mod, scale);
+        return {0.124992081f * most(mod) * x, -0.000635126957f * most(mod) * (x * x * x), eighth(mod, scale)};
+    }
+    // All of the warp's scaled products are below 2: the uppermost bits of their exponents are 0.
+    template <class Tile>
+    __device__ __forceinline__ bool within_reach(Tile& s) const {
+        unsigned bits = 0;
+#pragma unroll
+        for (int x = 0; x < Tile::kSize; x++) {
+            if constexpr (!kScaledQueries) s[x] *= unit;
+            bits |= __float_as_uint(s[x]);
+        }
+        return __all_sync(0xffffffffu, (bits & 0x40000000u) == 0);
+    }
+    __device__ __forceinline__ float exponent(float x) const { return x * (cubic * (x * x) + linear); }
+    // bfloat16 rounds a score by four times the error of tanh_fast.
+    template <class Tile>
+    __device__ __forceinline__ void cap(Tile& s, bool near, const Mod& mod, float scale) const {
+        if (near) {
+#pragma unroll
+            for (int x = 0; x < Tile::kSize; x++) s[x] = exponent(s[x]);
+        } else {
+            const float argument = 0.125f * rest(mod, scale);
+#pragma unroll
+            for (int x = 0; x < Tile::kSize; x++) s[x] = most(mod) * tanh_fast(argument * s[x]);
         }
     }
 };
@@ -200,7 +259,9 @@ struct WholeTile<Alibi<float, Slope>> {
     static constexpr bool kExists = true;
     float slope;
 
-    __device__ __forceinline__ static float unit(const Alibi<float, Slope>&, float scale) { return scale; }
+    __device__ __forceinline__ static float factor(const Alibi<float, Slope>&, float scale) {
+        return scale * static_cast<float>(kLog2e);
+    }
     __device__ __forceinline__ static WholeTile of(const Alibi<float, Slope>& mod, const Coord& at, float scale) {
         return {static_cast<float>(mod.slopes[at.batch * mod.stride_batch + at.head * mod.stride_head]) / scale};
     }

@@ -14,8 +14,9 @@
 //
 // Shared memory   sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x { sQ (kBlockM x D), sdO (kBlockM x Dv), stats } | sP | sdS |
 //                 sSums (where a bias is differentiated); dk and dv are staged over the front at the end
-// Loop            wait Q, dO; load the next ones; S = Q K^T, dP = dO V^T; (of pairs: the largest magnitudes of P and dS;
-//                 barrier;) P and dS to shared memory; barrier; dQ = dS K, added to dq_sum; dV += P^T dO; dK += dS^T Q
+// Loop            wait Q, dO; load the next ones; (of tf32: round Q and dO; barrier;) S = Q K^T, dP = dO V^T; (of pairs: the
+//                 largest magnitudes of P and dS; barrier;) P and dS to shared memory; barrier; dQ = dS K, added to dq_sum;
+//                 dV += P^T dO; dK += dS^T Q
 #pragma once
 #include "attention/mod_sums.cuh"
 #include "attention/row_stats.cuh"
@@ -54,6 +55,8 @@ struct Backward {
     using KTile = typename Gemm::template Tile<kBlockN, kHeadDim>;
     using VTile = typename Gemm::template Tile<kBlockN, kHeadDimV>;
     using PTile = typename Gemm::template ScoreTile<kBlockM, kBlockN>;
+    using DsTile = typename Gemm::template GradientTile<kBlockM, kBlockN>;
+    static_assert(DsTile::kBytes == PTile::kBytes);
     static constexpr bool kSplitInput = Gemm::kParts > 1;  // see mainloop/split_input.cuh
     using Sums = ModSums<Config, Scores>;
     using Stats = RowStats<Config>;
@@ -131,7 +134,7 @@ struct Backward {
         return {reinterpret_cast<BiasElement*>(stage_start(stage) + QTile::kBytes + DoTile::kBytes + kStatsBytes)};
     }
     __device__ __forceinline__ PTile sP() const { return {reinterpret_cast<Element*>(smem + kOffsetP)}; }
-    __device__ __forceinline__ PTile sdS() const { return {reinterpret_cast<Element*>(smem + kOffsetDs)}; }
+    __device__ __forceinline__ DsTile sdS() const { return {reinterpret_cast<Element*>(smem + kOffsetDs)}; }
     __device__ __forceinline__ Real* sSums() const { return reinterpret_cast<Real*>(smem + kOffsetSums); }
     // kBiasColumns: this thread's sum of its column c over the tiles of a head, where no register is needed to keep it.
     __device__ __forceinline__ Real& own_column(int c) const {
@@ -314,6 +317,12 @@ struct Backward {
         cp_async_commit_group();
         Coord at = w.at;
         at.head += place.head;
+        if constexpr (Gemm::kRounds) {
+            cp_async_wait_group<0>();
+            __syncthreads();
+            Gemm::template round<kThreads>(sK());
+            Gemm::template round<kThreads>(sV());
+        }
         for (int stage = 0; !tiles.is_end(place); stage ^= kStages - 1) {
             const Place following = tiles.after(place, tiles.step);
             const int head = w.at.head + place.head;
@@ -326,6 +335,11 @@ struct Backward {
             if (kStages == 2 && !tiles.is_end(following)) {
                 load_queries(w, n, w.at.head + following.head, following.m, stage ^ 1);
                 cp_async_commit_group();
+            }
+            if constexpr (Gemm::kRounds) {
+                Gemm::template round<kThreads>(sQ(stage));
+                Gemm::template round<kThreads>(sdO(stage));
+                __syncthreads();
             }
             if (ScoreGrid::active()) scores(at, tiles, place, stage);
             __syncthreads();  // P and dS are there

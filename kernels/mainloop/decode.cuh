@@ -10,16 +10,28 @@
 //                 lie over the stages
 // Pipeline        cp.async, kStages - 1 blocks ahead; one lane looks each page of a block up, one block earlier still
 // Loop            wait block; load block + kStages - 1; S = Q K^T; modify, mask; online softmax; O = O * shrink + P V
+//
+// One sequence (kBoxed, sm_90): its keys are dealt out to the warps of all CTAs of a KV head. A warp has its own part of every
+// stage, which it fills by TMA, and a barrier for it; warps meet at the end alone. See run_alone().
 #pragma once
 #include "attention/packed_rows.cuh"
 #include "attention/softmax.cuh"
 #include "mainloop/decode_schedule.cuh"
-#include "ptx/cluster.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/warpgroup.cuh"
 #include "tile/copy.cuh"
 #include "tile/gemm.cuh"
 #include "tile/reg_tile.cuh"
 
 namespace cuattn {
+
+// Of a plan that loads keys and values by the copy engine.
+template <class Config>
+struct BoxedArguments {
+    TensorMap k, v;  // of the caches over (column, slot, head, page), in boxes of a panel and kBoxRows slots
+    DecodeArguments<Config> variant;
+};
 
 template <class Config>
 struct Decode {
@@ -40,19 +52,25 @@ struct Decode {
     // q as it comes from memory. kNarrows: the products take it as fp16 (MmaByte).
     static constexpr bool kNarrows = Config::kNarrows;
     using QLoaded = typename Either<kNarrows, SwizzledTile<Element, kRows, kHeadDim>, QTile>::Type;
-    using KTile = typename Mma::template KTile<kBlockN, kHeadDim>;
-    using VTile = typename Mma::template VTile<kBlockN, kHeadDimV>;
+    // Boxed: the copy engine loads kBoxRows slots of a page at once. A warp then loads what it alone reads, into tiles of its
+    // own, and goes through its keys at its own pace. Otherwise all warps load all rows of a block.
+    static constexpr int kBoxRows = Config::kBoxRows;
+    static constexpr bool kBoxed = kBoxRows > 0;
+    static constexpr int kAlignment = 1024;  // of the tiles of boxes
+    static constexpr int kTileRows = kBoxed ? kKeys : kBlockN, kTiles = kBlockN / kTileRows;
+    static_assert(!kBoxed || (kWarpsM == 1 && kKeys % kBoxRows == 0));
+    using KTile = typename Mma::template KTile<kTileRows, kHeadDim>;
+    using VTile = typename Mma::template VTile<kTileRows, kHeadDimV>;
     // A thread copies the same rows of K and V.
     static constexpr int kLanes = lesser(copy_lanes(KTile::kCopyCols / vec_of<Cache>(Config::kVecK)),
                                          copy_lanes(VTile::kCopyCols / vec_of<Cache>(Config::kVecV)));
     using QRows = TileRows<kThreads, Config::kVecQ, kLanes, false, QLoaded>;
     using KRows = TileRows<kThreads, Config::kVecK, kLanes, Config::kWholeRows, KTile>;
     using VRows = TileRows<kThreads, Config::kVecV, kLanes, Config::kWholeRows, VTile>;
-    static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes;
-    static constexpr int kPitch = kHeadDimV + 4;  // of the staged outputs
+    static constexpr int kTileBytes = KTile::kBytes + VTile::kBytes, kStageBytes = kTiles * kTileBytes;
+    static constexpr int kPitch = kHeadDimV + 8;  // of the staged outputs: pairs of four rows lie in different banks
     static_assert(QTile::kBytes + kStages * kStageBytes <= Config::kSmemBytes, "the plan's shared memory is too small");
     static_assert(QTile::kBytes + kWarpsN * kRows * kPitch * sizeof(Real) <= Config::kSmemBytes, "no room for the outputs");
-
     // A warp loads kWarpRows rows of a block: kRowsAtOnce in each of KRows::kSteps steps. Its lanes look up a row each.
     static constexpr int kRowsAtOnce = 32 / kLanes, kWarpRows = KRows::kSteps * kRowsAtOnce, kLookUps = (kWarpRows + 31) / 32;
 
@@ -63,15 +81,17 @@ struct Decode {
     struct Shared {
         unsigned schedule[Schedule::kWords];
         Real max_log2[kWarpsN][kRows], sum[kWarpsN][kRows];  // of each warp's keys
-        Real factor[kRows], lse[kRows];                      // of whole rows
         Real q_scale[kNarrows ? kRows : 1];
+        alignas(8) unsigned long long full[kBoxed ? kStages : 1][kWarpsN];  // barriers: a warp's tiles of a stage are there
     };
 
     const DecodeParams& p;
     const Mask& mask;
     const ScoreMod& score_mod;
+    const TensorMap* maps;  // of k and of v, if boxed
     char* smem;
     Shared& shared;
+    unsigned phases = 0;  // of the warp's barriers, a bit each
     // Fragments of q stay in registers where these and the accumulators take at most half of them.
     static constexpr int kHeld = kHeadDim / Mma::kGroupK, kAccumulators = 4 * (kN + kNv) * static_cast<int>(sizeof(Real)) / 4;
     static constexpr bool kHoldsQ = kAccumulators + kHeld * static_cast<int>(sizeof(typename Mma::Q)) / 4 <= 128;
@@ -82,10 +102,10 @@ struct Decode {
     __device__ __forceinline__ QTile sQ() const { return {reinterpret_cast<typename QTile::Element*>(smem)}; }
     __device__ __forceinline__ QLoaded loaded_q() const { return {reinterpret_cast<typename QLoaded::Element*>(smem)}; }
     __device__ __forceinline__ KTile sK(int stage) const {
-        return {reinterpret_cast<Cache*>(smem + QTile::kBytes + stage * kStageBytes)};
+        return {reinterpret_cast<Cache*>(smem + QTile::kBytes + stage * kStageBytes + (kBoxed ? warp_n() * kTileBytes : 0))};
     }
     __device__ __forceinline__ VTile sV(int stage) const {
-        return {reinterpret_cast<Cache*>(smem + QTile::kBytes + stage * kStageBytes + KTile::kBytes)};
+        return {reinterpret_cast<Cache*>(reinterpret_cast<char*>(sK(stage).data) + KTile::kBytes)};
     }
     __device__ __forceinline__ Real* staged(int warp_n, int row) const {
         return reinterpret_cast<Real*>(smem + QTile::kBytes) + (warp_n * kRows + row) * kPitch;
@@ -195,11 +215,60 @@ struct Decode {
         }
     }
 
+    __device__ __forceinline__ unsigned full(int stage) const { return smem_address(&shared.full[stage][warp_n()]); }
+    // A warp's keys are kBoxes boxes: kRowBoxes to a panel, those of K first. Lane l knows of box l and loads it.
+    static constexpr int kRowBoxes = kBoxed ? kKeys / kBoxRows : 1, kBoxes = kTileBytes / 128 / (kKeys / kRowBoxes);
+    static_assert(!kBoxed || kBoxes <= 32);
+    // Where a lane's box of the keys from j on lies, if these are before `stop`.
+    __device__ __forceinline__ Place find_box(const DecodeItem& item, int j, int stop) const {
+        const int lane = static_cast<int>(threadIdx.x % 32);
+        j += lane % kRowBoxes * kBoxRows;
+        const Place place = place_of<Config::kPaged>(p, item.seq, item.seq.leftpad + j, lane < kBoxes && j < stop);
+        return {static_cast<unsigned>(place.page) < static_cast<unsigned>(p.pages) ? place.page : -1, place.slot};
+    }
+    // What the maps place outside the cache arrives as zeros. NOTE: bytes may arrive before they are announced, since the phase
+    // does not end before the announcement.
+    __device__ __forceinline__ void load_boxes(const DecodeItem& item, const Place& box, int stage) const {
+        constexpr int kPanelsK = KTile::kCopyCols / KTile::kPanel;
+        const int lane = static_cast<int>(threadIdx.x % 32), panel = lane / kRowBoxes;
+        const bool of_v = panel >= kPanelsK;
+        if (lane == 0) mbarrier_arrive_expect_tx(full(stage), kTileBytes);
+        if (lane < kBoxes) {
+            cp_async_bulk_tensor_4d(
+                smem_address(sK(stage).data) + panel * KTile::kPanelBytes + lane % kRowBoxes * (kBoxRows * 128), maps[of_v],
+                full(stage), (of_v ? panel - kPanelsK : panel) * KTile::kPanel, box.slot, item.head_kv, box.page);
+        }
+        __syncwarp();
+    }
+    // Rows past the sequence may hold anything: P is 0 there, but 0 * NaN is not.
+    __device__ __forceinline__ void clear_rows(const VTile& tile, int start) const {
+#pragma unroll
+        for (int col = 0; col < VTile::kCopyCols; col += VTile::kPanel) {
+            char* panel = reinterpret_cast<char*>(tile.data) + VTile::shift(0, col);
+            for (int x = start * 8 + static_cast<int>(threadIdx.x % 32); x < kKeys * 8; x += 32) {
+                *reinterpret_cast<uint4*>(panel + x * 16) = make_uint4(0, 0, 0, 0);
+            }
+        }
+        fence_proxy_async();
+        __syncwarp();
+    }
+    // Before the work ahead is done: no array is touched.
+    __device__ __forceinline__ void begin() const {
+        if (threadIdx.x % 32 == 0) {
+            for (int stage = 0; stage < kStages; stage++) mbarrier_init(full(stage), 1);
+            fence_mbarrier_init();
+            prefetch_tensormap(maps[0]);
+            prefetch_tensormap(maps[1]);
+        }
+        __syncwarp();
+    }
+
     // Keys --------------------------------------------------------------------------------------------------------------
 
+    // The warp's keys from col0 on.
     __device__ __forceinline__ void visit_block(const DecodeItem& item, const PackedRows& rows_, Range queries,
-                                                const Real (&scale)[2], int n, int stage) {
-        const int first = warp_n() * kKeys, col0 = n * kBlockN + first;
+                                                const Real (&scale)[2], int col0, int stage) {
+        const int first = kBoxed ? 0 : warp_n() * kKeys;
         const KTile k{sK(stage).at(first, 0)};
         const VTile v{sV(stage).at(first, 0)};
         RegTile<Real, 1, kN, typename Mma::Lanes> s;
@@ -211,7 +280,7 @@ struct Decode {
         const Coord at = item.seq.at(item.batch);
         PackedRows rows_here = rows_;
         rows_here.row0 += 16 * warp_m();
-        if ((n + 1) * kBlockN <= at.seqlen_k && mask.covers(at, queries, {n * kBlockN, (n + 1) * kBlockN})) {
+        if (col0 + kKeys <= at.seqlen_k && mask.covers(at, queries, {col0, col0 + kKeys})) {
             modify_packed_scores<false>(s, at, rows_here, col0, scale, mask, score_mod);
         } else {
             modify_packed_scores<true>(s, at, rows_here, col0, scale, mask, score_mod);
@@ -220,14 +289,56 @@ struct Decode {
         gemm_pv<Mma>(o.data, s.data, v);
     }
 
-    // `meanwhile` is called while the first keys are on their way.
-    template <class Meanwhile>
-    __device__ __forceinline__ void visit_keys(const DecodeItem& item, Range blocks, const Meanwhile& meanwhile) {
-        Places places = find(item, blocks.start);
-        load_q(item);
+    __device__ __forceinline__ void clear_outputs() {
 #pragma unroll
         for (int x = 0; x < o.kSize; x++) o[x] = 0;
         rows[0][0] = rows[0][1] = RowState<Real>{};
+    }
+    __device__ __forceinline__ void begin_scale(const DecodeItem& item, Real (&scale)[2]) const {
+        scale[0] = scale[1] =
+            static_cast<Real>(p.scale) * cache_scale(p.k_scale, p.k_scale_batch, p.k_scale_head, item.batch, item.head_kv);
+    }
+    // The warp's keys from `start` on, kKeys in every `step`. `box` is where its box of the first lies; q is on its way.
+    __device__ __forceinline__ void visit_boxes(const DecodeItem& item, Place box, int start, int step, int stop) {
+        if (start < stop) load_boxes(item, box, 0);
+        clear_outputs();
+        if (start + step < stop) {
+            box = find_box(item, start + step, stop);
+#pragma unroll
+            for (int s = 1; s < kStages - 1; s++) {
+                const Place next = find_box(item, start + (s + 1) * step, stop);
+                if (start + s * step < stop) load_boxes(item, box, s);
+                box = next;
+            }
+        }
+        const Range queries = Schedule::queries(p, item.seq, item.m_block);
+        const PackedRows rows_ = packed(item);
+        Real scale[2];
+        begin_scale(item, scale);
+        cp_async_wait_group<0>();
+        __syncthreads();  // q is there
+        prepare_q(item, scale);
+        int stage = 0;
+#pragma unroll 1
+        for (int j = start; j < stop; j += step) {
+            const int ahead = j + (kStages - 1) * step;
+            if (ahead < stop) load_boxes(item, box, stage == 0 ? kStages - 1 : stage - 1);
+            box = find_box(item, ahead + step, stop);
+            mbarrier_wait(full(stage), phases >> stage & 1);
+            phases ^= 1u << stage;
+            if (j + kKeys > item.seq.seqlen_k) clear_rows(sV(stage), item.seq.seqlen_k - j);
+            visit_block(item, rows_, queries, scale, j, stage);
+            __syncwarp();  // nobody reads the stage
+            stage = stage + 1 == kStages ? 0 : stage + 1;
+        }
+        __syncthreads();  // nobody reads the stages
+    }
+    // `meanwhile` is called while the first keys are on their way.
+    template <class Meanwhile>
+    __device__ __forceinline__ void visit_blocks(const DecodeItem& item, Range blocks, const Meanwhile& meanwhile) {
+        Places places = find(item, blocks.start);
+        load_q(item);
+        clear_outputs();
 #pragma unroll 1
         for (int s = 0; s < kStages - 1; s++) {
             const Places next = find(item, blocks.start + s + 1);  // on its way while the pages before are waited for
@@ -238,9 +349,8 @@ struct Decode {
         meanwhile();
         const Range queries = Schedule::queries(p, item.seq, item.m_block);
         const PackedRows rows_ = packed(item);
-        const Real score_scale =
-            static_cast<Real>(p.scale) * cache_scale(p.k_scale, p.k_scale_batch, p.k_scale_head, item.batch, item.head_kv);
-        Real scale[2] = {score_scale, score_scale};
+        Real scale[2];
+        begin_scale(item, scale);
         cp_async_wait_group<kStages - 2>();
         __syncthreads();  // q and the first block are there
         prepare_q(item, scale);
@@ -255,7 +365,7 @@ struct Decode {
             if (ahead < blocks.stop) load_block(item, places, stage == 0 ? kStages - 1 : stage - 1);
             cp_async_commit_group();
             if (ahead + 1 < blocks.stop) places = find(item, ahead + 1);
-            visit_block(item, rows_, queries, scale, n, stage);
+            visit_block(item, rows_, queries, scale, n * kBlockN + warp_n() * kKeys, stage);
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }
         cp_async_wait_group<0>();
@@ -281,15 +391,15 @@ struct Decode {
                (item.seq.token_q + i) * p.out_row + packed_rows.head(row, i) * p.out_head;
     }
 
-    // The warps' outputs and statistics to shared memory, each relative to the maximum of the whole row; then the factor and
-    // lse of every row.
-    __device__ __forceinline__ void merge_warps(const DecodeItem& item, bool whole) {
+    // The warps' outputs to shared memory, as they are, and what each is relative to.
+    __device__ __forceinline__ void stage_outputs(const DecodeItem& item) {
         const int own = o.g(), count = rows_of(item);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             RowState<Real>& row = rows[0][half];
-            row.sum = o.sum_row(row.sum);
             const int r = 16 * warp_m() + 8 * half + own;
+            if (r - own >= count) break;  // the rows of a warp exist from the first on
+            row.sum = o.sum_row(row.sum);
             if (o.leads_row()) {
                 shared.max_log2[warp_n()][r] =
                     row.max == negative_infinity<Real>()
@@ -297,31 +407,16 @@ struct Decode {
                         : row.max * static_cast<Real>(kLog2e) - static_cast<Real>(Mma::kProbabilityExponent);
                 shared.sum[warp_n()][r] = row.sum;
             }
-        }
-        __syncthreads();
-        const Real v_scale = cache_scale(p.v_scale, p.v_scale_batch, p.v_scale_head, item.batch, item.head_kv);
-        const PackedRows packed_rows = packed(item);
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int r = 16 * warp_m() + 8 * half + own;
-            if (r - own >= count) break;  // the rows of a warp exist from the first on
-            Real top = negative_infinity<Real>(), sum = 0;
-#pragma unroll
-            for (int w = 0; w < kWarpsN; w++) top = maximum(top, shared.max_log2[w][r]);
-#pragma unroll
-            for (int w = 0; w < kWarpsN; w++) sum += shared.sum[w][r] * share(shared.max_log2[w][r], shared.sum[w][r], top);
-            const Real weight = share(shared.max_log2[warp_n()][r], shared.sum[warp_n()][r], top);
-#pragma unroll
-            for (int e = 0; e < 2 * kNv; e++) {
-                staged(warp_n(), r)[Mma::column(e / 2, e % 2)] = o.data[0][e / 2][2 * half + e % 2] * weight;
-            }
-            if (warp_n() == 0 && o.leads_row()) {
-                const int head = packed_rows.head(r, packed_rows.query(r));
-                const bool exists = r < count;
-                const RowResult<Real> result =
-                    finish_row(top, sum, whole && exists ? sink_of(head) : negative_infinity<Real>());
-                shared.factor[r] = result.factor * v_scale;
-                shared.lse[r] = result.lse_log2;
+            for (int u = 0; u < kNv; u++) {
+                const Real first = o.data[0][u][2 * half], second = o.data[0][u][2 * half + 1];
+                Real* to = staged(warp_n(), r) + Mma::column(u, 0);
+                if constexpr (sizeof(Cache) == 2) {  // MmaHalf: both are neighbours
+                    *reinterpret_cast<float2*>(to) = make_float2(first, second);
+                } else {
+                    *to = first;
+                    staged(warp_n(), r)[Mma::column(u, 1)] = second;
+                }
             }
         }
         __syncthreads();
@@ -385,23 +480,38 @@ struct Decode {
         }
     }
     // Of a row, over all warps.
-    __device__ __forceinline__ Quad merged(int row, int col) const {
-        Quad sum = read(staged(0, row) + col);
+    struct Merged {
+        Quad x;
+        Real lse_log2;
+    };
+    __device__ __forceinline__ Merged merged(int row, int col, Real sink, Real v_scale) const {
+        Real top = negative_infinity<Real>(), sum = 0;
 #pragma unroll
-        for (int w = 1; w < kWarpsN; w++) {
+        for (int w = 0; w < kWarpsN; w++) top = maximum(top, shared.max_log2[w][row]);
+        Quad x = {};
+#pragma unroll
+        for (int w = 0; w < kWarpsN; w++) {
+            const Real weight = share(shared.max_log2[w][row], shared.sum[w][row], top);
             const Quad quad = read(staged(w, row) + col);
+            sum += shared.sum[w][row] * weight;
 #pragma unroll
-            for (int e = 0; e < 4; e++) sum.x[e] += quad.x[e];
+            for (int e = 0; e < 4; e++) x.x[e] += quad.x[e] * weight;
         }
+        const RowResult<Real> result = finish_row(top, sum, sink);
 #pragma unroll
-        for (int e = 0; e < 4; e++) sum.x[e] *= shared.factor[row];
-        return sum;
+        for (int e = 0; e < 4; e++) x.x[e] *= result.factor * v_scale;
+        return {x, result.lse_log2};
+    }
+    __device__ __forceinline__ Real scale_of_values(const DecodeItem& item) const {
+        return cache_scale(p.v_scale, p.v_scale_batch, p.v_scale_head, item.batch, item.head_kv);
     }
     __device__ __forceinline__ void store_final(const DecodeItem& item) const {
         const PackedRows packed_rows = packed(item);
+        const Real v_scale = scale_of_values(item);
         for_output(rows_of(item), [&](int row, int col) {
-            write_out(out_row(item, packed_rows, row), col, merged(row, col));
-            if (col == 0) store_lse(item, packed_rows, row, shared.lse[row]);
+            const Merged y = merged(row, col, sink_of(packed_rows.head(row, packed_rows.query(row))), v_scale);
+            write_out(out_row(item, packed_rows, row), col, y.x);
+            if (col == 0) store_lse(item, packed_rows, row, y.lse_log2);
         });
     }
     // NOTE: the slots of partial results have whole quads of columns.
@@ -413,9 +523,11 @@ struct Decode {
     }
     __device__ __forceinline__ void store_partial(const DecodeItem& item, int slot) const {
         Real* to = partial(slot);
+        const Real v_scale = scale_of_values(item);
         for_output(rows_of(item), [&](int row, int col) {
-            write(to + row * kHeadDimV + col, merged(row, col));
-            if (col == 0) partial_lse(slot)[row] = shared.lse[row];
+            const Merged y = merged(row, col, negative_infinity<Real>(), v_scale);
+            write(to + row * kHeadDimV + col, y.x);
+            if (col == 0) partial_lse(slot)[row] = y.lse_log2;
         });
     }
 
@@ -453,16 +565,15 @@ struct Decode {
         if (col == 0) store_lse(item, packed_rows, row, result.lse_log2);
     }
 
-    // out from the parts of an item, for quads first, first + stride, ... of its rows; out_slot(n) and lse_slot(n) are where
-    // part n lies. What a batch of parts of some quads needs from memory is on its way at once.
-    template <class OutSlot, class LseSlot>
-    __device__ __forceinline__ void combine(const DecodeItem& item, int parts, int first, int stride, const OutSlot& out_slot,
-                                            const LseSlot& lse_slot) const {
+    // out from the parts of an item; slot(n) is where part n lies. What a batch of parts of some quads needs from memory is on
+    // its way at once.
+    template <class Slot>
+    __device__ __forceinline__ void combine(const DecodeItem& item, int parts, const Slot& slot) const {
         constexpr int kParts = 8, kAtOnce = 2;
         const PackedRows packed_rows = packed(item);
         const int quads = rows_of(item) * kQuads;
 #pragma unroll 1
-        for (int x = first; x < quads; x += kAtOnce * stride) {
+        for (int x = threadIdx.x; x < quads; x += kAtOnce * kThreads) {
             Combined y[kAtOnce];
 #pragma unroll 1
             for (int n0 = 0; n0 < parts; n0 += kParts) {
@@ -470,11 +581,11 @@ struct Decode {
                 Quad part[kAtOnce][kParts];
 #pragma unroll
                 for (int n = 0; n < kParts; n++) {
-                    const int m = min(n0 + n, parts - 1);
-                    const Real *from = partial(out_slot(m)), *from_lse = partial_lse(lse_slot(m));
+                    const int place = slot(min(n0 + n, parts - 1));
+                    const Real *from = partial(place), *from_lse = partial_lse(place);
 #pragma unroll
                     for (int i = 0; i < kAtOnce; i++) {
-                        const int quad = min(x + i * stride, quads - 1);
+                        const int quad = min(x + i * kThreads, quads - 1);
                         lse[i][n] = __ldcg(from_lse + quad / kQuads);
                         part[i][n] = read_shared(from + quad * 4);
                     }
@@ -488,7 +599,7 @@ struct Decode {
             }
 #pragma unroll
             for (int i = 0; i < kAtOnce; i++) {
-                const int quad = x + i * stride, row = quad / kQuads, col = quad % kQuads * 4;
+                const int quad = x + i * kThreads, row = quad / kQuads, col = quad % kQuads * 4;
                 if (quad < quads && col < p.head_dim_v) store_combined(item, packed_rows, row, col, y[i]);
             }
         }
@@ -498,27 +609,22 @@ struct Decode {
     __device__ __forceinline__ static bool arrives_last(unsigned long long* ticket, int parts) {
         __syncthreads();
         bool last = false;
-        if (threadIdx.x == 0) {
-            __threadfence();
-            last = Schedule::arrive(ticket, parts);
-            __threadfence();
-        }
+        if (threadIdx.x == 0) last = Schedule::arrive(ticket, parts);
         return __syncthreads_or(last);
     }
 
     __device__ __forceinline__ void process(const Schedule& schedule, DecodeItem& item, Range blocks, unsigned unit) {
-        visit_keys(item, blocks, [&] {
+        visit_blocks(item, blocks, [&] {
             schedule.share(item);
             if (item.parts > 1 && threadIdx.x == 0) Schedule::claim(schedule.ticket(item), p.call);
         });
-        merge_warps(item, item.parts == 1);
+        stage_outputs(item);
         if (item.parts == 1) {
             store_final(item);
         } else {
             store_partial(item, schedule.slot(item, schedule.part(item, unit)));
             if (arrives_last(schedule.ticket(item), item.parts)) {
-                const auto slot = [&](int n) { return schedule.slot(item, n); };
-                combine(item, item.parts, threadIdx.x, kThreads, slot, slot);
+                combine(item, item.parts, [&](int n) { return schedule.slot(item, n); });
             }
         }
         __syncthreads();  // before the next item overwrites what is read here
@@ -539,66 +645,70 @@ struct Decode {
         }
     }
 
-    // One sequence: each of its items is divided evenly among the CTAs of some clusters. Those of a cluster merge through
-    // shared memory, each a share of the output; clusters as CTAs do otherwise, with a ticket for each share.
-    __device__ __forceinline__ void run_clusters() {
-        constexpr int kMembers = Config::kCluster;
-        const int part = static_cast<int>(blockIdx.y), cluster = part / kMembers, member = part % kMembers;
+    // One sequence: its keys are dealt out, kKeys at a time, to the warps of all CTAs of a KV head.
+    __device__ __forceinline__ void run_alone() {
+        const int part = static_cast<int>(blockIdx.y), most = static_cast<int>(gridDim.y);
+        const int offset = (part * kWarpsN + warp_n()) * kKeys;  // of the warp's first keys
         DecodeItem item;
-        item.batch = 0, item.m_block = static_cast<int>(blockIdx.z), item.head_kv = static_cast<int>(blockIdx.x);
-        item.seq = CachedSequence::of<Config::kPacked>(p, 0);
-        const Range blocks = Schedule::key_blocks(p, mask, item.seq, 0, item.m_block);
-        const int count = blocks.stop - blocks.start, most = static_cast<int>(gridDim.y) / kMembers;
-        const int clusters = max(1, min(most, (count / kMembers) >> p.min_units_log2));
-        if (cluster >= clusters) return;
-        const int each = count / (clusters * kMembers), longer = count - each * (clusters * kMembers);
-        const int start = blocks.start + part * each + min(part, longer);
-        const int number = item.head_kv * p.m_blocks + item.m_block, slot = number * most + cluster;
-        unsigned long long* ticket = p.tickets + number * kMembers + member;
-        visit_keys(item, {start, start + each + (part < longer ? 1 : 0)}, [&] {
-            if (clusters > 1 && threadIdx.x == 0) Schedule::claim(ticket, p.call);
-        });
-        merge_warps(item, false);
-        const int rows = rows_of(item), first = member * kThreads + static_cast<int>(threadIdx.x);
-        for_output(rows, [&](int row, int col) { write(staged(0, row) + col, merged(row, col)); });
-        cluster_arrive();
-        cluster_wait();
+        item.batch = 0, item.m_block = 0, item.head_kv = static_cast<int>(blockIdx.x);
+        // Nothing waits for anything else here. Keys mostly begin with the first: then their page has been looked up by the
+        // time that the length is known.
+        item.seq = CachedSequence::begin<false>(p, 0);
+        Place box = find_box(item, offset, CachedSequence::capacity(p) - item.seq.leftpad);
+        const int length = CachedSequence::length(p, 0);
+        in_order();
+        unsigned long long* ticket = p.tickets + item.head_kv;
+        unsigned long long seen = 0;
+        if (threadIdx.x == 0) seen = Schedule::begin_claim(ticket, p.call);
+        load_q(item);
+        cp_async_commit_group();
+        item.seq.end<false>(p, length);
+        const Range blocks = Schedule::key_blocks(p, mask, item.seq, 0, 0);
+        const int start = blocks.start * kBlockN, stop = min(blocks.stop * kBlockN, item.seq.seqlen_k);
+        const int parts = max(1, min(most, blocks.stop - blocks.start));
+        if (part >= parts) {
+            cp_async_wait_group<0>();
+            return;
+        }
+        if (start > 0) box = find_box(item, start + offset, stop);
+        visit_boxes(item, box, start + offset, parts * kBlockN, stop);
+        stage_outputs(item);
+        if (parts == 1) {
+            store_final(item);
+            return;
+        }
+        store_partial(item, item.head_kv * most + part);
+        if (threadIdx.x == 0) Schedule::claim(ticket, p.call, seen);
+        if (arrives_last(ticket, parts)) combine_alone(item, parts, item.head_kv * most);
+    }
+    // As combine, where slots are neighbours. NOTE: slots are read up to a multiple of kParts.
+    __device__ __forceinline__ void combine_alone(const DecodeItem& item, int parts, int slot) const {
+        constexpr int kParts = Config::kCombined;
         const PackedRows packed_rows = packed(item);
-#pragma unroll 1
-        for (int x = first; x < rows * kQuads; x += kMembers * kThreads) {
-            const int row = x / kQuads, col = x % kQuads * 4;
-            if (col >= p.head_dim_v) continue;
-            Real lse[kMembers];
-            Quad quads[kMembers];
-#pragma unroll
-            for (int n = 0; n < kMembers; n++) {
-                lse[n] = ld_cluster(cluster_address(smem_address(&shared.lse[row]), n), Real());
-                ld_cluster_v4(quads[n].x, cluster_address(smem_address(staged(0, row) + col), n));
-            }
+        for_output(rows_of(item), [&](int row, int col) {
+            const Real *from = partial(slot) + row * kHeadDimV + col, *from_lse = partial_lse(slot) + row;
             Combined y;
-            y.add(lse, quads);
-            if (clusters == 1) {
-                store_combined(item, packed_rows, row, col, y);
-            } else {
-                const RowResult<Real> result = finish_row(y.top, y.sum, negative_infinity<Real>());
+#pragma unroll 1
+            for (int left = parts; left > 0; left -= kParts) {
+                Real lse[kParts];
+                Quad part[kParts];
 #pragma unroll
-                for (int e = 0; e < 4; e++) y.x.x[e] *= result.factor;
-                write(partial(slot) + row * kHeadDimV + col, y.x);
-                partial_lse(slot * kMembers + member)[row] = result.lse_log2;  // the same from all threads of a row
+                for (int n = 0; n < kParts; n++) {
+                    lse[n] = __ldcg(from_lse + n * kRows);
+                    part[n] = read_shared(from + n * (kRows * kHeadDimV));
+                }
+#pragma unroll
+                for (int n = 0; n < kParts; n++) lse[n] = n < left ? lse[n] : negative_infinity<Real>();
+                y.add(lse, part);
+                from += kParts * kRows * kHeadDimV, from_lse += kParts * kRows;
             }
-        }
-        cluster_arrive();
-        if (clusters > 1 && arrives_last(ticket, clusters)) {
-            combine(
-                item, clusters, first, kMembers * kThreads, [&](int n) { return number * most + n; },
-                [&](int n) { return (number * most + n) * kMembers + member; });
-        }
-        cluster_wait();  // nobody leaves while others read what it has
+            store_combined(item, packed_rows, row, col, y);
+        });
     }
 
     __device__ __forceinline__ void run() {
-        if constexpr (Config::kCluster > 1) {
-            run_clusters();
+        if constexpr (kBoxed) {
+            run_alone();
             return;
         }
         Schedule schedule{p, mask};

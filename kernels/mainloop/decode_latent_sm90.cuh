@@ -134,12 +134,13 @@ struct DecodeLatentSm90 {
     __device__ __forceinline__ void load_panels(const Place& boxes, int head, int stage, int group, int start, int count,
                                                 int warp) const {
         const unsigned to = base + kOffsetC + stage * CTile::kBytes;
+        const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll 1
-        for (int x = warp; x < count * kBoxes; x += 4) {
-            const int box = x % kBoxes, panel = start + x / kBoxes;
+        for (int first = 0; first < count * kBoxes; first += 4 * 32) {
+            const int x = first + 4 * lane + warp, box = x % kBoxes, panel = start + x / kBoxes;
             const int page = __shfl_sync(0xffffffffu, boxes.page, box);
             const int slot = __shfl_sync(0xffffffffu, boxes.slot, box);
-            if (threadIdx.x % 32 == 0) {
+            if (x < count * kBoxes) {
                 cp_async_bulk_tensor_4d(to + panel * CTile::kPanelBytes + box * kBoxRows * 128, arguments.map,
                                         full(stage, group), 64 * panel, slot, head, page);
             }

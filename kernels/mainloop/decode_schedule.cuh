@@ -20,6 +20,7 @@
 #pragma once
 #include "attention/kv_cache.cuh"
 #include "attention/mask.cuh"
+#include "ptx/red.cuh"
 #include "ptx/special_registers.cuh"
 
 namespace cuattn {
@@ -210,20 +211,26 @@ struct DecodeSchedule {
     }
 
     // A ticket holds anything at all before a call. Whoever shares an item makes it this call's before arriving; that takes as
-    // long as the memory does, and is done while keys are on their way. The upper 48 bits say whose count the lower 16 are: of
-    // a number that no other call has. Both are called by one thread.
-    __device__ __forceinline__ static void claim(unsigned long long* ticket, unsigned long long call) {
+    // long as the memory does, and is begun before keys are there. The upper 48 bits say whose count the lower 16 are: of a
+    // number that no other call has. All are called by one thread; what begin_claim() returns is on its way until claim() looks
+    // at it.
+    __device__ __forceinline__ static unsigned long long begin_claim(unsigned long long* ticket, unsigned long long call) {
+        return atomicCAS(ticket, 0ull, call << 16);
+    }
+    __device__ __forceinline__ static void claim(unsigned long long* ticket, unsigned long long call, unsigned long long seen) {
         const unsigned long long mine = call << 16;
         unsigned long long found = 0;
-        while (true) {
-            const unsigned long long seen = atomicCAS(ticket, found, mine);
-            if (seen == found || (seen & ~0xffffull) == mine) return;
+        while (seen != found && (seen & ~0xffffull) != mine) {
             found = seen;
+            seen = atomicCAS(ticket, found, mine);
         }
+    }
+    __device__ __forceinline__ static void claim(unsigned long long* ticket, unsigned long long call) {
+        claim(ticket, call, begin_claim(ticket, call));
     }
     // Whether this is the last of `parts` arrivals. It leaves the ticket so that the same launch can be repeated (by a graph).
     __device__ __forceinline__ static bool arrive(unsigned long long* ticket, int parts) {
-        const bool last = static_cast<int>(atomicAdd(ticket, 1ull) & 0xffffull) + 1 == parts;
+        const bool last = static_cast<int>(count_and_order(ticket) & 0xffffull) + 1 == parts;
         if (last) atomicExch(ticket, 0ull);
         return last;
     }

@@ -22,7 +22,11 @@
 //             The first S of a query tile goes with the last O of the one before. A warpgroup passes over tiles of keys that
 //             none of its rows sees. With kScalesFirst, O is scaled between the issue of S and its own instead, and waited for
 //             after the exponentials. Without kOverlap, O of a tile follows its softmax, which needs fewer registers.
-// Maxima      with kKeepsMaxima, a row's maximum is that of the first tile in which it sees a key, unless sums grow too large.
+// Maxima      with kKeepsMaxima, a row's maximum is that of the first tile in which it sees a key, unless sums grow too large:
+//             after the release of K come the first exponentials, the wait for O and the other exponentials. With kBounded
+//             there are none, and O is waited for when S has become P.
+// Output      with kStagesOutput, what a query tile gives lies where its Q was until the next one's second products are under
+//             way, and is stored then; else it is stored at once.
 #pragma once
 #include "attention/scores.cuh"
 #include "attention/softmax.cuh"
@@ -68,7 +72,7 @@ struct ForwardSm90 {
     using KTile = PanelTile<kBlockN, kHeadDim>;
     using VTile = PanelTile<kBlockN, kHeadDimV>;
     using OutTile = PanelTile<64, kHeadDimV>;  // a warpgroup's
-    using Tiles = KeyTiles<Mask, kBlockM, kBlockN>;
+    using Tiles = KeyTiles<Mask, kBlockM, kBlockN, Config::kSplit>;
     using Schedule = TileSchedule<Config>;
     using Slot = RingSlot<kStages>;
     static constexpr int kQStages = Config::kQStages;
@@ -79,8 +83,9 @@ struct ForwardSm90 {
     static constexpr bool kScalesFirst = Config::kOverlap && Config::kScalesFirst;
     static_assert(!kScalesFirst || (!kCrosses && kStages > 1));
     // Columns whose exponentials are taken before O is waited for, where no maxima are in between, and where a query tile
-    // begins.
-    static constexpr int kEarly = Config::kScalesFirst ? kBlockN : kBlockN / 32 * 8, kEarlyCross = kBlockN / 16 * 8;
+    // begins. Narrow O is done before the first of them.
+    static constexpr int kEarly = Config::kScalesFirst ? kBlockN : kHeadDimV <= 64 ? 0 : kBlockN / 32 * 8;
+    static constexpr int kEarlyCross = kBlockN / 16 * 8;
     static constexpr int kTileStages = 3;  // of query tiles: the one being stored, the current and the next
     using TileSlot = RingSlot<kTileStages>;
     // A bias that TMA can load comes in tiles like K; kBiasStages 0: there is none, or it is read from global memory.
@@ -104,9 +109,14 @@ struct ForwardSm90 {
     // One buffer for V is not free for the next tile before O is done.
     static constexpr bool kLateWait = Config::kLateWait && kStages > 1;
 
-    // Modifications of a whole tile of raw products.
-    static constexpr bool kWhole = Config::kPositiveScale && WholeTile<ScoreMod>::kExists && kHeadDimV <= 128;
+    // Modifications of a whole tile of raw products; exponentials of bounded scores need no maximum.
+    static constexpr bool kBounded = Config::kBounded;
+    static constexpr bool kWhole = Config::kPositiveScale && WholeTile<ScoreMod>::kExists && kHeadDimV <= 128 && !kBounded;
     using Whole = WholeTile<typename Either<kWhole, ScoreMod, NoScoreMod>::Type>;
+    // Heads to 64 have three consumers, in whose loop scaled products were faster.
+    static constexpr bool kScalesQueries = kBounded && kHeadDim > 64;
+    using Bounded = BoundedTile<typename Either<kBounded, ScoreMod, NoScoreMod>::Type, kScalesQueries>;
+    static_assert(!kBounded || (Bounded::kExists && !kKeepsMaxima && !kScalesFirst));
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
@@ -160,26 +170,38 @@ struct ForwardSm90 {
         QueryTile tile = schedule.place(p, static_cast<int>(blockIdx.x));
         announce(tile);
         while (tile.m_block >= 0) {
+            const Work w = schedule.work(p, tile);
+            if constexpr (!Config::kPersistent) {
+                load(w, q, k, v, bias, [] {}, [] {});
+                break;
+            }
             // NOTE: drawn when all but the last load is issued. Earlier, the CTA with the longest tile would hold back the
-            // longest of those left; later, the loads of the next tile would wait for the counter.
+            // longest of those left; later, the loads of the next tile would wait for the counter. Short rows draw when the
+            // first loads are issued, or they would wait for where the tile is, too.
             int drawn = 0;
-            load(schedule.work(p, tile), q, k, v, bias, [&] {
-                if constexpr (Config::kPersistent) drawn = schedule.draw(p);
-            });
-            if constexpr (!Config::kPersistent) break;
-            tile = schedule.place(p, schedule.drawn_tile(p, drawn));
-            announce(tile);
+            auto draw = [&] { drawn = schedule.draw(p); };
+            auto look_up = [&] {
+                tile = schedule.place(p, schedule.drawn_tile(p, drawn));
+                announce(tile);
+            };
+            if constexpr (Config::kDrawsEarly) {
+                draw();
+                load(w, q, k, v, bias, look_up, [] {});
+            } else {
+                load(w, q, k, v, bias, [] {}, draw);
+                look_up();
+            }
         }
     }
-    // Loads what a query tile needs, and calls `before_last` once.
-    template <class BeforeLast>
-    __device__ __forceinline__ void load(const Work& w, QSlot& q, Slot& k, Slot& v, BiasSlot& bias,
+    // Loads what a query tile needs, and calls `when_begun` and `before_last` once each.
+    template <class WhenBegun, class BeforeLast>
+    __device__ __forceinline__ void load(const Work& w, QSlot& q, Slot& k, Slot& v, BiasSlot& bias, WhenBegun when_begun,
                                          BeforeLast before_last) const {
         const ForwardParams& p = params();
         const Tiles tiles = Tiles::of(p, arguments.variant.mask, w);
         int n = tiles.next(tiles.blocks.start);
         if (n >= tiles.blocks.stop) {
-            before_last();
+            when_begun(), before_last();
             return;
         }
         // Packed sequences share one axis of tokens.
@@ -217,6 +239,7 @@ struct ForwardSm90 {
         }
         q.advance();
         load_bias(n);
+        when_begun();
         for (int following = tiles.next(n + 1); following < tiles.blocks.stop; following = tiles.next(n + 1)) {
             load_k(following);
             load_bias(following);
@@ -245,13 +268,31 @@ struct ForwardSm90 {
         float owed[2];            // what O is still to be multiplied with (kScalesFirst)
         float lse_log2[2];        // of the rows whose output is staged (kStagesOutput)
         bool staged = false;      // the query tile before this one is still to be stored
+        unsigned k_ended = 0;     // the next K was there when this was asked under the exponentials
+        bool fresh = false;       // O holds that of the query tile before: its first product overwrites it
         Whole whole;
+        Bounded bounded;
 
         __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
         __device__ __forceinline__ const ForwardParams& params() const { return kernel.params(); }
         __device__ __forceinline__ int first_row(const Work& w) const { return w.m_block * kBlockM + 64 * wg; }
 
-        __device__ __forceinline__ void wait_q() const { mbarrier_wait(kernel.q_full(q.stage, wg), q.parity); }
+        __device__ __forceinline__ void wait_q() const {
+            mbarrier_wait(kernel.q_full(q.stage, wg), q.parity);
+            if constexpr (kScalesQueries) {  // by a power of two, so that products can be compared with 2 by their bits
+                const float power = Bounded::power(kernel.arguments.variant.score_mod, static_cast<float>(params().scale));
+                uint4* data = reinterpret_cast<uint4*>(kernel.smem + (q.stage * kConsumers + wg) * QTile::kBytes);
+#pragma unroll 1
+                for (int i = threadIdx.x % 128; i < QTile::kBytes / 16; i += 128) {
+                    uint4 x = data[i];
+                    x.x = scaled_pair<Element>(x.x, power), x.y = scaled_pair<Element>(x.y, power);
+                    x.z = scaled_pair<Element>(x.z, power), x.w = scaled_pair<Element>(x.w, power);
+                    data[i] = x;
+                }
+                fence_proxy_async();
+                bar_sync(kClearBarrier + wg, 128);
+            }
+        }
         __device__ __forceinline__ void release_q() {
             if (leads()) mbarrier_arrive(kernel.q_empty(q.stage, wg));
             q.advance();
@@ -313,7 +354,7 @@ struct ForwardSm90 {
                                                       KTile::advance(desc_k, k.stage * KTile::kTileStep));
         }
         __device__ __forceinline__ void issue_o(const unsigned (&probabilities)[kBlockN / 4]) {
-            wgmma_pv<Element, VTile>(o, probabilities, VTile::advance(desc_v, v.stage * VTile::kTileStep));
+            wgmma_pv<Element, VTile>(o, probabilities, VTile::advance(desc_v, v.stage * VTile::kTileStep), !fresh);
         }
 
         __device__ __forceinline__ void modify(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n) {
@@ -343,6 +384,29 @@ struct ForwardSm90 {
             } else {
                 modify_scores<kFoldScale, true>(s, w.at, first_row(w), n * kBlockN, scale, mask, score_mod);
             }
+        }
+        // Bounded scores, modified and masked, to probabilities in their place, with the sums.
+        __device__ __forceinline__ void cap_and_exponentiate(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n) {
+            const bool near = bounded.within_reach(s);
+            if (near && tiles.full(kernel.arguments.variant.mask, w.at, n)) {
+                exponentiate_bounded(s, [&](float x) { return bounded.exponent(x); });
+            } else {
+                bounded.cap(s, near, kernel.arguments.variant.score_mod, static_cast<float>(params().scale));
+                modify_with<true>(s, w, tiles, n, kernel.arguments.variant.score_mod);
+                exponentiate_bounded(s, [](float x) { return x; });
+            }
+            if constexpr (Config::kDropout) drop(s, w, n);
+        }
+        template <class Exponent>
+        __device__ __forceinline__ void exponentiate_bounded(WgmmaTile<kBlockN>& s, Exponent exponent) {
+            float sum[4] = {rows[0].sum, 0.0f, rows[1].sum, 0.0f};
+#pragma unroll
+            for (int x = 0; x < kBlockN / 2; x++) {
+                s[x] = exp2_fast(exponent(s[x]));
+                sum[x % 4] += s[x];
+            }
+            rows[0].sum = sum[0] + sum[1];
+            rows[1].sum = sum[2] + sum[3];
         }
         // Takes the maximum of a tile into a row; returns what O and the sums before it are to be multiplied with.
         __device__ __forceinline__ float take_maximum(WgmmaTile<kBlockN>& s, int half) {
@@ -435,11 +499,17 @@ struct ForwardSm90 {
             rows[0].sum = sum[0] + sum[1];
             rows[1].sum = sum[2] + sum[3];
             if constexpr (Config::kDropout) {
-                drop_probabilities<kBlockN % 32 == 0>(s, w.at, first_row(w), n * kBlockN, params().seed,
-                                                      params().dropout_threshold);
-#pragma unroll
-                for (int u = 0; u < kSteps; u++) pack(s, probabilities, u);
+                drop(s, w, n);
+                pack(s, probabilities);
             }
+        }
+        __device__ __forceinline__ void drop(WgmmaTile<kBlockN>& s, const Work& w, int n) const {
+            drop_probabilities<kBlockN % 32 == 0>(s, w.at, first_row(w), n * kBlockN, params().seed,
+                                                  params().dropout_threshold);
+        }
+        __device__ __forceinline__ static void pack(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4]) {
+#pragma unroll
+            for (int u = 0; u < kBlockN / 8; u++) pack(s, probabilities, u);
         }
         __device__ __forceinline__ static void pack(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4], int u) {
             probabilities[2 * u] = pack_pair<Element>(s[4 * u], s[4 * u + 1]);
@@ -481,7 +551,7 @@ struct ForwardSm90 {
         __device__ __forceinline__ void reset() {
 #pragma unroll
             for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
-            rows[0] = rows[1] = RowState<float>();
+            rows[0] = rows[1] = RowState<float>(), fresh = false;
         }
 
         // Scores and probabilities of a query tile's first keys, with nothing else in flight.
@@ -494,11 +564,17 @@ struct ForwardSm90 {
             wgmma_wait_group<0>();
             wgmma_pin(s.data);
             release_k();
-            modify(s, at.w, at.tiles, at.n);
-            shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
-            if constexpr (kScalesFirst) owed[0] = owed[1] = 1.0f;  // O is 0
-            exponentiate<false>(s, probabilities, shrink, at.w, at.n, [](float) {});
+            if constexpr (kBounded) {
+                cap_and_exponentiate(s, at.w, at.tiles, at.n);
+                pack(s, probabilities);
+            } else {
+                modify(s, at.w, at.tiles, at.n);
+                shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+                if constexpr (kScalesFirst) owed[0] = owed[1] = 1.0f;  // O is 0
+                exponentiate<false>(s, probabilities, shrink, at.w, at.n, [](float) {});
+            }
             wait_v(v, at.w, at.n, false);
+            k_ended = 0;
         }
         // O times `owed`, before the next product adds to it.
         __device__ __forceinline__ void scale_output() {
@@ -516,7 +592,7 @@ struct ForwardSm90 {
         __device__ __forceinline__ void step(const Visit& at, int skipped, Meanwhile meanwhile) {
             float shrink[2];
             if constexpr (kCross) wait_q();
-            wait_k();
+            mbarrier_wait_unless(kCross ? 0 : k_ended, kernel.k_full(k.stage), k.parity);
             take_turn();
             wgmma_pin(s.data);
             wgmma_pin(o.data);
@@ -534,13 +610,13 @@ struct ForwardSm90 {
             // were it not for a dependency. V must have come before its products are issued, not between two of them, which
             // would serialise them.
             release_k();
-            modify(s, at.w, at.tiles, at.n);
             const RowState<float> done[2] = {rows[0], rows[1]};
             auto take_output = [&] {
                 wgmma_wait_group<0>();
                 wgmma_pin(o.data);
                 wgmma_pin(probabilities);
                 release_v();
+                k_ended = mbarrier_try(kernel.k_full(k.stage), k.parity);
                 if constexpr (kCross) {
                     skip_v(skipped);
                     if constexpr (kStagesOutput) {
@@ -548,18 +624,27 @@ struct ForwardSm90 {
                     } else {
                         finish(done);
                     }
-#pragma unroll
-                    for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
                 }
+                fresh = kCross;
             };
-            if constexpr (kCross) {
-                rows[0] = rows[1] = RowState<float>();
-                shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
-                exponentiate<false, kEarlyCross>(s, probabilities, shrink, at.w, at.n, [&](float sum) {
-                    // This V has come; the next may need the buffer that O still reads.
+            // `sum` is never negative.
+            auto wait_and_take_output = [&](float sum) {
+                if constexpr (kCross) {  // This V has come; the next may need the buffer that O still reads.
                     mbarrier_wait(kernel.v_full(v.stage), v.parity ^ (sum < 0.0f ? 1 : 0));
-                    take_output();
-                });
+                } else if constexpr (kLateWait || kScalesFirst) {
+                    wait_v(next_v(), at.w, at.n, sum < 0.0f);
+                }
+                take_output();
+            };
+            if constexpr (kCross) rows[0] = rows[1] = RowState<float>();
+            if constexpr (!kBounded) modify(s, at.w, at.tiles, at.n);
+            if constexpr (kBounded) {
+                cap_and_exponentiate(s, at.w, at.tiles, at.n);
+                wait_and_take_output(rows[0].sum + rows[1].sum);
+                pack(s, probabilities);
+            } else if constexpr (kCross) {
+                shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+                exponentiate<false, kEarlyCross>(s, probabilities, shrink, at.w, at.n, wait_and_take_output);
             } else if constexpr (kKeepsMaxima || kScalesFirst) {
                 if constexpr (kScalesFirst) {
                     owed[0] = take_maximum(s, 0), owed[1] = take_maximum(s, 1);
@@ -567,10 +652,7 @@ struct ForwardSm90 {
                     set_maxima(s);
                 }
                 const float before[2] = {rows[0].sum, rows[1].sum};
-                exponentiate<false, kEarly>(s, probabilities, shrink, at.w, at.n, [&](float sum) {
-                    if constexpr (kLateWait || kScalesFirst) wait_v(next_v(), at.w, at.n, sum < 0.0f);
-                    take_output();
-                });
+                exponentiate<false, kEarly>(s, probabilities, shrink, at.w, at.n, wait_and_take_output);
                 if constexpr (kKeepsMaxima) check_sums(s, probabilities, at.w, at.tiles, at.n, before);
             } else {
                 shrink[0] = take_maximum(s, 0);  // the dependency, so that the second row's maximum hides the latency of it
@@ -603,6 +685,13 @@ struct ForwardSm90 {
                 wgmma_wait_group<0>();
                 wgmma_pin(s.data);
                 release_k();
+                if constexpr (kBounded) {
+                    cap_and_exponentiate(s, at.w, at.tiles, at.n);
+                    pack(s, probabilities);
+                    wait_v(v, at.w, at.n, false);
+                    drain();
+                    continue;
+                }
                 modify(s, at.w, at.tiles, at.n);
                 if constexpr (kKeepsMaxima) {
                     if (unset()) set_maxima(s);
@@ -670,12 +759,12 @@ struct ForwardSm90 {
             Element* out = static_cast<Element*>(p.out) + w.seq.out + w.at.head * p.out_head;
             OutTile::template store_rows<Element, Config::kVecOut>(
                 kernel.smem + (q_stage * kConsumers + wg) * QTile::kBytes, loaded, static_cast<int>(threadIdx.x % 128 / 32),
-                out + first_row(w) * p.out_row, p.out_row, w.at.seqlen_q - first_row(w), p.head_dim_v);
-            if (loaded) {
-                fence_proxy_async();
-                __syncwarp();
-                if (leads()) mbarrier_arrive(kernel.q_empty(q_stage, wg));
-            }
+                out + first_row(w) * p.out_row, p.out_row, w.at.seqlen_q - first_row(w), p.head_dim_v, [&] {
+                    if (!loaded) return;
+                    fence_proxy_async();
+                    __syncwarp();
+                    if (leads()) mbarrier_arrive(kernel.q_empty(q_stage, wg));
+                });
             if (threadIdx.x % 4 == 0) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
@@ -690,6 +779,7 @@ struct ForwardSm90 {
                                                                        RowState<float> row) const {
             row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 1);
             row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 2);
+            if constexpr (kBounded) row.max = row.sum == 0.0f ? row.max : 0.0f;
             const float top = row.max == negative_infinity<float>() ? row.max : row.max * factor;
             return finish_output_row<Config>(p, head, top, row.sum);
         }
@@ -716,8 +806,7 @@ struct ForwardSm90 {
         Consumer consumer{*this, wg};
         consumer.factor = exponent_factor<Config, float>(p);
         if constexpr (kWhole) {
-            consumer.factor =
-                Whole::unit(arguments.variant.score_mod, static_cast<float>(p.scale)) * static_cast<float>(kLog2e);
+            consumer.factor = Whole::factor(arguments.variant.score_mod, static_cast<float>(p.scale));
         }
         consumer.desc_q = QTile::k_major(base + wg * QTile::kBytes);
         consumer.desc_k = KTile::advance(KTile::k_major(base), kOffsetK / 16);
@@ -727,6 +816,9 @@ struct ForwardSm90 {
         auto arrive = [&](const QueryTile& tile) {
             const Work w = schedule.work(p, tile);
             if constexpr (kForeignRows) store_padding<Element, float, kBlockM, 128 * kConsumers>(p, w, p.head_dim_v);
+            if constexpr (kBounded) {
+                consumer.bounded = Bounded::of(arguments.variant.score_mod, static_cast<float>(p.scale));
+            }
             if constexpr (kWhole) {  // the padding past packed sequences counts as one more, which has no slope
                 const bool exists = w.at.seqlen_k > 0;
                 if (exists) consumer.whole = Whole::of(arguments.variant.score_mod, w.at, static_cast<float>(p.scale));

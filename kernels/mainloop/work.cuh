@@ -37,8 +37,9 @@ struct Work {
     }
 };
 
-// The key tiles of one query tile, in order: `next(n)` is the first one to visit at or after n.
-template <class Mask, int kBlockM, int kBlockN>
+// The key tiles of one query tile, in order: `next(n)` is the first one to visit at or after n. kSplits: the plan may divide
+// them.
+template <class Mask, int kBlockM, int kBlockN, bool kSplits = true>
 struct KeyTiles {
     Range blocks;
     TileMap map;
@@ -52,7 +53,7 @@ struct KeyTiles {
             const Range keys = mask.kv_range(w.at, tiles.rows);
             if (keys.start < keys.stop) tiles.blocks = {keys.start / kBlockN, (keys.stop + kBlockN - 1) / kBlockN};
         }
-        if (p.num_splits > 1) {  // each split takes an equal run of the tiles
+        if (kSplits && p.num_splits > 1) {  // each split takes an equal run of the tiles
             const int count = tiles.blocks.stop - tiles.blocks.start;
             const int each = (count + p.num_splits - 1) / p.num_splits;
             tiles.blocks.start = min(tiles.blocks.start + w.split * each, tiles.blocks.stop);

@@ -33,4 +33,29 @@ __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity)
         : "memory");
 }
 
+// Whether the phase of the given parity has ended, without waiting for long, and the wait that is left if it had not.
+__device__ __forceinline__ unsigned mbarrier_try(unsigned barrier, unsigned parity) {
+    unsigned ended;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(ended)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return ended;
+}
+__device__ __forceinline__ void mbarrier_wait_unless(unsigned ended, unsigned barrier, unsigned parity) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "setp.ne.u32 p, %2, 0;\n"
+        "@p bra done;\n"
+        "wait: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@p bra done;\n"
+        "bra wait;\n"
+        "done:\n}" ::"r"(barrier),
+        "r"(parity), "r"(ended)
+        : "memory");
+}
+
 }  // namespace cuattn

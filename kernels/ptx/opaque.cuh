@@ -19,4 +19,7 @@ __device__ __forceinline__ int opaque(int x) {
     return x;
 }
 
+// Loads before this are issued before those after it.
+__device__ __forceinline__ void in_order() { asm volatile("" ::: "memory"); }
+
 }  // namespace cuattn

@@ -30,4 +30,11 @@ __device__ __forceinline__ unsigned count_acquire(const unsigned* counter) {
     return count;
 }
 
+// The same, and what was there before: what other threads wrote before they counted is visible afterwards.
+__device__ __forceinline__ unsigned long long count_and_order(unsigned long long* counter) {
+    unsigned long long before;
+    asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], 1;" : "=l"(before) : "l"(counter) : "memory");
+    return before;
+}
+
 }  // namespace cuattn

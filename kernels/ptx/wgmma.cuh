@@ -33,8 +33,9 @@ __device__ __forceinline__ void wgmma_pin(unsigned (&r)[kSize]) {
 }
 
 // ss: A and B in shared memory, K-major (rows of A and columns of B contiguous along k; kTransA: A is MN-major, its columns
-//     contiguous along m; kTransB: B is MN-major, its rows contiguous along n); `accumulate` 0 starts from zero.
+//     contiguous along m; kTransB: B is MN-major, its rows contiguous along n).
 // rs: A in registers, B MN-major (rows of B contiguous along n).
+// `accumulate` 0 starts from zero.
 template <int kN, class Element>
 struct Wgmma;
 
@@ -75,7 +76,7 @@ struct Wgmma;
 #define CUATTN_OUTS_120 CUATTN_OUTS_112, CUATTN_EIGHT(112)
 #define CUATTN_OUTS_128 CUATTN_OUTS_120, CUATTN_EIGHT(120)
 // N, registers of D, and the numbers of the operands after them.
-#define CUATTN_WGMMA_OF(N, R, ELEMENT, TYPE, x0, x1, x2, x3, x4)                                                               \
+#define CUATTN_WGMMA_OF(N, R, ELEMENT, TYPE, x0, x1, x2, x3, x4, x5)                                                           \
     template <>                                                                                                                \
     struct Wgmma<N, ELEMENT> {                                                                                                 \
         template <int kTransA = 0, int kTransB = 0>                                                                            \
@@ -85,32 +86,33 @@ struct Wgmma;
                          " {" CUATTN_REGS_##R "}, %" #x0 ", %" #x1 ", p, 1, 1, %" #x3 ", %" #x4 ";\n}"                        \
                          : CUATTN_OUTS_##R : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));                     \
         }                                                                                                                      \
-        __device__ __forceinline__ static void rs(float (&d)[R], const unsigned* a, unsigned long long b) {                    \
-            asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                                       \
-                         " {" CUATTN_REGS_##R "}, {%" #x0 ", %" #x1 ", %" #x2 ", %" #x3 "}, %" #x4 ", 1, 1, 1, 1;"             \
-                         : CUATTN_OUTS_##R : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                              \
+        __device__ __forceinline__ static void rs(float (&d)[R], const unsigned* a, unsigned long long b, int accumulate) {    \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #x5 ", 0;\n"                                                  \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                                       \
+                         " {" CUATTN_REGS_##R "}, {%" #x0 ", %" #x1 ", %" #x2 ", %" #x3 "}, %" #x4 ", p, 1, 1, 1;\n}"          \
+                         : CUATTN_OUTS_##R : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));             \
         }                                                                                                                      \
     };
-#define CUATTN_WGMMA(N, R, x0, x1, x2, x3, x4)                         \
-    CUATTN_WGMMA_OF(N, R, __half, "f16", x0, x1, x2, x3, x4)           \
-    CUATTN_WGMMA_OF(N, R, __nv_bfloat16, "bf16", x0, x1, x2, x3, x4)
-CUATTN_WGMMA(16, 8, 8, 9, 10, 11, 12)
-CUATTN_WGMMA(24, 12, 12, 13, 14, 15, 16)
-CUATTN_WGMMA(32, 16, 16, 17, 18, 19, 20)
-CUATTN_WGMMA(48, 24, 24, 25, 26, 27, 28)
-CUATTN_WGMMA(64, 32, 32, 33, 34, 35, 36)
-CUATTN_WGMMA(80, 40, 40, 41, 42, 43, 44)
-CUATTN_WGMMA(96, 48, 48, 49, 50, 51, 52)
-CUATTN_WGMMA(112, 56, 56, 57, 58, 59, 60)
-CUATTN_WGMMA(128, 64, 64, 65, 66, 67, 68)
-CUATTN_WGMMA(144, 72, 72, 73, 74, 75, 76)
-CUATTN_WGMMA(160, 80, 80, 81, 82, 83, 84)
-CUATTN_WGMMA(176, 88, 88, 89, 90, 91, 92)
-CUATTN_WGMMA(192, 96, 96, 97, 98, 99, 100)
-CUATTN_WGMMA(208, 104, 104, 105, 106, 107, 108)
-CUATTN_WGMMA(224, 112, 112, 113, 114, 115, 116)
-CUATTN_WGMMA(240, 120, 120, 121, 122, 123, 124)
-CUATTN_WGMMA(256, 128, 128, 129, 130, 131, 132)
+#define CUATTN_WGMMA(N, R, x0, x1, x2, x3, x4, x5)                         \
+    CUATTN_WGMMA_OF(N, R, __half, "f16", x0, x1, x2, x3, x4, x5)           \
+    CUATTN_WGMMA_OF(N, R, __nv_bfloat16, "bf16", x0, x1, x2, x3, x4, x5)
+CUATTN_WGMMA(16, 8, 8, 9, 10, 11, 12, 13)
+CUATTN_WGMMA(24, 12, 12, 13, 14, 15, 16, 17)
+CUATTN_WGMMA(32, 16, 16, 17, 18, 19, 20, 21)
+CUATTN_WGMMA(48, 24, 24, 25, 26, 27, 28, 29)
+CUATTN_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
+CUATTN_WGMMA(80, 40, 40, 41, 42, 43, 44, 45)
+CUATTN_WGMMA(96, 48, 48, 49, 50, 51, 52, 53)
+CUATTN_WGMMA(112, 56, 56, 57, 58, 59, 60, 61)
+CUATTN_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
+CUATTN_WGMMA(144, 72, 72, 73, 74, 75, 76, 77)
+CUATTN_WGMMA(160, 80, 80, 81, 82, 83, 84, 85)
+CUATTN_WGMMA(176, 88, 88, 89, 90, 91, 92, 93)
+CUATTN_WGMMA(192, 96, 96, 97, 98, 99, 100, 101)
+CUATTN_WGMMA(208, 104, 104, 105, 106, 107, 108, 109)
+CUATTN_WGMMA(224, 112, 112, 113, 114, 115, 116, 117)
+CUATTN_WGMMA(240, 120, 120, 121, 122, 123, 124, 125)
+CUATTN_WGMMA(256, 128, 128, 129, 130, 131, 132, 133)
 #undef CUATTN_WGMMA
 #undef CUATTN_WGMMA_OF
 // clang-format on

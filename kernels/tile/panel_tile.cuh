@@ -54,19 +54,28 @@ struct PanelTile {
     }
 
     // Stores a warp's rows 16 warp ... 16 warp + 15, by that warp: row r to target + r * pitch, as far as `rows` and `cols`
-    // go; zeros where the tile is not `filled`. kVecBytes is what the alignment of rows allows.
-    template <class Element, int kVecBytes>
+    // go; zeros where the tile is not `filled`. kVecBytes is what the alignment of rows allows. `when_read` is called when
+    // the tile has been read.
+    template <class Element, int kVecBytes, class WhenRead>
     __device__ __forceinline__ static void store_rows(const char* tile, bool filled, int warp, Element* target, long long pitch,
-                                                      int rows, int cols) {
+                                                      int rows, int cols, WhenRead when_read) {
         const int lane = static_cast<int>(threadIdx.x % 32), row = 16 * warp + lane / 8;
         Element* to = target + row * pitch + lane % 8 * 8;
         if (kVecBytes == 16 && cols == 64 * kPanels && filled) {  // no branch: all loads and stores may overlap
+            uint4 eight[4][kPanels];
 #pragma unroll
-            for (int r = 0; r < 16; r += 4, to += 4 * pitch) {
+            for (int r = 0; r < 4; r++) {
 #pragma unroll
                 for (int panel = 0; panel < kPanels; panel++) {
-                    const uint4 eight = *reinterpret_cast<const uint4*>(tile + offset(row + r, 8 * panel + lane % 8));
-                    if (row + r < rows) *reinterpret_cast<uint4*>(to + 64 * panel) = eight;
+                    eight[r][panel] = *reinterpret_cast<const uint4*>(tile + offset(row + 4 * r, 8 * panel + lane % 8));
+                }
+            }
+            when_read();
+#pragma unroll
+            for (int r = 0; r < 4; r++, to += 4 * pitch) {
+#pragma unroll
+                for (int panel = 0; panel < kPanels; panel++) {
+                    if (row + 4 * r < rows) *reinterpret_cast<uint4*>(to + 64 * panel) = eight[r][panel];
                 }
             }
             return;
@@ -84,6 +93,7 @@ struct PanelTile {
                 }
             }
         }
+        when_read();
     }
 
     // Writes zero to rows [start, kRows), by kThreads threads.

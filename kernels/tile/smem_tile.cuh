@@ -62,10 +62,12 @@ struct SwizzledTile {
 };
 
 // For 32-bit elements read by ldmatrix (eight rows at one unit) or as units g, g + 1 of rows t = 0 ... 3: panels of 32 columns,
-// 128 bytes a row, in which unit u of row r lies at place u ^ (2 (r % 4) + r / 4 % 2).
-template <int kRows_, int kCols_>
+// 128 bytes a row, in which unit u of row r lies at place u ^ (2 (r % 4) + r / 4 % 2). kParts: of how many narrower numbers
+// an element is multiplied as the sum.
+template <int kRows_, int kCols_, int kParts_ = 1>
 struct SwizzledWideTile {
     using Element = float;
+    static constexpr int kParts = kParts_;
     static_assert(kRows_ % 8 == 0);
     static constexpr int kRows = kRows_, kCols = kCols_;
     static constexpr int kPanel = 32, kPanelBytes = kRows * 128;

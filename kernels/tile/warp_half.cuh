@@ -5,6 +5,7 @@
 //   store(sums, tile, row, col)                                the sums as elements of a tile
 //   measure<Grid>(sums, tile)                                  where kParts, the elements of a tile for one of an input, are 2:
 //                                                              before a barrier and `store`
+//   round<kThreads>(tile)                                      where kRounds: what an input becomes before it is multiplied
 // A is a tile [row][depth], or with kTransA one [depth][row]; B one [col][depth], or with kTransB one [depth][col].
 #pragma once
 #include "tile/mma_half.cuh"
@@ -18,6 +19,7 @@ struct WarpHalf {
     using Element = Element_;
     using Accum = float;
     static constexpr int kParts = 1;
+    static constexpr bool kRounds = false;
     using Mma = MmaHalf<Element>;
     using Fragment = typename Mma::Fragment;
     template <bool kTransA, bool kTransB, int kRows, int kCols, int kWarps>
@@ -26,6 +28,8 @@ struct WarpHalf {
     using Tile = SwizzledTile<Element, kRows, kCols>;
     template <int kRows, int kCols>
     using ScoreTile = SwizzledTile<Element, kRows, kCols>;
+    template <int kRows, int kCols>
+    using GradientTile = ScoreTile<kRows, kCols>;
     template <bool kTransA, bool kTransB, int kRows, int kCols>
     using Sums = RegTile<float, kRows / 16, kCols / 8>;
 

@@ -43,12 +43,15 @@ struct WarpSimt {
     using Element = float;
     using Accum = float;
     static constexpr int kParts = 1;
+    static constexpr bool kRounds = false;
     template <bool kTransA, bool kTransB, int kRows, int kCols, int kWarps>
     using Grid = WarpGrid<kRows, kCols, kWarps, kTransA ? 16 : 4, kTransB ? 32 : 16>;
     template <int kRows, int kCols>
     using Tile = SmemTile<float, kRows, kCols, 1>;
     template <int kRows, int kCols>
     using ScoreTile = SmemTile<float, kRows, kCols, 2>;
+    template <int kRows, int kCols>
+    using GradientTile = ScoreTile<kRows, kCols>;
     template <bool kTransA, bool kTransB, int kRows, int kCols>
     using Sums = LaneTile<kTransA, kTransB, kRows, kCols>;
 

@@ -17,12 +17,15 @@ struct WarpSplit {
     using Element = __half;
     using Accum = float;
     static constexpr int kParts = 2, kRun = 32;
+    static constexpr bool kRounds = false;
     template <bool kTransA, bool kTransB, int kRows, int kCols, int kWarps>
     using Grid = WarpGrid<kRows, kCols, kWarps, 16, 16>;
     template <int kRows, int kCols>
     using Tile = PairTile<kRows, kCols>;
     template <int kRows, int kCols>
     using ScoreTile = Tile<kRows, kCols>;
+    template <int kRows, int kCols>
+    using GradientTile = ScoreTile<kRows, kCols>;
     template <bool kTransA, bool kTransB, int kRows, int kCols>
     using Sums = RegTile<float, kRows / 16, kCols / 8>;
 

@@ -15,6 +15,7 @@ struct WarpWide {
     using Element = typename Product::Element;
     using Accum = Element;
     static constexpr int kParts = 1;
+    static constexpr bool kRounds = false;
     using Operand = typename Product::Operand;
     template <bool kTransA, bool kTransB, int kRows, int kCols, int kWarps>
     using Grid = WarpGrid<kRows, kCols, kWarps, 16, 8>;
@@ -23,6 +24,8 @@ struct WarpWide {
     using Tile = SmemTile<Element, kRows, kCols, kPadUnits>;
     template <int kRows, int kCols>
     using ScoreTile = Tile<kRows, kCols>;
+    template <int kRows, int kCols>
+    using GradientTile = ScoreTile<kRows, kCols>;
     template <bool kTransA, bool kTransB, int kRows, int kCols>
     using Sums = RegTile<Accum, kRows / 16, kCols / 8>;
 

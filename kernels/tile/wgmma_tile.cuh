@@ -75,13 +75,15 @@ __device__ __forceinline__ void wgmma_qk(Sums& s, unsigned long long q, unsigned
     wgmma_commit_group();
 }
 
-// Starts o += P V; `p` holds the probabilities of a tile's keys as operands, `v` is the MN-major descriptor of a VTile.
+// Starts o += P V, or o = P V where it does not accumulate; `p` holds the probabilities of a tile's keys as operands, `v` is
+// the MN-major descriptor of a VTile.
 template <class Element, class VTile>
 __device__ __forceinline__ void wgmma_pv(WgmmaTile<VTile::kCols>& o, const unsigned (&p)[VTile::kRows / 4],
-                                         unsigned long long v) {
+                                         unsigned long long v, bool accumulate = true) {
 #pragma unroll
     for (int step = 0; step < VTile::kRows / 16; step++) {
-        Wgmma<VTile::kCols, Element>::rs(o.data, p + 4 * step, VTile::advance(v, VTile::mn_major_step(step)));
+        Wgmma<VTile::kCols, Element>::rs(o.data, p + 4 * step, VTile::advance(v, VTile::mn_major_step(step)),
+                                         step > 0 || accumulate);
     }
     wgmma_commit_group();
 }
