@@ -795,6 +795,7 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     weight += 2 * (backward.deterministic and weight > 0)  # the doormen, beside what is heavy already
     dim, dim_v = round_up(problem.head_dim, 64), round_up(problem.head_dim_v, 64)
     widest = max(dim, dim_v)
+    weight += problem.packed and problem.mask.tiled and widest == 64  # of 96 rows, tile map and sequence together spill
     window = _window(problem)
     narrow = window is not None and window <= NARROW_WINDOW
     table = {**_SM90, **_SM90_NARROW} if narrow else _SM90

@@ -172,6 +172,7 @@ def _hopper_plans(device: Device) -> Iterator[BackwardPlan]:
         more += [{"mods": (Bias(view(shapes[0], dtype, 2)),)}, {"mask": SlidingWindow(1024, 0)}]
         boolean = BooleanMask(view((4, 1, 4096, 4096), "bool"))
         problems = [(problem_of(dtype, dims=dims, mask=mask), True) for mask in (Full(), causal, boolean)]
+        more += [{"mask": boolean, "packed": True}]
         problems += [(problem_of(dtype, dims=dims, **options), False) for options in ({}, *_features(dtype), *more)]
         for problem, deterministic in problems:
             if not declines(problem, device):
