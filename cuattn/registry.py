@@ -166,7 +166,7 @@ def _weight_sm90(problem: Problem) -> int:
 
 
 SHORTEST = 512
-"""Keys up to which the ends of tiles are most of the time."""
+"""Keys of a sequence up to which the ends of tiles are most of the time."""
 SHORT = 2048
 """Keys up to which the ends of tiles count: below, they overlap where an SM holds two CTAs."""
 LONG = 2048
@@ -203,6 +203,7 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     widest, weight = max(_dims_sm90(problem)), _weight_sm90(problem)
     tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
     keys, regular = _keys_of_a_tile(problem), not (problem.packed or problem.mask.tiled)
+    shortest = min(problem.seqlen_k, problem.total_k) <= SHORTEST
     # Where a sum exceeds what a row that keeps its maximum may hold, only bfloat16 is far from its own limit. The others have
     # no registers left for going back.
     keeps = problem.dtype == "bfloat16" and not problem.mods and problem.scale > 0
@@ -211,13 +212,13 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
         tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False))
     if 64 < widest <= 128 and keys >= LONG and regular:
         tiles.insert(0, Tiles(128, 176, 2, 12, persistent=True, max_weight=0))
-    if 64 < widest <= 128 and keys <= SHORTEST and regular and keeps and _fills_sm90(problem, device, 192):
+    if 64 < widest <= 128 and shortest and regular and keeps and _fills_sm90(problem, device, 192):
         tiles.insert(0, Tiles(192, 128, 2, 16, persistent=True, overlap=False, max_weight=0, q_stages=2))
     if 64 < widest <= 128 and problem.dropout > 0 and not (problem.mods or problem.mask.tiled):
         tiles.insert(0, Tiles(128, 128, 2, 12, persistent=True, max_weight=6))
     if widest > 128 >= problem.head_dim_v:
         tiles.insert(0, Tiles(128, 128, 2, 12, persistent=True, max_weight=0))
-    if widest > 192 and keys <= SHORTEST:
+    if widest > 192 and shortest:
         tiles = tiles[1:]  # 80 keys a tile would compute a tenth of them for nothing
     # Beside more columns of out the compiler has no room for what a late wait lets it interleave.
     wide = problem.head_dim_v > 128
