@@ -108,19 +108,23 @@ def test_what_hopper_does_not_serve_says_so(options: dict[str, Any], reason: str
 
 
 @pytest.mark.parametrize(
-    ("seqlen", "causal", "deterministic", "rows", "bulk"),
+    ("seqlen", "causal", "lengths", "deterministic", "rows", "bulk"),
     [
-        (4096, False, False, 128, True),
-        (4096, False, True, 128, True),
-        (4096, True, False, 64, False),
-        (4097, True, False, 96, False),
-        (4096, True, True, 96, True),
+        (4096, False, False, False, 128, True),
+        (4096, False, False, True, 128, True),
+        (4096, True, False, False, 128, True),
+        (4096, True, True, False, 64, False),
+        (4097, True, True, False, 96, False),
+        (4096, True, True, True, 96, True),
     ],
 )
-def test_tiles_of_64_columns(seqlen: int, causal: bool, deterministic: bool, rows: int, bulk: bool) -> None:
-    """Few causal queries take tiles whose rows begin with the keys'; ordered additions go through the copy engine."""
+def test_tiles_of_64_columns(seqlen: int, causal: bool, lengths: bool, deterministic: bool, rows: int, bulk: bool) -> None:
+    """Where sequences have lengths of their own, few causal queries take tiles whose rows begin with the keys'; ordered
+    additions go through the copy engine.
+    """
     mask = SlidingWindow(None, 0) if causal else None
-    problem = problem_of("bfloat16", dims=(64, 64), mask=mask, seqlens=(seqlen, seqlen))
+    extras = ("kv_lens",) if lengths else ()
+    problem = problem_of("bfloat16", dims=(64, 64), mask=mask, seqlens=(seqlen, seqlen), extras=extras)
     plan = make_backward_plan(backward_problem_of(problem, deterministic), DEVICES["sm_90a"])
     assert (plan.tiles.block_m, plan.tiles.bulk) == (rows, bulk)
 
@@ -183,4 +187,6 @@ def test_the_copy_engine_brings_whole_tiles(dims: tuple[int, int]) -> None:
     plan = make_backward_plan(backward_problem_of(problem_of("bfloat16", dims=dims)), DEVICES["sm_90a"])
     boxes = [m.box for m in backward_struct(plan, plan.launches[0], True).maps]
     assert plan.uses_tma
-    assert boxes == [(64, rows, 1, 1) for rows in (plan.tiles.block_m, *(plan.tiles.block_n,) * 2, plan.tiles.block_m)]
+    gradients = (16, 16) if max(dims) <= 128 else ()  # dk and dv leave in what a warp holds
+    rows = (plan.tiles.block_m, *(plan.tiles.block_n,) * 2, plan.tiles.block_m, *gradients)
+    assert boxes == [(64, n, 1, 1) for n in rows]
