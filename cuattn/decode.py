@@ -676,7 +676,8 @@ def _products(problem: DecodeProblem, device: Device) -> Products:
         if problem.precision == "tf32":
             return Products("MmaWide<ProductTf32>", 16, 32, 8, 4, 256)
         halves = 1 if problem.seqlen_q * problem.group <= 8 else 2
-        return Products(f"MmaSimt<{halves}>", 16, 16, 8, None, 256)
+        # From sm_100 on, some kernels spill beside 256 columns.
+        return Products(f"MmaSimt<{halves}>", 16, 16, 8, None, 256 if device.number < 100 else 128)
     if problem.cache_dtype in CACHE_DTYPES:
         converts = "true" if device.number >= 89 else "false"
         return Products(f"MmaByte<{CACHE_DTYPES[problem.cache_dtype]}, {converts}>", 32, 32, 16, 0, 256)
