@@ -452,7 +452,7 @@ class BackwardPlan:
             size * self.dq_splits * self.dq_elements,
             4 * self.dq_elements // (self.tiles.block_m * self.head_dim) if self.takes_turns else 0,
             ITEMSIZE[self.sum_dtype] * sums,
-            stats_bytes(p) * self.partial_rows,
+            0 if self.in_one_pass and p.operand("sinks") is None else stats_bytes(p) * self.partial_rows,
             size * partial * p.head_dim,
             size * partial * p.head_dim_v,
             4 * self.map_batches * self.map_heads * self.m_blocks * 2 * self.map_words,
@@ -839,15 +839,16 @@ def _in_one_pass(problem: Problem) -> bool:
     """Whether backward_window_sm90 serves what backward_sm90 does."""
     p, t, window = problem, _IN_ONE_PASS, _window(problem)
     plain = not p.mods and p.scale > 0 and p.dropout == 0 and max(p.head_dim, p.head_dim_v) <= 64
+    plain = plain and not tma_obstacles("out", p.operand("out"), p.vectors[3])
     return plain and window is not None and window <= min(NARROW_WINDOW, (HELD_TILES - 1) * t.block_n + 1)
 
 
 def window_smem_bytes(tiles: Tiles) -> int:
     """kernels/mainloop/backward_window_sm90.cuh, which asserts that it suffices."""
     tile = 2 * 64 * tiles.block_m
-    stage = 2 * tile + 8 * tiles.block_m
+    stage = 3 * tile + 8 * tiles.block_m
     barriers = 3 * WINDOW_SLOTS + 4 * tiles.stages + 4
-    return 2 * WINDOW_SLOTS * tile + tiles.stages * stage + 2 * HELD_TILES * tile + 32 + 8 * barriers + 1024
+    return 2 * WINDOW_SLOTS * tile + tiles.stages * stage + 2 * HELD_TILES * tile + 80 + 8 * barriers + 1024
 
 
 def _sm90_gemm(problem: Problem) -> Gemm:
