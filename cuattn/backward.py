@@ -792,7 +792,6 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     if problem.mods and not _early(problem):
         weight += 4 + 4 * any(isinstance(mod, Bias) for mod in problem.mods)
     weight += 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
-    weight += 2 * (backward.deterministic and weight > 0)  # the doormen, beside what is heavy already
     dim, dim_v = round_up(problem.head_dim, 64), round_up(problem.head_dim_v, 64)
     widest = max(dim, dim_v)
     weight += problem.packed and problem.mask.tiled and widest == 64  # of 96 rows, tile map and sequence together spill
@@ -806,6 +805,7 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
         tiles = (*(t for t in tiles if not (tight and t.block_m == 48)), *_SM90[256])
     band = isinstance(problem.mask, Full) or (isinstance(problem.mask, SlidingWindow) and window is None)
     bare = band and not own_lengths and _early(problem) and not problem.mods
+    weight += 2 * (backward.deterministic and weight > 0 and not bare)  # the doormen, beside what is heavy already
     run = _long_run(problem, device) if bare and widest == 64 and not backward.deterministic else 0
     # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
     # spread by themselves, and at 256 there is no shared memory left to stage them.
@@ -816,7 +816,7 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     # are few.
     plain = not (problem.packed or problem.mods or backward.deterministic)
     few = window is not None or (plain and isinstance(problem.mask, SlidingWindow) and problem.seqlen_q <= MOST_FEW_ROWS)
-    rows = 128 if run > 0 or (bare and weight == 0) else 64 if few else 96
+    rows = 128 if run > 0 or (bare and (weight == 0 or backward.deterministic)) else 64 if few else 96
     runs = run > 1 or (narrow and widest == 64 and not backward.deterministic)
     seeded = bare and widest != 192
     stores = bare and widest <= 128 and dim_v <= dim and problem.head_dim % 8 == problem.head_dim_v % 8 == 0

@@ -32,7 +32,7 @@
 //             add it to memory; wait dK
 // (kEarly)    where P needs no dP: issue S, dP; wait S; P; issue dV; wait dP; dS, which thus runs under dV; ...; row statistics
 //             of the next tile are read before dq is added: behind the additions they would wait in the same queue
-// Order       deterministic: a key tile adds to dq of a query tile after all key tiles before it have. CTAs start in that
+// Order       deterministic: a key tile adds to dq of a query tile after all key tiles behind it have. CTAs start in that
 //             order, so none waits for one that has not started. With kBulkDq the consumers hand dq over in shared memory, and
 //             a doorman adds it when its turn comes while they go on; turn then says that there is room for the next tile.
 //             Without, turn lets them add themselves, and handed says that they have
@@ -98,9 +98,7 @@ struct BackwardSm90 {
     using StatsReader = typename StatsRows::Reader;
     using Sums = ModSums<Config, Scores>;
     using Slot = RingSlot<kStages>;
-    // Deterministic: key tiles add to a query tile's dq in their order. All begin with the last query tiles, which under a
-    // causal mask they share, so that none waits for long.
-    using Tiles = QueryTiles<Mask, kBlockM, kBlockN, Config::kDeterministic>;
+    using Tiles = QueryTiles<Mask, kBlockM, kBlockN>;
     static_assert(Sums::kKind != kBiasRows && !(kWide && Sums::kKind == kBiasColumns));
     static constexpr bool kBiasTiles = BackwardTmaArguments<Config>::kBiasTiles, kBiasRow = Config::kBiasRow;
     // What a bias tile receives may be dS itself; else it is staged beside it.
@@ -208,6 +206,8 @@ struct BackwardSm90 {
         // together. Within a section, key tiles that run side by side belong to different pairs, and the first ones, which
         // under a causal mask are the longest, go first. The first section takes what does not fill one: the long tiles of a
         // small last section would end one by one.
+        // Deterministic: the last ones go first. Under a causal mask each then comes to a query tile as much later than the one
+        // before it, whose turn it is first, as a tile takes: none waits for long.
         __device__ __forceinline__ static Share share_of(const ForwardParams& p, const BackwardParams& g) {
             const int run = kRuns ? g.run : 1;
             const int index = static_cast<int>(cta_index()), shares = (g.n_blocks + run - 1) / run;
@@ -215,7 +215,8 @@ struct BackwardSm90 {
             const int missing = (p.section - pairs % p.section) % p.section;
             const int end = ((index + missing * shares) / (p.section * shares) + 1) * p.section - missing;
             const int first = max(0, end - p.section), size = end - first, rest = index - first * shares;
-            return {first + rest % size, rest / size * run};
+            const int place = rest / size;
+            return {first + rest % size, (Config::kDeterministic ? shares - 1 - place : place) * run};
         }
         // `sequence`: with kAllTokens, the one that the key tile belongs to.
         __device__ __forceinline__ static Work of(const ForwardParams& p, const BackwardParams& g, int sequence) {
@@ -257,7 +258,7 @@ struct BackwardSm90 {
             const Tiles tiles = tiles_of(w, n);
             for (Place place = tiles.after({0, tiles.first}, w.q_split); !tiles.is_end(place);
                  place = tiles.after(place, tiles.step)) {
-                visitor(tiles, tiles.at(place));
+                visitor(tiles, place);
             }
         } while (kRuns && ++n < w.last());
     }
@@ -357,12 +358,11 @@ struct BackwardSm90 {
         publish(0, -1, false, 0);
     }
 
-    // Key tiles before this one that visit a query tile: their number, found by all lanes of a warp.
+    // Key tiles that add to a query tile before this one, those after it: their number, found by all lanes of a warp.
     __device__ __forceinline__ int tiles_before(const Work& w, Place here) const {
         int count = 0;
-        for (int start = 0; start < w.n; start += 32) {
-            const int other = start + lane_index();
-            count += __popc(__ballot_sync(0xffffffffu, other < w.n && tiles_of(w, other).visits(here)));
+        for (int start = w.n + 1; start * kBlockN < w.at.seqlen_k; start += 32) {
+            count += __popc(__ballot_sync(0xffffffffu, tiles_of(w, start + lane_index()).visits(here)));
         }
         return count;
     }

@@ -11,9 +11,8 @@ struct Place {
     int head, m;
 };
 
-// The query tiles that a key tile's CTA visits, over all query heads of its KV head. kDescending: those of a head from the last
-// to the first; places count as if it were the other way round.
-template <class Mask, int kBlockM, int kBlockN, bool kDescending = false>
+// The query tiles that a key tile's CTA visits, over all query heads of its KV head.
+template <class Mask, int kBlockM, int kBlockN>
 struct QueryTiles {
     int first, count, heads, step;  // first query tile, tiles per head, heads, tiles from one visit to the next
     int n;
@@ -39,9 +38,6 @@ struct QueryTiles {
         }
         return tiles;
     }
-    __device__ __forceinline__ Place at(Place place) const {
-        return kDescending ? Place{place.head, 2 * first + count - 1 - place.m} : place;
-    }
     __device__ __forceinline__ bool visits(Place place) const {
         return place.m >= first && place.m < first + count && (!Mask::kTiled || bit(place, 0));
     }
@@ -55,7 +51,7 @@ struct QueryTiles {
         for (;;) {
             place.m += ahead;
             while (place.m >= first + count && place.head < heads) place.m -= count, place.head++;
-            if (!Mask::kTiled || is_end(place) || bit(at(place), 0)) return place;
+            if (!Mask::kTiled || is_end(place) || bit(place, 0)) return place;
             ahead = step;
         }
     }
