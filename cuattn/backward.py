@@ -818,7 +818,7 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     few = window is not None or (plain and isinstance(problem.mask, SlidingWindow) and problem.seqlen_q <= MOST_FEW_ROWS)
     rows = 128 if run > 0 or (bare and (weight == 0 or backward.deterministic)) else 64 if few else 96
     runs = run > 1 or (narrow and widest == 64 and not backward.deterministic)
-    seeded = bare and widest != 192
+    seeded = band and _early(problem) and not problem.mods and (not own_lengths or widest == 128) and widest != 192
     stores = bare and widest <= 128 and dim_v <= dim and problem.head_dim % 8 == problem.head_dim_v % 8 == 0
     tiles = tuple(
         replace(t, bulk=bulk and not _shares_keys(t), runs=runs, seeded=seeded, stores=stores)
