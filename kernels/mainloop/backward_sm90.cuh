@@ -98,7 +98,7 @@ struct BackwardSm90 {
     using StatsReader = typename StatsRows::Reader;
     using Sums = ModSums<Config, Scores>;
     using Slot = RingSlot<kStages>;
-    using Tiles = QueryTiles<Mask, kBlockM, kBlockN>;
+    using Tiles = QueryTiles<Mask, kBlockM, kBlockN, Config::kDeterministic>;
     static_assert(Sums::kKind != kBiasRows && !(kWide && Sums::kKind == kBiasColumns));
     static constexpr bool kBiasTiles = BackwardTmaArguments<Config>::kBiasTiles, kBiasRow = Config::kBiasRow;
     // What a bias tile receives may be dS itself; else it is staged beside it.
@@ -196,18 +196,22 @@ struct BackwardSm90 {
 
     struct Share {
         int pair, n;
+        bool descending;  // from the last query tile to the first
     };
     struct Work {
         Coord at;  // head: the first of the group
         Sequence seq;
         int head_kv, n, stop, q_split;  // key tiles [n, stop)
+        bool descending;
 
         // Pairs of KV heads (and parts of their queries) and sequences form sections whose queries and sums of dq fit into L2
         // together. Within a section, key tiles that run side by side belong to different pairs, and the first ones, which
         // under a causal mask are the longest, go first. The first section takes what does not fill one: the long tiles of a
         // small last section would end one by one.
         // Deterministic: the last ones go first. Under a causal mask each then comes to a query tile as much later than the one
-        // before it, whose turn it is first, as a tile takes: none waits for long.
+        // before it, whose turn it is first, as a tile takes: none waits for long. But in the last section, whose longest tiles
+        // would end one by one, the first ones go first; there all walk from the last query tile, which under a causal mask they
+        // share, to the first.
         __device__ __forceinline__ static Share share_of(const ForwardParams& p, const BackwardParams& g) {
             const int run = kRuns ? g.run : 1;
             const int index = static_cast<int>(cta_index()), shares = (g.n_blocks + run - 1) / run;
@@ -215,13 +219,15 @@ struct BackwardSm90 {
             const int missing = (p.section - pairs % p.section) % p.section;
             const int end = ((index + missing * shares) / (p.section * shares) + 1) * p.section - missing;
             const int first = max(0, end - p.section), size = end - first, rest = index - first * shares;
+            const bool descending = Config::kDeterministic && end == pairs;
             const int place = rest / size;
-            return {first + rest % size, (Config::kDeterministic ? shares - 1 - place : place) * run};
+            return {first + rest % size, (Config::kDeterministic && !descending ? shares - 1 - place : place) * run, descending};
         }
         // `sequence`: with kAllTokens, the one that the key tile belongs to.
         __device__ __forceinline__ static Work of(const ForwardParams& p, const BackwardParams& g, int sequence) {
-            auto [pair, n] = share_of(p, g);
+            auto [pair, n, descending] = share_of(p, g);
             Work w;
+            w.descending = descending;
             w.n = n, w.stop = n + (kRuns ? g.run : 1);
             w.q_split = pair % g.q_splits;
             pair /= g.q_splits;
@@ -258,12 +264,12 @@ struct BackwardSm90 {
             const Tiles tiles = tiles_of(w, n);
             for (Place place = tiles.after({0, tiles.first}, w.q_split); !tiles.is_end(place);
                  place = tiles.after(place, tiles.step)) {
-                visitor(tiles, place);
+                visitor(tiles, tiles.at(place));
             }
         } while (kRuns && ++n < w.last());
     }
     __device__ __forceinline__ Tiles tiles_of(const Work& w, int n) const {
-        return Tiles::of(params(), grads(), arguments.variant.mask, w.at, n);
+        return Tiles::of(params(), grads(), arguments.variant.mask, w.at, n, w.descending);
     }
 
     // ---------------------------------------------------------------------------------------------------------- producers
@@ -358,11 +364,18 @@ struct BackwardSm90 {
         publish(0, -1, false, 0);
     }
 
-    // Key tiles that add to a query tile before this one, those after it: their number, found by all lanes of a warp.
+    // Key tiles that add to a query tile before this one: their number, found by all lanes of a warp.
     __device__ __forceinline__ int tiles_before(const Work& w, Place here) const {
+        if constexpr (Mask::kBand) {  // which a query tile sees from one to another
+            const Range rows{here.m * kBlockM, min((here.m + 1) * kBlockM, w.at.seqlen_q)};
+            const Range keys = arguments.variant.mask.kv_range(w.at, rows);
+            return w.descending ? w.n - keys.start / kBlockN : (keys.stop + kBlockN - 1) / kBlockN - 1 - w.n;
+        }
+        const int first = w.descending ? 0 : w.n + 1, stop = w.descending ? w.n : (w.at.seqlen_k + kBlockN - 1) / kBlockN;
         int count = 0;
-        for (int start = w.n + 1; start * kBlockN < w.at.seqlen_k; start += 32) {
-            count += __popc(__ballot_sync(0xffffffffu, tiles_of(w, start + lane_index()).visits(here)));
+        for (int start = first; start < stop; start += 32) {
+            const int other = start + lane_index();
+            count += __popc(__ballot_sync(0xffffffffu, other < stop && tiles_of(w, other).visits(here)));
         }
         return count;
     }
