@@ -210,8 +210,8 @@ struct BackwardSm90 {
         // small last section would end one by one.
         // Deterministic: the last ones go first. Under a causal mask each then comes to a query tile as much later than the one
         // before it, whose turn it is first, as a tile takes: none waits for long. But in the last section, whose longest tiles
-        // would end one by one, the first ones go first; there all walk from the last query tile, which under a causal mask they
-        // share, to the first.
+        // would end one by one, the first ones go first; there all walk from the last query tile, which under a causal mask
+        // they share, to the first.
         __device__ __forceinline__ static Share share_of(const ForwardParams& p, const BackwardParams& g) {
             const int run = kRuns ? g.run : 1;
             const int index = static_cast<int>(cta_index()), shares = (g.n_blocks + run - 1) / run;
@@ -221,7 +221,8 @@ struct BackwardSm90 {
             const int first = max(0, end - p.section), size = end - first, rest = index - first * shares;
             const bool descending = Config::kDeterministic && end == pairs;
             const int place = rest / size;
-            return {first + rest % size, (Config::kDeterministic && !descending ? shares - 1 - place : place) * run, descending};
+            return {first + rest % size, (Config::kDeterministic && !descending ? shares - 1 - place : place) * run,
+                    descending};
         }
         // `sequence`: with kAllTokens, the one that the key tile belongs to.
         __device__ __forceinline__ static Work of(const ForwardParams& p, const BackwardParams& g, int sequence) {

@@ -11,8 +11,8 @@ struct Place {
     int head, m;
 };
 
-// The query tiles that a key tile's CTA visits, over all query heads of its KV head. kEither: those of a head maybe from the last
-// to the first; places count as if it were the other way round.
+// The query tiles that a key tile's CTA visits, over all query heads of its KV head. kEither: those of a head maybe from the
+// last to the first; places count as if it were the other way round.
 template <class Mask, int kBlockM, int kBlockN, bool kEither = false>
 struct QueryTiles {
     int first, count, heads, step;  // first query tile, tiles per head, heads, tiles from one visit to the next
