@@ -831,8 +831,8 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
 _IN_ONE_PASS = Tiles(64, 64, 3, 16, reason="a query tile sees no more than three key tiles: no sums of dq in memory")
 HELD_TILES = 3
 """Key tiles that a CTA of backward_window_sm90 holds."""
-WINDOW_SLOTS, WINDOW_DS_SLOTS = 5, 3
-"""Its buffers for them, and for what is between scores and dq."""
+WINDOW_SLOTS = 4
+"""Its buffers for them."""
 
 
 def _in_one_pass(problem: Problem) -> bool:
@@ -847,8 +847,8 @@ def window_smem_bytes(tiles: Tiles) -> int:
     """kernels/mainloop/backward_window_sm90.cuh, which asserts that it suffices."""
     tile = 2 * 64 * tiles.block_m
     stage = 3 * tile + 8 * tiles.block_m
-    barriers = 3 * WINDOW_SLOTS + 4 * tiles.stages + 2 * WINDOW_DS_SLOTS
-    return 2 * WINDOW_SLOTS * tile + tiles.stages * stage + WINDOW_DS_SLOTS * HELD_TILES * tile + 80 + 8 * barriers + 1024
+    barriers = 3 * WINDOW_SLOTS + 4 * tiles.stages + 4
+    return 2 * WINDOW_SLOTS * tile + tiles.stages * stage + 2 * HELD_TILES * tile + 80 + 8 * barriers + 1024
 
 
 def _sm90_gemm(problem: Problem) -> Gemm:

@@ -145,6 +145,9 @@ def test_windows_in_one_pass(left: int, right: int, dims: tuple[int, int], deter
     assert (list(backward_units(plan)) == ["backward"]) == (sum(plan.workspace) == 0) == served
     cubin = jit.build(backward_units(plan)["backward"].source, "sm_90a")
     assert not complaints(cubin.log) and (not served or "HGMMA" in sass(cubin.image, tmp_path))
+    *others, _ = problem.vectors
+    misaligned = replace(problem, vectors=(*others, 8))  # out, which the copy engine brings to find delta
+    assert not make_backward_plan(backward_problem_of(misaligned, deterministic), DEVICES["sm_90a"]).in_one_pass
 
 
 def test_shared_memory_fits() -> None:

@@ -219,7 +219,8 @@ struct BackwardSm90 {
             const int missing = (p.section - pairs % p.section) % p.section;
             const int end = ((index + missing * shares) / (p.section * shares) + 1) * p.section - missing;
             const int first = max(0, end - p.section), size = end - first, rest = index - first * shares;
-            const bool descending = Config::kDeterministic && end == pairs;
+            // Parts of the queries add to the same tiles, so all of them must go the same way.
+            const bool descending = Config::kDeterministic && (end == pairs || g.q_splits > 1);
             const int place = rest / size;
             return {first + rest % size, (Config::kDeterministic && !descending ? shares - 1 - place : place) * run,
                     descending};

@@ -8,14 +8,13 @@
 // Products    transposed as in backward_sm90.cuh, of one query tile and head:
 //                 S^T = K Q^T    dP^T = V dO^T    64 keys x 64 queries, each of three warpgroups its own key tile
 //                 dV += P^T dO   dK += dS^T Q     A in registers; a warpgroup keeps its key tile for three query tiles
-//                 dQ = dS K                       over all three key tiles; dS from shared memory, where all three write it
-// Turns       dq of a visit is multiplied during the next one, behind that one's dK, by the warpgroup of key tile m - 1 there:
-//             what it needs has long been written, and nobody waits for what it does
+//                 dQ = dS K                       over all three key tiles, by the warpgroup of key tile m - 1; dS from
+//                                                 shared memory, where all three write it
 // Roles       consumers: warpgroups 0 to 2, key tiles n with n % 3 = warpgroup
 //             loader: one thread of warp 12 issues all tile loads
 //             guides: warps 13 and 14 find the row statistics, delta = rowsum(dO o O) - dlse from the tiles, of half the rows
 //             each; so nothing runs before this kernel
-// Memory      kKeySlots x sK | kKeySlots x sV | kStages x sQ | kStages x sdO | kStages x sO | kDsSlots x 3 x sdS |
+// Memory      kKeySlots x sK | kKeySlots x sV | kStages x sQ | kStages x sdO | kStages x sO | 2 x 3 x sdS |
 //             kStages x row statistics | Targets | barriers
 // Barriers    name                       arrives                                           count   waits
 //             full (k, v, q)             the loader, and the bytes                         1       consumers
@@ -49,7 +48,7 @@ template <class Config>
 struct BackwardWindowSm90 {
     using Element = typename Config::Element;
     using Mask = typename Config::Mask;
-    static constexpr int kRows = 64, kHeld = 3, kKeySlots = 5, kDsSlots = 3, kStages = Config::kStages;
+    static constexpr int kRows = 64, kHeld = 3, kKeySlots = 4, kStages = Config::kStages;
     static_assert(Config::kBlockM == kRows && Config::kBlockN == kRows && Config::kThreads == 128 * (kHeld + 1));
     static_assert(Config::kHeadDim == 64 && Config::kHeadDimV == 64 && Config::kFoldScale && !Config::kDropout);
     static constexpr int kConsumerThreads = 128 * kHeld, kConsumerRegisters = 160, kProducerRegisters = 32;
@@ -60,7 +59,7 @@ struct BackwardWindowSm90 {
     using StatsRows = StatsTile<kRows>;
     using Sums = ModSums<Config, Scores>;
     using Slot = RingSlot<kStages>;
-    using DsSlot = RingSlot<kDsSlots>;
+    using DsSlot = RingSlot<2>;
 
     // Where gradients go and statistics come from: of the first head of the group, and of the first rows of the sequence. And
     // what the guides have no registers for.
@@ -75,10 +74,10 @@ struct BackwardWindowSm90 {
     static constexpr int kOffsetV = kKeySlots * Tile::kBytes, kOffsetQ = kOffsetV + kKeySlots * Tile::kBytes;
     static constexpr int kOffsetDo = kOffsetQ + kStages * Tile::kBytes, kOffsetOut = kOffsetDo + kStages * Tile::kBytes;
     static constexpr int kOffsetDs = kOffsetOut + kStages * Tile::kBytes;
-    static constexpr int kOffsetStats = kOffsetDs + kDsSlots * kHeld * Tile::kBytes;
+    static constexpr int kOffsetStats = kOffsetDs + 2 * kHeld * Tile::kBytes;
     static constexpr int kOffsetTargets = kOffsetStats + kStages * StatsRows::kBytes;
     static constexpr int kOffsetBarriers = kOffsetTargets + static_cast<int>(sizeof(Targets));
-    static constexpr int kBarriers = 3 * kKeySlots + 4 * kStages + 2 * kDsSlots;
+    static constexpr int kBarriers = 3 * kKeySlots + 4 * kStages + 4;
     static_assert(kOffsetBarriers + 8 * kBarriers + Tile::kAlignment <= Config::kSmemBytes,
                   "the plan's shared memory is too small");
 
@@ -102,9 +101,7 @@ struct BackwardWindowSm90 {
     __device__ __forceinline__ unsigned stats_full(int stage) const { return barrier(3 * kKeySlots + 2 * kStages + stage); }
     __device__ __forceinline__ unsigned empty(int stage) const { return barrier(3 * kKeySlots + 3 * kStages + stage); }
     __device__ __forceinline__ unsigned ds_full(int buffer) const { return barrier(3 * kKeySlots + 4 * kStages + buffer); }
-    __device__ __forceinline__ unsigned ds_empty(int buffer) const {
-        return barrier(3 * kKeySlots + 4 * kStages + kDsSlots + buffer);
-    }
+    __device__ __forceinline__ unsigned ds_empty(int buffer) const { return barrier(3 * kKeySlots + 4 * kStages + 2 + buffer); }
     __device__ __forceinline__ float* stats(int stage) const {
         return reinterpret_cast<float*>(smem + kOffsetStats + stage * StatsRows::kBytes);
     }
@@ -336,9 +333,11 @@ struct BackwardWindowSm90 {
                 find_gradients<true>(dp, s);
             }
             pack_operand<Element>(ds_operand, dp);
-            if (m < w.stop) {
+            const bool whole = m < w.stop;
+            const unsigned ds = start + kOffsetDs + ds_slot.stage * kHeld * Tile::kBytes;
+            if (whole) {
                 mbarrier_wait(kernel.ds_empty(ds_slot.stage), ds_slot.parity ^ 1);
-                store_panel(ds_tiles(start, ds_slot) + wg * Tile::kBytes, ds_operand);
+                store_panel(ds + wg * Tile::kBytes, ds_operand);
                 fence_proxy_async();
                 __syncwarp();
                 if (leads()) mbarrier_arrive(kernel.ds_full(ds_slot.stage));
@@ -347,68 +346,39 @@ struct BackwardWindowSm90 {
             wgmma_pin(dk.data);
             wgmma_fence();
             wgmma_pv<Element, Tile>(dk, ds_operand, Tile::mn_major(q));
-            if (owes(head)) {
-                WgmmaTile<64> dq;
-                start_dq(dq, start, head);
-                wgmma_wait_group<1>();
-                release(stage, p_operand, ds_operand);
-                finish_dq(dq, head);
-            } else {
-                wgmma_wait_group<0>();
-                release(stage, p_operand, ds_operand);
-            }
-        }
-        // The tiles of a visit, when dv and dk are there.
-        template <int kSize>
-        __device__ __forceinline__ void release(int stage, unsigned (&p_operand)[kSize], unsigned (&ds_operand)[kSize]) {
+            wgmma_wait_group<0>();
             wgmma_pin(dv.data);
             wgmma_pin(dk.data);
             wgmma_pin(p_operand);
             wgmma_pin(ds_operand);
             if (leads()) mbarrier_arrive(kernel.empty(stage));
+            if (whole && n == m - 1) multiply_dq(start, ds, head);
         }
 
-        // Of the visit before (m, head): its query tile and head, and whether this warpgroup multiplies its dq.
-        __device__ __forceinline__ int owed_tile(int head) const { return head > 0 ? m : m - 1; }
-        __device__ __forceinline__ int owed_head(int head) const { return (head > 0 ? head : kernel.params().group) - 1; }
-        __device__ __forceinline__ bool owes(int head) const {
-            return n == m - 1 && owed_tile(head) >= w.first && owed_tile(head) < w.stop;
-        }
-        __device__ __forceinline__ DsSlot owed_slot() const {
-            const bool wraps = ds_slot.stage == 0;
-            return {wraps ? kDsSlots - 1 : ds_slot.stage - 1, ds_slot.parity ^ wraps};
-        }
-        __device__ __forceinline__ static unsigned ds_tiles(unsigned start, const DsSlot& slot) {
-            return start + kOffsetDs + slot.stage * kHeld * Tile::kBytes;
-        }
-        __device__ __forceinline__ void start_dq(WgmmaTile<64>& dq, unsigned start, int head) const {
-            const DsSlot slot = owed_slot();
-            mbarrier_wait(kernel.ds_full(slot.stage), slot.parity);
+        __device__ __forceinline__ void multiply_dq(unsigned start, unsigned ds, int head) const {
+            WgmmaTile<64> dq;
+            mbarrier_wait(kernel.ds_full(ds_slot.stage), ds_slot.parity);
             wgmma_pin(dq.data);
             wgmma_fence();
 #pragma unroll
             for (int x = 0; x < kHeld; x++) {
-                const int key_tile = owed_tile(head) - kHeld + 1 + x;
-                const unsigned from = ds_tiles(start, slot) + (key_tile + kHeld) % kHeld * Tile::kBytes;
-                const unsigned k = start + w.slot(key_tile) * Tile::kBytes;
+                const unsigned from = ds + (wg + x + kHeld - 1) % kHeld * Tile::kBytes;  // of key tile m - 2 + x
+                const unsigned k = start + w.slot(m - kHeld + 1 + x) * Tile::kBytes;
                 wgmma_ab<Element, Tile, Tile>(dq, Tile::k_major(from), Tile::mn_major(k), x > 0);
             }
             wgmma_commit_group();
-        }
-        __device__ __forceinline__ void finish_dq(WgmmaTile<64>& dq, int head) const {
-            const int tile = owed_tile(head), its_head = owed_head(head);
             wgmma_wait_group<0>();
             wgmma_pin(dq.data);
             if (leads()) {
-                mbarrier_arrive(kernel.ds_empty(owed_slot().stage));
-                if (head == 0) mbarrier_arrive(kernel.kv_empty(w.slot(tile - kHeld + 1)));
+                mbarrier_arrive(kernel.ds_empty(ds_slot.stage));
+                if (head + 1 == kernel.params().group) mbarrier_arrive(kernel.kv_empty(w.slot(m - kHeld + 1)));
             }
             const BackwardParams& g = kernel.grads();
-            Element* const to = kernel.targets().dq + its_head * g.dq_head;
+            Element* const to = kernel.targets().dq + head * g.dq_head;
             const float scale = static_cast<float>(kernel.params().scale);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int i = tile * kRows + dq.row(2 * half);
+                const int i = m * kRows + dq.row(2 * half);
                 store_row<Element, Config::kVecDq>(dq, half, scale, to + i * g.dq_row, kernel.params().head_dim,
                                                    i < w.at.seqlen_q);
             }
@@ -448,11 +418,6 @@ struct BackwardWindowSm90 {
                     if (leads()) mbarrier_arrive(kernel.kv_empty(w.slot(n)));
                     if (w.owns(n)) store();
                 }
-            }
-            if (owes(0)) {
-                WgmmaTile<64> dq;
-                start_dq(dq, kernel.base, 0);
-                finish_dq(dq, 0);
             }
         }
     };
@@ -509,7 +474,7 @@ struct BackwardWindowSm90 {
                 mbarrier_init(stats_full(stage), 64);
                 mbarrier_init(empty(stage), 4 * kHeld);
             }
-            for (int buffer = 0; buffer < kDsSlots; buffer++) {
+            for (int buffer = 0; buffer < 2; buffer++) {
                 mbarrier_init(ds_full(buffer), 4 * kHeld);
                 mbarrier_init(ds_empty(buffer), 4);
             }
