@@ -4,14 +4,15 @@
 // Products    scores are transposed, so P^T and dS^T are operands in the registers that hold them:
 //                 S^T = K Q^T    dP^T = V dO^T    64 keys a warpgroup x kBlockM
 //                 dV += P^T dO   dK += dS^T Q     64 keys x D, A in registers
-//                 dQ^T = K^T dS^T                 dS from shared memory, where both warpgroups write it; see WarpgroupHalf
+//                 dQ = dS K, or transposed        dS from shared memory, where both warpgroups write it; see WarpgroupHalf
 // (kWide)     beyond 128 columns dk and dv of 64 keys take the registers of both warpgroups. A warpgroup then holds the scores
 //             of half the queries, and half the columns of dk, dv and dq; P goes through shared memory as dS does
 // Roles       consumers: warpgroups 0 and 1, 64 keys each (kWide: the same 64 keys)
 //             loader: one thread of warp 8 issues all tile loads
 //             guide: warp 9 says which query tile a stage holds (Visit) and brings its row statistics, which TMA cannot: their
 //             rows are neither padded nor aligned
-//             doormen: warps 10 and 11, deterministic or with kCourier, a stage each: have dq added, in order or at once
+//             doormen: warps 10 and 11, deterministic or with kCourier: have dq added, a stage each and in order, or at once,
+//             of a warpgroup each (kDoors)
 // Registers   the producer warpgroup hands all but kProducerRegisters over
 // Memory      sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x sQ (kBlockM x D) | kStages x sdO (kBlockM x Dv) |
 //             2 x sdS (kBlockM x kBlockN) | 2 x sP (likewise, kWide) | sdQ (kBlockM x D floats, with kBulkDq or kStoreTma) |
@@ -25,10 +26,10 @@
 //             full (k, v, q, do)  the loader, and the bytes    1       consumers
 //             visit_full       the guide                       32      consumers
 //             turn             a doorman                       1       consumers
-//             handed           one lane of each consumer warp  8       a doorman
+//             handed           one lane of each consumer warp  8       a doorman (kDoors: 4, of its warpgroup)
 //             q_empty          likewise                        8       the loader, the guide
 //             do_empty         likewise                        8       the loader
-// Loop        wait; issue S, dP; P and dS; issue dV; dS to shared memory; barrier of the consumers; issue dQ, dK; wait dQ;
+// Loop        wait; issue S, dP; P and dS; dS to shared memory; issue dV; barrier of the consumers; issue dQ, dK; wait dQ;
 //             add it to memory; wait dK
 // (kEarly)    where P needs no dP: issue S, dP; wait S; P; issue dV; wait dP; dS, which thus runs under dV; ...; row statistics
 //             of the next tile are read before dq is added: behind the additions they would wait in the same queue
@@ -118,17 +119,20 @@ struct BackwardSm90 {
         long long slab;
         int head_kv, padding;
     };
-    static constexpr bool kEarly = Config::kEarly;
-    // Where only the mask is between products and exponentials, products can start from the row statistics: S from -lse /
-    // factor, dP from -delta. They are read while the tensor cores are busy with the tile before.
-    static constexpr bool kSeeded = Config::kSeeded;
+    // Where only the mask is between products and exponentials: to 64 columns P and dS in one pass, whose exponentials hide the
+    // rest of it. Beyond, products start from the row statistics: S from -lse / factor, dP from -delta. They are read while the
+    // tensor cores are busy with the tile before.
+    static constexpr bool kPlain = Config::kSeeded && kHeadDim <= 64 && kHeadDimV <= 64;
+    static constexpr bool kEarly = Config::kEarly && !kPlain, kSeeded = Config::kSeeded && !kPlain;
     static_assert(!kSeeded || (kEarly && !Config::kStageBias && !kFewLeft));
     // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that a bias needs.
     static constexpr bool kStatsAhead =
         kEarly && !kSeeded && !kFewLeft && kScoreRows <= (Config::kStageBias && kKeyCols > 64 ? 32 : 64);
     // The doormen add dq, in order or not; else each consumer warp adds its own part.
-    static constexpr bool kCourier = Config::kBulkDq && (Config::kDeterministic || (kSeeded && !kRuns));
+    static constexpr bool kCourier = Config::kBulkDq && (Config::kDeterministic || (Config::kSeeded && !kRuns));
     static constexpr bool kDoormen = kCourier || Config::kDeterministic;
+    // Without an order each of the two adds what one warpgroup left, as soon as it is there.
+    static constexpr bool kDoors = kPlain && kCourier && !Config::kDeterministic;
     static constexpr int kDqWarpBytes = Config::kBulkDq || Config::kStoreTma ? Slab::kWarpElements * 4 : 0;
     static constexpr int kKeyStages = kRuns ? 2 : 1;
     using KeySlot = RingSlot<kKeyStages>;
@@ -365,6 +369,29 @@ struct BackwardSm90 {
             count += __popc(__ballot_sync(0xffffffffu, other < w.n && tiles_of(w, other).visits(here)));
         }
         return count;
+    }
+    // A doorman of a warpgroup's dq, which is one part of each slab.
+    __device__ __forceinline__ void add_part(int group) const {
+        constexpr int kBytes = 4 * kDqWarpBytes;
+        const Work w = work();
+        const bool leads = lane_index() == 0;
+        RingSlot<1> tile;
+        if (leads) mbarrier_arrive(turn(group));
+        for_places(w, [&](const Tiles&, Place here) {
+            Coord at = w.at;
+            at.head += here.head;
+            const long long slab = Slab::number(params(), grads(), w.seq, at, here.m);
+            mbarrier_wait(handed(group), tile.parity);
+            if (leads) {
+                fence_proxy_async();
+                cp_reduce_async_bulk_add(static_cast<float*>(grads().dq_sum) + slab * Slab::kElements + group * (kBytes / 4),
+                                         base + kOffsetDq + group * kBytes, kBytes);
+                cp_async_bulk_wait_read();
+                mbarrier_arrive(turn(group));
+            }
+            __syncwarp();
+            tile.advance();
+        });
     }
     // Two warps, or what follows an addition, until it is known to be done and has been told, would hold up the next.
     __device__ __forceinline__ void keep_order(int stage) const {
@@ -647,6 +674,11 @@ struct BackwardSm90 {
         __device__ __forceinline__ void differentiate(Scores& s, Scores& dp) {
             const ForwardParams& p = params();
             const StatsReader stats = kernel.read_stats(slot.stage);
+            if constexpr (kPlain) {
+                if (!full) hide_scores(s, dp, at, first_query(), first_key(), mask());
+                plain_gradients(s, dp, factor, stats);
+                return;
+            }
             const float scale = static_cast<float>(p.scale), dropout_scale = static_cast<float>(p.dropout_scale);
             const auto& score_mod = staged_mod();
             sums.clear_tile();
@@ -699,6 +731,15 @@ struct BackwardSm90 {
             gather_sums();
         }
 
+        // Until the doormen have taken the tile before from shared memory, or let this one be added. Each tile is a phase of a
+        // warpgroup's own doorman, every other one of those that take tiles in turn.
+        __device__ __forceinline__ void await_turn() const {
+            mbarrier_wait(kernel.turn(kDoors ? wg : slot.stage), kDoors ? static_cast<unsigned>(slot.stage) : slot.parity);
+        }
+        __device__ __forceinline__ void hand_over() const {
+            __syncwarp();
+            if (leads()) mbarrier_arrive(kernel.handed(kDoors ? wg : slot.stage));
+        }
         // Where dq of the tile at hand lies.
         __device__ __forceinline__ float* dq_target() const {
             return static_cast<float*>(grads().dq_sum) + kernel.visit(slot.stage).slab * Slab::kElements;
@@ -770,6 +811,7 @@ struct BackwardSm90 {
                 pack_operand<Element>(ds_operand, dp);
             }
             pack_operand<Element>(p_operand, s);
+            if constexpr (!kEarly && !kWide) store_panel(ds + group * DsTile::kPanelBytes, ds_operand);
             const unsigned p = start + kOffsetP + stage * DsTile::kBytes;
             if constexpr (kWide) {
                 store_panel(p + queries, p_operand);
@@ -793,7 +835,7 @@ struct BackwardSm90 {
                 pack_operand<Element>(ds_operand, dp);
             }
             if constexpr (!kWide || kEarly) {
-                store_panel(ds + (kWide ? queries : group * DsTile::kPanelBytes), ds_operand);
+                if constexpr (kEarly) store_panel(ds + (kWide ? queries : group * DsTile::kPanelBytes), ds_operand);
                 fence_proxy_async();
                 if (sends_sums()) cp_async_bulk_wait_read<Config::kBulkDq && !kCourier ? 1 : 0>();
                 bar_sync(kDsBarrier, kConsumerThreads);
@@ -810,10 +852,17 @@ struct BackwardSm90 {
             wgmma_pin(dk.data);
             if constexpr (!kWide) wgmma_pin(ds_operand);
             wgmma_fence();
+            if constexpr (DqSums::kByRows) {
+                wgmma_ab<Element, DsTile, KTile>(dq.whole[0], DsTile::k_major(ds + DqSums::first_row(group) * 128),
+                                                 KTile::mn_major(k), false);
+                wgmma_commit_group();
+            } else {
 #pragma unroll
-            for (int x = 0; x < DqSums::kWhole; x++) {
-                wgmma_at<Element, KTile, DsTile>(
-                    dq.whole[x], KTile::descriptor(k + DqSums::panel(group, x) * KTile::kPanelBytes, 16), DsTile::k_major(ds));
+                for (int x = 0; x < DqSums::kWhole; x++) {
+                    wgmma_at<Element, KTile, DsTile>(dq.whole[x],
+                                                     KTile::descriptor(k + DqSums::panel(group, x) * KTile::kPanelBytes, 16),
+                                                     DsTile::k_major(ds));
+                }
             }
             if constexpr (DqSums::kOdd) {
                 wgmma_at<Element, KTile, DsTile>(dq.half, KTile::descriptor(k + DqSums::kHalfPanel * KTile::kPanelBytes, 16),
@@ -838,7 +887,7 @@ struct BackwardSm90 {
             next.advance();
             const int head = read_visit(next);
             if constexpr (kSeeded && kKeyCols <= 64) start_from(seeds_s, next.stage, 0);
-            if constexpr (kDoormen) mbarrier_wait(kernel.turn(stage), slot.parity);
+            if constexpr (kDoormen) await_turn();
             float* const to = dq_target();
 #pragma unroll
             for (int x = 0; x < DqSums::kWhole; x++) {
@@ -855,10 +904,7 @@ struct BackwardSm90 {
                 }
                 add_dq(to, dq.half, DqSums::kHalf, start);
             }
-            if constexpr (kDoormen) {
-                __syncwarp();
-                if (leads()) mbarrier_arrive(kernel.handed(stage));
-            }
+            if constexpr (kDoormen) hand_over();
             if constexpr (kSeeded && kKeyCols > 64) start_from(seeds_s, next.stage, 0);  // registers are short before
             if constexpr (kSeeded && kKeyCols <= 64) start_from(seeds_dp, next.stage, 1);
             wgmma_wait_group<0>();
@@ -948,7 +994,7 @@ struct BackwardSm90 {
                 static_assert(!kWide && 16 * 2 * kKeyCols <= kDqWarpBytes && 16 * 2 * kValueCols <= kDqWarpBytes);
                 constexpr bool kBoth = kBytes + 16 * 2 * kValueCols <= kDqWarpBytes;
                 const float scale_v = static_cast<float>(Config::kDropout ? params().dropout_scale : 1.0);
-                if constexpr (kCourier) mbarrier_wait(kernel.turn(slot.stage), slot.parity);
+                if constexpr (kCourier) await_turn();
                 await_staging();
                 send(dk, static_cast<float>(params().scale), kernel.arguments.maps[kBackwardMapDk], 0);
                 if constexpr (!kBoth) await_staging();
@@ -1040,7 +1086,7 @@ struct BackwardSm90 {
                 mbarrier_init(do_full(stage), 1);
                 mbarrier_init(visit_full(stage), 32);
                 mbarrier_init(turn(stage), 1);
-                mbarrier_init(handed(stage), 4 * kConsumers);
+                mbarrier_init(handed(stage), kDoors ? 4 : 4 * kConsumers);
                 mbarrier_init(q_empty(stage), 4 * kConsumers);
                 mbarrier_init(do_empty(stage), 4 * kConsumers);
             }
@@ -1059,7 +1105,7 @@ struct BackwardSm90 {
             if (w.n >= w.last()) return;
             if (warp == 4 * kConsumers && elect_sync()) load_tiles();
             if (warp == 4 * kConsumers + 1) guide();
-            if (kDoormen && warp >= 4 * kConsumers + 2) keep_order(warp % 2);
+            if (kDoormen && warp >= 4 * kConsumers + 2) kDoors ? add_part(warp % 2) : keep_order(warp % 2);
             if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
