@@ -32,7 +32,7 @@ MIN_COMPUTE_CAPABILITY = 80
 
 _CUDA, _CUDA_MANAGED = 2, 13  # DLPack device types whose memory kernels can read
 _HOST_MEMORY = (1, 3)  # plain and page-locked host memory
-_UNCHANGED: AbstractContextManager[Any] = contextlib.nullcontext()
+UNCHANGED: AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 class View(NamedTuple):
@@ -123,7 +123,7 @@ class Library:
 
     def guard(self, device: Device) -> AbstractContextManager[Any]:
         """Makes `device` the current one inside a with block."""
-        return _UNCHANGED if device[0] == "cpu" else CUPY.guard(device)
+        return UNCHANGED if device[0] == "cpu" else CUPY.guard(device)
 
     def host(self, x: Any) -> Array:
         """The array as NumPy sees it: shared memory on the CPU, a copy (after waiting for the stream) from a GPU."""
@@ -266,7 +266,7 @@ class CuPy(Library):
 
     def guard(self, device: Device) -> AbstractContextManager[Any]:
         if self._current_device() == device[1]:
-            return _UNCHANGED
+            return UNCHANGED
         guard: AbstractContextManager[Any] = _cupy().cuda.Device(device[1])
         return guard
 
@@ -353,12 +353,12 @@ class Torch(Library):
             if kind is not tensor and library_of(x, name) is not self:
                 raise TypeError(f"{name}: got {kind}")
             ptr, shape, strides = x.data_ptr(), x.shape, x.stride()
-            if not ptr or (strides and (strides[-1] != 1 or shape[-1] == 1)):
+            if not ptr or x.is_neg() or (strides and strides[-1] != 1):
                 self._inspect(x, name)
             if x.requires_grad:
                 needs_grad = True
             addresses.append(ptr)
-            kinds.append((ptr & 15, x.dtype, shape, strides, x.get_device()))
+            kinds += (ptr & 15, x.dtype, shape, strides, x.get_device())
         if needs_grad and not self._torch.is_grad_enabled():
             needs_grad = False
         if getattr(self._forward_ad, "_current_level", 0) >= 0:
@@ -385,7 +385,7 @@ class Torch(Library):
 
     def guard(self, device: Device) -> AbstractContextManager[Any]:
         if device[0] == "cpu" or self._current_device() == device[1]:
-            return _UNCHANGED
+            return UNCHANGED
         guard: AbstractContextManager[Any] = self._torch.cuda.device(device[1])
         return guard
 

@@ -489,7 +489,8 @@ class Prepared:
 
     def launch(self, words: list[int], workspace: int, stream: int) -> None:
         """Everything that the GPU has to do, in the order of the stream. words: as `Layout`, without the workspace."""
-        words += [workspace + start for start in self._starts]
+        for start in self._starts:
+            words.append(workspace + start)
         for position, size in self._cleared:
             runtime().memsetAsync(words[position], 0, size, stream)
         handle = _stream(stream)
@@ -550,12 +551,18 @@ def remember(key: Hashable, prepared: Prepared, library: Library, device: ArrayD
 
 def run(library: Library, device: ArrayDevice, prepared: Prepared, makers: Makers, words: list[int]) -> list[Any]:
     """Step 5: the results of a call. `words`: those that the caller brings. The device is current."""
-    results = [make() for make in makers.results]
+    make_results, make_workspace = makers
+    results = [make() for make in make_results]
     workspace, address = None, 0
     try:
-        words += map(library.address, results)
-        if makers.workspace is not None:
-            workspace = _workspace(prepared, makers.workspace)
+        for result in results:
+            words.append(library.address(result))
+        if make_workspace is not None:
+            try:
+                workspace = make_workspace()
+            except Exception as error:
+                size = prepared.workspace_bytes
+                raise MemoryError(f"no room for a workspace of {size} bytes: {error}\nneeded by {prepared.plan}") from error
             address = library.address(workspace)
     except RuntimeError:
         library.check_transforms()
@@ -563,14 +570,6 @@ def run(library: Library, device: ArrayDevice, prepared: Prepared, makers: Maker
     prepared.launch(words, address, library.stream(device))
     del workspace  # its memory is reused in stream order
     return results
-
-
-def _workspace(prepared: Prepared, make: Callable[[], Any]) -> Any:
-    try:
-        return make()
-    except Exception as error:
-        size = prepared.workspace_bytes
-        raise MemoryError(f"no room for a workspace of {size} bytes: {error}\nneeded by {prepared.plan}") from error
 
 
 numbers = itertools.count(secrets.randbits(62))
