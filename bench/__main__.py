@@ -97,9 +97,9 @@ PEERS: dict[str, Sequence[str]] = {
     "error": error.PEERS,
     "latency": latency.PEERS,
     "memory": memory.PEERS,
-    "host": (),
+    "host": (*host.PEERS, "jax"),
 }
-"""Baselines that a part runs when none are named; () for all of them."""
+"""Baselines that a part runs when none are named; () for all of them. Others are not even imported."""
 
 
 def parts_of(arguments: argparse.Namespace) -> list[argparse.Namespace]:

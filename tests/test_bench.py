@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import itertools
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import backward, compare, decode, error, figures, latency, memory, progress, results, summary, tables
+from bench import backward, compare, decode, error, figures, host, latency, memory, progress, results, summary, tables
 from bench.__main__ import PEERS, STORED, main, parser, selected
 from bench.baselines import BASELINES, TITLES, Sdpa, available
 from bench.cases import (
@@ -498,6 +499,89 @@ def test_xformers_says_why_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None
     assert baseline.absent().startswith("xformers does not import: ModuleNotFoundError")
     assert not baseline.declines(dense("bfloat16", 64, 1, 4, 128, mask="causal"))
     assert baseline.declines(dense("bfloat16", 64, 1, 4, 128, num_heads_kv=2)) and baseline.declines(PACKED)
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_xformers_imports_beside_flash_attention_4(imported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks for a package flash_attn and takes it for version 2, of which version 4 has the name and nothing else."""
+    files = {
+        "flash_attn/cute/__init__.py": "",
+        "xformers/__init__.py": "",
+        "xformers/ops.py": "import importlib.util\nif importlib.util.find_spec('flash_attn'):\n"
+        "    import flash_attn.flash_attn_interface\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("flash_attn", "xformers")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("bench.baselines.needs_torch", lambda: "")
+    if imported:
+        importlib.import_module("flash_attn.cute")
+    before = sys.modules.get("flash_attn")
+    (baseline,) = (b for b in BASELINES if b.name == "xformers")
+    assert baseline.absent() == ""
+    assert sys.modules.get("flash_attn") is before or not imported
+    assert importlib.import_module("flash_attn.cute")
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("flash_attn", "xformers")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_xformers_masks_are_ours(mask: str) -> None:
+    """Of its own masks, which need neither a GPU nor its compiled half."""
+    pytest.importorskip("xformers.ops")
+    (baseline,) = (b for b in BASELINES if b.name == "xformers")
+    for case in (
+        dense("bfloat16", 16, 1, 2, 32, seqlen_k=48, mask=mask),
+        dense("bfloat16", 16, 1, 2, 300, mask="window 128"),
+    ):
+        (call,) = baseline.calls(Inputs.of(case, TorchOnCpu()))
+        bias = call.keywords["attn_bias"]
+        visible = case.mask_object().materialize(case.seqlen_q, case.seqlen_k)
+        theirs = np.zeros(visible.shape) if bias is None else bias.materialize(visible.shape).numpy()
+        np.testing.assert_array_equal(theirs == 0, visible)
+
+
+def test_the_first_host_rows_are_those_that_are_told() -> None:
+    """A time limit cuts off what explains them, never JAX's, which takes longest to start."""
+    rows = [(arrays.name, part) for arrays, part, _, _ in host.jobs(BASELINES, torch=True)]
+    assert rows[:4] == [("cupy", ""), ("torch", ""), ("cupy", "/jax"), ("cupy", "/jax_return")]
+    assert len(set(rows)) == len(rows) == 17
+    assert all("jax" not in part and arrays == "cupy" for arrays, part, _, _ in
+               ((a.name, p, b, s) for a, p, b, s in host.jobs([], torch=False)))  # fmt: skip
+    peers = {part: [b.name for b in peers] for _, part, _, peers in host.jobs(BASELINES, torch=True)}
+    assert peers["/jax"] == ["jax"] and peers["/autograd"] == ["cudnn", "flash", "fa3", "fa4"]
+
+
+def test_a_peer_that_cannot_be_prepared_is_named_and_the_others_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(Sdpa):
+        def calls(self, inputs: Inputs) -> list:
+            raise RuntimeError("no kernel image")
+
+    pytest.importorskip("torch")
+    case = dense("float32", 16, 1, 2, 24, mask="causal", bench="latency")
+    peers = [Broken("MATH", "broken", "broken", ("float32",)), Sdpa("MATH", "math", "torch math", ("float32",))]
+    found = latency.contenders(case, peers, Inputs.of(case, TorchOnCpu()))
+    assert [c.name for c in found] == ["cuattn", "math"]
+    assert "broken: RuntimeError: no kernel image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", [part for part in PEERS if PEERS[part]])
+def test_a_part_imports_no_library_but_its_peers(part: str) -> None:
+    """What is absent is named, in a line each; what the part has no use for is not looked at."""
+    script = f"""if True:
+        import sys
+        from bench.__main__ import parser, peers_of
+        peers_of(parser().parse_args(["{part}"]))
+        loaded = {{"jax": "jax", "flashinfer": "flashinfer", "xformers": "xformers", "fa4": "flash_attn"}}
+        print("loaded:", *(name for name, module in loaded.items() if module in sys.modules))
+    """
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    *lines, last = out.splitlines()
+    assert set(last.split()[1:]) <= set(PEERS[part])
+    assert {line.split()[1].rstrip(":") for line in lines} <= set(PEERS[part])
 
 
 @pytest.mark.parametrize("mask", ["full", "causal"])
