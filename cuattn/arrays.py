@@ -104,6 +104,19 @@ class Library:
         """What makes such arrays as `empty` does, in less time, whenever `device` is the current one."""
         return functools.partial(self.empty, shape, dtype, device)
 
+    def lender(self, size: int, device: Device) -> Callable[[int], tuple[int, Any]]:
+        """What lends so many bytes of `device`, the current one, to work on a stream: their address, and what to `reclaim`."""
+        make, address = self.maker((size,), "uint8", device), self.address
+
+        def lend(stream: int) -> tuple[int, Any]:
+            memory = make()
+            return address(memory), memory
+
+        return lend
+
+    def reclaim(self, lent: Any) -> None:
+        """Work that needs what was lent is queued: in the order of its stream, the memory may be used again."""
+
     def gather(self, named: dict[str, Any]) -> Gathered:
         """What a warm call must know of its arrays. Native libraries alone have this and `address`, for arrays on a GPU.
 
@@ -379,6 +392,29 @@ class Torch(Library):
         # PyTorch reads its arguments in less time than those of torch.empty.
         function, strides = self._torch.empty_strided, contiguous_strides(shape)
         return functools.partial(function, shape, strides, dtype=_torch_dtype(dtype), device=_torch_device(device))
+
+    @functools.cached_property
+    def _raw_memory(self) -> tuple[Callable[[int, int], int] | None, Callable[[int], None] | None]:
+        """What torch.cuda.caching_allocator_alloc and _delete call: in half the time that a tensor takes."""
+        names = ("_cuda_cudaCachingAllocator_raw_alloc", "_cuda_cudaCachingAllocator_raw_delete")
+        alloc, delete = (getattr(self._torch._C, name, None) for name in names)
+        return (alloc, delete) if alloc is not None and delete is not None else (None, None)
+
+    def lender(self, size: int, device: Device) -> Callable[[int], tuple[int, Any]]:
+        alloc, _ = self._raw_memory
+        if alloc is None:
+            return super().lender(size, device)
+
+        def lend(stream: int) -> tuple[int, Any]:
+            address = alloc(size, stream)
+            return address, address
+
+        return lend
+
+    def reclaim(self, lent: Any) -> None:
+        _, delete = self._raw_memory
+        if delete is not None:
+            delete(lent)
 
     def stream(self, device: Device) -> int:
         return 0 if device[0] == "cpu" else int(self._raw_stream(device[1]))
