@@ -248,6 +248,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         **_constants(plan, threads, smem_bytes, plan.tiles.min_blocks if attends else 1),
         "kSlabThreads": plan.slab_threads,
         "kPrepareLanes": plan.prepare_lanes,
+        "kDqBuffers": plan.tiles.dq_buffers,
         "kBiasKind": plan.bias_kind.number,
         "kVecBias": plan.staged_bias.vector_bytes if plan.staged_bias is not None else 16,
         "kUniform": sum(mod.uniforms for mod, wanted in zip(p.mods, backward.wanted, strict=True) if wanted),

@@ -1,6 +1,6 @@
-// Who holds dq where one or two warpgroups multiply. Of 128 rows and one panel of 64 columns each of two has half the rows of
-// dq = dS K, so that neither operand is transposed on its way into the product's rows. Else they multiply dq^T = K^T dS^T: each
-// has half the panels of 64 columns, and of an odd last panel half the rows.
+// Who holds dq where one or two warpgroups multiply. Of 128 rows and one panel of 64 columns, or of 64 rows and two panels, each
+// of two has 64 rows and columns of dq = dS K, so that neither operand is transposed on its way into the product's rows. Else
+// they multiply dq^T = K^T dS^T: each has half the panels of 64 columns, and of an odd last panel half the rows.
 #pragma once
 #include "tile/wgmma_tile.cuh"
 
@@ -39,7 +39,8 @@ struct WarpgroupHalfSums {
     }
 };
 
-// What a warpgroup holds of 128 rows of 64 columns: 64 rows.
+// What a warpgroup holds of two times 64 rows of 64 columns, below each other (kDown) or side by side: one of the two.
+template <bool kDown>
 struct WarpgroupRowSums {
     static constexpr bool kByRows = true;
     static constexpr int kWhole = 1, kOdd = 0, kParts = 1;
@@ -47,10 +48,12 @@ struct WarpgroupRowSums {
     static constexpr int kSize = Whole::kSize;
     Whole whole[1];
 
-    __device__ __forceinline__ static constexpr int first_row(int warpgroup) { return 64 * warpgroup; }
+    __device__ __forceinline__ static constexpr int first_row(int warpgroup) { return kDown ? 64 * warpgroup : 0; }
+    __device__ __forceinline__ static constexpr int panel(int warpgroup) { return kDown ? 0 : warpgroup; }
+    __device__ __forceinline__ static int warpgroup() { return static_cast<int>(threadIdx.x / 128); }
     __device__ __forceinline__ float& operator[](int x) { return whole[0][x]; }
-    __device__ __forceinline__ static int row(int x) { return first_row(static_cast<int>(threadIdx.x / 128)) + Whole::row(x); }
-    __device__ __forceinline__ static int col(int x) { return Whole::col(x); }
+    __device__ __forceinline__ static int row(int x) { return first_row(warpgroup()) + Whole::row(x); }
+    __device__ __forceinline__ static int col(int x) { return 64 * panel(warpgroup()) + Whole::col(x); }
 };
 
 template <int kRows, int kShare>
@@ -59,7 +62,11 @@ struct WarpgroupSums {
 };
 template <>
 struct WarpgroupSums<128, 32> {
-    using Type = WarpgroupRowSums;
+    using Type = WarpgroupRowSums<true>;
+};
+template <>
+struct WarpgroupSums<64, 64> {
+    using Type = WarpgroupRowSums<false>;
 };
 
 template <class Element_>
