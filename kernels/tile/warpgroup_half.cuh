@@ -1,6 +1,6 @@
-// Who holds dq where one or two warpgroups multiply. Of 128 rows and one panel of 64 columns, or of 64 rows and two panels, each
-// of two has 64 rows and columns of dq = dS K, so that neither operand is transposed on its way into the product's rows. Else
-// they multiply dq^T = K^T dS^T: each has half the panels of 64 columns, and of an odd last panel half the rows.
+// Who holds dq where one or two warpgroups multiply. Of 128 rows and one panel of 64 columns, or of 64 rows and two panels,
+// each of two has 64 rows and columns of dq = dS K, so that neither operand is transposed on its way into the product's rows.
+// Else they multiply dq^T = K^T dS^T: each has half the panels of 64 columns, and of an odd last panel half the rows.
 #pragma once
 #include "tile/wgmma_tile.cuh"
 
