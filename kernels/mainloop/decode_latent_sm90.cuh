@@ -13,7 +13,6 @@
 // Memory      sQ (64 x D) | 2 x sC (64 x D) | barriers | Shared; P of a block lies over the columns of its sC past Dv, which
 //             only S needs; where parts are merged, their weights lie over sQ
 // Barriers    full (stage, group) 1 arrival and the bytes; empty (stage, group) 4 warps of each CTA. Group 0 is the half of the
-// columns
 //             columns whose warpgroup owns the stage, which alone reads it after S; group 1 the other half and what lies past.
 //             kScores0 (1): P and maxima of stage 0 are there; kScores1: of stage 1; kOwn + wg: the warpgroup has its scores,
 //             or has cleared rows; kBoth: both consumers
