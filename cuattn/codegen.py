@@ -138,8 +138,7 @@ def _source(
         f"using Arguments = cuattn::{arguments}<cuattn::Config>;",
         f"static_assert(sizeof(Arguments) == {size},",
         '              "launch.py lays the parameters out differently");',
-        'extern "C" __global__ void __launch_bounds__(cuattn::Config::kThreads, cuattn::Config::kMinBlocks)'
-        + (" __cluster_dims__(cuattn::Config::kCluster, 1, 1)" if constants.get("kCluster", 1) > 1 else ""),
+        'extern "C" __global__ void __launch_bounds__(cuattn::Config::kThreads, cuattn::Config::kMinBlocks)',
         f"cuattn_{kernel}(const __grid_constant__ Arguments arguments) {{ cuattn::{kernel}<cuattn::Config>(arguments); }}",
     ]
     return Unit(f"cuattn_{kernel}", "\n".join(lines) + "\n", constants["kThreads"], constants["kSmemBytes"])
@@ -355,7 +354,6 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
         arguments = "BoxedArguments"
     if attends and isinstance(plan, LatentPlan):
         arguments = "LatentArguments"
-        constants["kCluster"] = plan.cluster
         flags["kFoldScale"] = not p.mods and p.scale > 0
     definitions = _definitions(plan, kernel) if attends else []
     size = len(decode_struct(plan, attends).image)

@@ -562,11 +562,6 @@ class LatentPlan(DecodePlan):
         return heads // self.rows if self.problem.num_heads_kv == 1 and heads % self.rows == 0 else self.problem.num_heads_kv
 
     @property
-    def cluster(self) -> int:
-        """Members of a team that read the same tokens, which one of them loads for all."""
-        return 2 if self.num_heads_kv > self.problem.num_heads_kv and self.head_lanes % 2 == 0 else 1
-
-    @property
     def teams(self) -> int:
         return self.most_teams
 

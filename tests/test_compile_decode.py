@@ -9,7 +9,7 @@ import pytest
 from cuattn import jit
 from cuattn.catalogue import decode_plans, decode_problem_of
 from cuattn.codegen import decode_units
-from cuattn.decode import ALONE_PARTS, LatentPlan, divisor, make_decode_plan
+from cuattn.decode import ALONE_PARTS, divisor, make_decode_plan
 from cuattn.registry import DEVICES
 from tests.test_compile import complaints
 
@@ -52,14 +52,6 @@ def test_keys_that_several_row_tiles_read_stay_in_l2() -> None:
     for tokens, once in ((1, True), (8, True), (9, False)):  # of eight heads a group, in tiles of 64 rows
         plan = make_decode_plan(decode_problem_of(batch=2, seqlen_q=tokens), DEVICES["sm_90a"])
         assert f"kOnce = {str(once).lower()};" in decode_units(plan)["decode"].source
-
-
-def test_rows_that_share_a_latent_are_a_cluster() -> None:
-    for heads, cluster in ((16, 1), (64, 1), (128, 2), (192, 1), (256, 2)):
-        problem = decode_problem_of(dims=(576, 512), heads=(heads, 1), page_size=64, latent=True)
-        plan = make_decode_plan(problem, DEVICES["sm_90a"])
-        assert isinstance(plan, LatentPlan) and plan.cluster == cluster and plan.grid[0] % cluster == 0
-        assert ("__cluster_dims__" in decode_units(plan)["decode"].source) == (cluster > 1)
 
 
 def test_one_sequence_is_dealt_out_to_all_multiprocessors() -> None:

@@ -8,12 +8,11 @@
 // in stage 0 and warpgroup 1 of those in stage 1; each of both adds P V of all blocks, in their order, to its own half of O's
 // columns, which fills half of its registers.
 //
-// Clusters    two CTAs whose rows share a latent are a cluster: each loads every other box, for both
 // Roles       warpgroups 0 and 1: scores of their own blocks, a half of O; warp 8: issues all loads
 // Memory      sQ (64 x D) | 2 x sC (64 x D) | barriers | Shared; P of a block lies over the columns of its sC past Dv, which
 //             only S needs; where parts are merged, their weights lie over sQ
-// Barriers    full (stage, group) 1 arrival and the bytes; empty (stage, group) 4 warps of each CTA. Group 0 is the half of the
-//             columns whose warpgroup owns the stage, which alone reads it after S; group 1 the other half and what lies past.
+// Barriers    full (stage, group) 1 arrival and the bytes; empty (stage, group) 4 warps. Group 0 is the half of the columns
+//             whose warpgroup owns the stage, which alone reads it after S; group 1 the other half and what lies past it.
 //             kScores0 (1): P and maxima of stage 0 are there; kScores1: of stage 1; kOwn + wg: the warpgroup has its scores,
 //             or has cleared rows; kBoth: both consumers
 // Loop        warpgroup 0: S0; softmax; publish P0; O += P0 V0; wait for P1; O += P1 V1
@@ -23,7 +22,6 @@
 #include "attention/packed_rows.cuh"
 #include "attention/softmax.cuh"
 #include "mainloop/decode_schedule.cuh"
-#include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/copy.cuh"
@@ -46,7 +44,6 @@ struct DecodeLatentSm90 {
     static constexpr int kBlockN = Config::kBlockN, kRows = Schedule::kRows, kConsumers = 2;
     static constexpr int kHeadDim = Config::kHeadDim, kHeadDimV = Config::kHeadDimV, kHalf = kHeadDimV / 2;
     static constexpr int kBoxRows = Config::kBoxRows, kBoxes = kBlockN / kBoxRows;
-    static constexpr int kCluster = Config::kCluster;  // CTAs that read the same tokens, and load each box once for all of them
     static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
     static_assert(Config::kThreads == 384 && kRows == 64 && kBlockN == 64 && kBlockN % kBoxRows == 0 && kBoxes <= 32);
     static_assert(kHeadDimV % 128 == 0 && kHeadDim % 64 == 0 && kHeadDim >= kHeadDimV + kBlockN, "P lies past the values");
@@ -138,21 +135,14 @@ struct DecodeLatentSm90 {
                                                 int warp) const {
         const unsigned to = base + kOffsetC + stage * CTile::kBytes;
         const int lane = static_cast<int>(threadIdx.x % 32);
-        constexpr int kWarps = 4 * kCluster;
-        const int turn = kCluster > 1 ? kCluster * warp + static_cast<int>(cluster_rank()) : warp;
 #pragma unroll 1
-        for (int first = 0; first < count * kBoxes; first += kWarps * 32) {
-            const int x = first + kWarps * lane + turn, box = x % kBoxes, panel = start + x / kBoxes;
+        for (int first = 0; first < count * kBoxes; first += 4 * 32) {
+            const int x = first + 4 * lane + warp, box = x % kBoxes, panel = start + x / kBoxes;
             const int page = __shfl_sync(0xffffffffu, boxes.page, box);
             const int slot = __shfl_sync(0xffffffffu, boxes.slot, box);
             if (x < count * kBoxes) {
-                const unsigned target = to + panel * CTile::kPanelBytes + box * kBoxRows * 128;
-                if constexpr (kCluster > 1) {
-                    cp_async_bulk_tensor_4d_multicast(target, arguments.map, full(stage, group), 64 * panel, slot, head, page,
-                                                      (1 << kCluster) - 1);
-                } else {
-                    cp_async_bulk_tensor_4d(target, arguments.map, full(stage, group), 64 * panel, slot, head, page);
-                }
+                cp_async_bulk_tensor_4d(to + panel * CTile::kPanelBytes + box * kBoxRows * 128, arguments.map,
+                                        full(stage, group), 64 * panel, slot, head, page);
             }
             __syncwarp();
         }
@@ -255,12 +245,7 @@ struct DecodeLatentSm90 {
         }
         // The own half of a stage is no longer read by anybody.
         __device__ __forceinline__ void release(int stage) {
-            const unsigned barrier = kernel.empty(stage, stage == kWg ? 0 : 1);
-            if constexpr (kCluster > 1) {  // all CTAs load into it
-                if (lane() < kCluster) mbarrier_arrive_at(barrier, lane());
-            } else {
-                if (lane() == 0) mbarrier_arrive(barrier);
-            }
+            if (lane() == 0) mbarrier_arrive(kernel.empty(stage, stage == kWg ? 0 : 1));
             parity[stage] ^= 1;
         }
         // Rows past the sequence may hold anything: P is 0 there, but 0 * NaN is not.
@@ -601,7 +586,7 @@ struct DecodeLatentSm90 {
             for (int stage = 0; stage < 2; stage++) {
                 for (int group = 0; group < 2; group++) {
                     mbarrier_init(full(stage, group), 1);
-                    mbarrier_init(empty(stage, group), 4 * kCluster);
+                    mbarrier_init(empty(stage, group), 4);
                 }
             }
             fence_mbarrier_init();
@@ -611,11 +596,7 @@ struct DecodeLatentSm90 {
         if (threadIdx.x == 0) {
             shared().share = {schedule.each, schedule.longer, schedule.start, schedule.stop, schedule.batch, schedule.first};
         }
-        if constexpr (kCluster > 1) {
-            cluster_sync();  // the barriers of all are there
-        } else {
-            __syncthreads();
-        }
+        __syncthreads();
         if (wg == kConsumers) {
             setmaxnreg_dec<kProducerRegisters>();
             produce(warp - 4 * kConsumers);
@@ -627,7 +608,6 @@ struct DecodeLatentSm90 {
                 consume<1>();
             }
         }
-        if constexpr (kCluster > 1) cluster_sync();  // nobody arrives at barriers of a CTA that has left
     }
 };
 

@@ -23,17 +23,6 @@ __device__ __forceinline__ void cp_async_bulk_tensor_4d(unsigned smem, const Ten
         : "memory");
 }
 
-// The same, to the same place in each CTA of the cluster whose bit is set in `ctas`, where a barrier at that place counts it.
-__device__ __forceinline__ void cp_async_bulk_tensor_4d_multicast(unsigned smem, const TensorMap& map, unsigned barrier, int x,
-                                                                  int y, int z, int w, unsigned short ctas) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, "
-        "%4, "
-        "%5}], [%6], %7;" ::"r"(smem),
-        "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "h"(ctas)
-        : "memory");
-}
-
 // Adds `bytes` (a multiple of 16) of floats in shared memory to those at `to`, as a group of its own.
 __device__ __forceinline__ void cp_reduce_async_bulk_add(float* to, unsigned smem, int bytes) {
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(smem), "r"(bytes)
