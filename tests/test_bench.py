@@ -6,8 +6,11 @@ import importlib
 import io
 import itertools
 import json
+import multiprocessing
 import subprocess
 import sys
+import time
+import types
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -695,3 +698,43 @@ def test_what_a_graph_reads_is_kept_while_it_is_timed(monkeypatch) -> None:
     monkeypatch.setattr(decode, "measure", timed)
     decode.run_case(decode.CASES[0], ["one", "other"], 1, ENV)
     assert all(memory() is None for memory in held.values())
+
+
+def test_kernels_of_decode_are_those_of_its_calls() -> None:
+    """Compiled ahead of time for a typical GPU: one kernel serves all lengths."""
+    sources = {case: decode.sources(case, "sm_90a") for case in (*decode.CASES, *decode.LENGTHS)}
+    assert all(len(found) == 1 and found[0][1] == "sm_90a" for found in sources.values())
+    alone, many = (sources[decode.DecodeCase(batch, 2048)] for batch in (1, 8))
+    assert alone != many and many == sources[decode.DecodeCase(128, 8192)]
+
+
+def test_a_peer_that_is_not_ready_is_left_out(monkeypatch, capsys) -> None:
+    """It neither holds up rows nor takes part in those whose kernels it has not compiled."""
+    small, other = (decode.smallest("flashinfer", decode.DecodeCase(8, 2048, head_dim=d)) for d in (128, 64))
+    assert small is not None and other is not None and small != other
+    assert decode.smallest("fa3", decode.CASES[0]) is None
+    fresh = multiprocessing.get_context("spawn")
+    processes = {
+        ("flashinfer", small): fresh.Process(target=time.sleep, args=(600,), daemon=True),
+        ("flashinfer", other): fresh.Process(target=int, args=("0",), daemon=True),
+        ("broken", small): fresh.Process(target=int, args=("x",), daemon=True),
+    }
+    for process in processes.values():
+        process.start()
+    for key in list(processes)[1:]:
+        processes[key].join()
+    assert decode.finish(processes, end=0.0) == {("flashinfer", small), ("broken", small)}
+    processes["flashinfer", small].join()
+    text = capsys.readouterr().out
+    assert "flashinfer, as for decode 1x64 h8/1 d128 page16: has not compiled in time" in text
+    assert "broken, as for decode 1x64 h8/1 d128 page16: its first call failed" in text
+
+    seen = []
+    monkeypatch.setattr(decode, "start", lambda peers, cases: processes)
+    monkeypatch.setattr(decode, "prewarm", lambda cases, sources: None)
+    monkeypatch.setattr(decode, "run_case", lambda case, peers, rounds, env: seen.append(peers))
+    cases = [decode.DecodeCase(8, 2048), decode.DecodeCase(8, 2048, head_dim=64)]
+    stored: list[object] = []
+    store = types.SimpleNamespace(add=stored.append)
+    decode.run(cases, ["fa3", "flashinfer"], 1, store, ENV, decode.Deadline(60.0))  # type: ignore[arg-type]
+    assert seen == [["fa3"], ["fa3", "flashinfer"]] and len(stored) == 2
