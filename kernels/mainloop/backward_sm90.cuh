@@ -120,8 +120,8 @@ struct BackwardSm90 {
         int head_kv, padding;
     };
     // Where only the mask is between products and exponentials: P and dS in one pass, whose exponentials hide the rest of it.
-    // (kWide) products start from the row statistics: S from -lse / factor, dP from -delta. They are read while the tensor cores
-    // are busy with the tile before.
+    // (kWide) products start from the row statistics: S from -lse / factor, dP from -delta. They are read while the tensor
+    // cores are busy with the tile before.
     static constexpr bool kPlain = Config::kSeeded && !kWide;
     static constexpr bool kEarly = Config::kEarly && !kPlain, kSeeded = Config::kSeeded && !kPlain;
     static_assert(!kSeeded || (kEarly && !Config::kStageBias && !kFewLeft));
@@ -730,9 +730,7 @@ struct BackwardSm90 {
             const auto& score_mod = staged_mod();
             const StatsReader reader = kernel.read_stats(slot.stage);
             constexpr bool kKept = kStatsAhead || kStatsUnder;
-            const auto stats = [&](int r) {
-                return Stats{kSeeded ? 0.0f : kKept ? lse[kKept ? r : 0] : reader.lse(r), 0.0f};
-            };
+            const auto stats = [&](int r) { return Stats{kSeeded ? 0.0f : kKept ? lse[kKept ? r : 0] : reader.lse(r), 0.0f}; };
             if (full) {
                 score_probabilities<Config, false>(s, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
                                                    sums);
