@@ -149,11 +149,12 @@ __device__ __forceinline__ void plain_exponents(Tile& s, float factor, const Sta
         for (int e = x; e < x + kGroup; e++) s[e] = s[e] * factor - lse.row[Tile::thread_row(e) % 4];
     }
 }
-// Of elements [kFirst, kStop).
-template <int kFirst, int kStop, class Tile>
+// Of elements [kFirst, kStop). kSpared of eight are left to the units that add and multiply, which wait for the exponentials of
+// the others.
+template <int kFirst, int kStop, int kSpared, class Tile>
 __device__ __forceinline__ void plain_probabilities(Tile& s) {
 #pragma unroll
-    for (int x = kFirst; x < kStop; x++) s[x] = exp2_fast(s[x]);
+    for (int x = kFirst; x < kStop; x++) s[x] = x % 8 < kSpared ? exp2_cubic(s[x]) : exp2_fast(s[x]);
 }
 template <class Tile, class Stats>
 __device__ __forceinline__ void plain_gradients(Tile& s, Tile& dp, const Stats& stats) {
