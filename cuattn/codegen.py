@@ -348,7 +348,6 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
         caches = [p.operand(name) for name in ("k_cache", "v_cache")]
         flags["kNarrows"] = p.cache_dtype in CACHE_DTYPES and p.dtype == "bfloat16"
         flags["kParted"] = plan.max_parts > 0
-        flags["kOnce"] = plan.m_blocks <= 1
         flags["kAlike"] = len({op.strides for op in caches if op is not None}) == 1
     arguments = "DecodeArguments"
     if attends and plan.alone:
