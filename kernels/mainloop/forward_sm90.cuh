@@ -101,9 +101,8 @@ struct ForwardSm90 {
     static_assert(kOffsetBarriers + 8 * kBarriers + QTile::kAlignment <= Config::kSmemBytes,
                   "the plan's shared memory is too small");
 
-    // A row keeps its first maximum while the sums of its probabilities stay below kLargestSum.
+    // A row keeps its first maximum while its probabilities of a tile of keys sum to kLargestSum<Element> at most.
     static constexpr bool kKeepsMaxima = Config::kKeepsMaxima;
-    static constexpr float kLargestSum = 1099511627776.0f;  // 2^40: far from what bfloat16 holds, and so is O
     static_assert(!kKeepsMaxima || Config::kFoldScale);
 
     // One buffer for V is not free for the next tile before O is done.
@@ -456,12 +455,22 @@ struct ForwardSm90 {
                 }
             }
         }
-        // After a tile without a look at its maxima: where sums have become too large, back to before it, whose sums were
-        // `before`, and with maxima this time. O belongs to the tiles before.
+        // After a tile without a look at its maxima: where its sums are too large, its probabilities, O and the sums, which were
+        // `before` ahead of it, are divided by a power of two. Where even floats do not hold them, back to before the tile, and
+        // with maxima this time. O belongs to the tiles before.
         __device__ __forceinline__ void check_sums(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4], const Work& w,
                                                    const Tiles& tiles, int n, const float (&before)[2]) {
-            const bool fits = rows[0].sum <= kLargestSum && rows[1].sum <= kLargestSum;
-            if (__all_sync(0xffffffffu, fits)) return;
+            const float larger = maximum(rows[0].sum - before[0], rows[1].sum - before[1]);
+            if (__all_sync(0xffffffffu, larger <= kLargestSum<Element>)) return;
+            if (__all_sync(0xffffffffu, larger <= kLargestFloat)) {
+                const float shrink[2] = {rows[0].outgrow(s.row_maximum(0), factor), rows[1].outgrow(s.row_maximum(1), factor)};
+#pragma unroll
+                for (int x = 0; x < kBlockN / 2; x++) s[x] *= shrink[x % 4 / 2];
+#pragma unroll
+                for (int x = 0; x < kHeadDimV / 2; x++) o[x] *= shrink[x % 4 / 2];
+                pack(s, probabilities);
+                return;
+            }
             recompute_scores(s, w, n);
             modify(s, w, tiles, n);
             rows[0].sum = before[0], rows[1].sum = before[1];
