@@ -67,7 +67,7 @@ class Tiles:
     q_stages: int = 1
     """forward_sm90: buffers for q; with two, the next query tile's has come before this one's is free"""
     keep_maxima: bool = False
-    """forward_sm90: a row keeps the maximum of its first keys until its probabilities outgrow it, by 2^40 or, in float16, 2^15"""
+    """forward_sm90: a row keeps the maximum of its first keys until its probabilities outgrow it, in bfloat16 by 2^40"""
     bounded: bool = False
     """forward_sm90: scores are so close to 0 that exponentials need no maximum"""
     late_wait: bool = True

@@ -455,9 +455,9 @@ struct ForwardSm90 {
                 }
             }
         }
-        // After a tile without a look at its maxima: where its sums are too large, its probabilities, O and the sums, which were
-        // `before` ahead of it, are divided by a power of two. Where even floats do not hold them, back to before the tile, and
-        // with maxima this time. O belongs to the tiles before.
+        // After a tile without a look at its maxima, before which the sums were `before`: where they have grown too much, they,
+        // O, which belongs to the tiles before, and the probabilities are divided by a power of two. Where even floats do not
+        // hold these, back to before the tile, and with maxima this time.
         __device__ __forceinline__ void check_sums(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4], const Work& w,
                                                    const Tiles& tiles, int n, const float (&before)[2]) {
             const float larger = maximum(rows[0].sum - before[0], rows[1].sum - before[1]);
@@ -902,8 +902,11 @@ struct ForwardSm90 {
             } else {
                 consumer.finish(consumer.rows);
             }
-            if constexpr (!Config::kPersistent) break;
-            tile = consumer.receive_tile(consumer.tile);
+            if constexpr (Config::kPersistent) {
+                tile = consumer.receive_tile(consumer.tile);
+            } else {
+                tile.m_block = opaque(-1);  // without a loop the compiler holds addresses throughout and spills
+            }
         }
     }
 
