@@ -101,8 +101,10 @@ struct ForwardSm90 {
     static_assert(kOffsetBarriers + 8 * kBarriers + QTile::kAlignment <= Config::kSmemBytes,
                   "the plan's shared memory is too small");
 
-    // A row keeps its first maximum while its probabilities of a tile of keys sum to kLargestSum<Element> at most.
+    // A row keeps its first maximum while its probabilities of a tile of keys sum to kLargestSum<Element> at most. Where they
+    // outgrow it, floats are still there to be divided, if they have registers of their own beside P.
     static constexpr bool kKeepsMaxima = Config::kKeepsMaxima;
+    static constexpr bool kDivides = Config::kOverlap || kConsumers == 2;
     static_assert(!kKeepsMaxima || Config::kFoldScale);
 
     // One buffer for V is not free for the next tile before O is done.
@@ -132,6 +134,10 @@ struct ForwardSm90 {
     unsigned base;
 
     __device__ __forceinline__ const ForwardParams& params() const { return arguments.variant.base; }
+    // Known to the compiler where nothing is padded: it then drops what stores a part of a row.
+    __device__ __forceinline__ static int head_dim_v(const ForwardParams& p) {
+        return Config::kWholeRows ? kHeadDimV : p.head_dim_v;
+    }
     __device__ __forceinline__ unsigned barrier(int number) const { return base + kOffsetBarriers + 8 * number; }
     __device__ __forceinline__ unsigned tile_full(int stage) const { return barrier(stage); }
     __device__ __forceinline__ unsigned tile_empty(int stage) const { return barrier(kTileStages + stage); }
@@ -462,7 +468,7 @@ struct ForwardSm90 {
                                                    const Tiles& tiles, int n, const float (&before)[2]) {
             const float larger = maximum(rows[0].sum - before[0], rows[1].sum - before[1]);
             if (__all_sync(0xffffffffu, larger <= kLargestSum<Element>)) return;
-            if (__all_sync(0xffffffffu, larger <= kLargestFloat)) {
+            if (kDivides && __all_sync(0xffffffffu, larger <= kLargestFloat)) {
                 const float shrink[2] = {rows[0].outgrow(s.row_maximum(0), factor), rows[1].outgrow(s.row_maximum(1), factor)};
 #pragma unroll
                 for (int x = 0; x < kBlockN / 2; x++) s[x] *= shrink[x % 4 / 2];
@@ -768,7 +774,7 @@ struct ForwardSm90 {
             Element* out = static_cast<Element*>(p.out) + w.seq.out + w.at.head * p.out_head;
             OutTile::template store_rows<Element, Config::kVecOut>(
                 kernel.smem + (q_stage * kConsumers + wg) * QTile::kBytes, loaded, static_cast<int>(threadIdx.x % 128 / 32),
-                out + first_row(w) * p.out_row, p.out_row, w.at.seqlen_q - first_row(w), p.head_dim_v, [&] {
+                out + first_row(w) * p.out_row, p.out_row, w.at.seqlen_q - first_row(w), head_dim_v(p), [&] {
                     if (!loaded) return;
                     fence_proxy_async();
                     __syncwarp();
@@ -804,7 +810,7 @@ struct ForwardSm90 {
                 const int i = first_row(w) + o.row(2 * half);
                 const bool inside = i < w.at.seqlen_q;
                 if (threadIdx.x % 4 == 0 && inside) store_lse(p, w, i, result.lse_log2);
-                store_row<Element, Config::kVecOut>(o, half, result.factor, out + i * p.out_row, p.head_dim_v, inside);
+                store_row<Element, Config::kVecOut>(o, half, result.factor, out + i * p.out_row, head_dim_v(p), inside);
             }
         }
     };
