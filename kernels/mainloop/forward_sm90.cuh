@@ -774,7 +774,7 @@ struct ForwardSm90 {
             Element* out = static_cast<Element*>(p.out) + w.seq.out + w.at.head * p.out_head;
             OutTile::template store_rows<Element, Config::kVecOut>(
                 kernel.smem + (q_stage * kConsumers + wg) * QTile::kBytes, loaded, static_cast<int>(threadIdx.x % 128 / 32),
-                out + first_row(w) * p.out_row, p.out_row, w.at.seqlen_q - first_row(w), head_dim_v(p), [&] {
+                out + first_row(w) * p.out_row, p.out_row, w.at.seqlen_q - first_row(w), p.head_dim_v, [&] {
                     if (!loaded) return;
                     fence_proxy_async();
                     __syncwarp();
