@@ -241,8 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report() -> int:
-    """The section of README.md, and docs/results.md with its figures."""
+    """The sections of README.md and docs/peers.md, and docs/results.md with its figures."""
     summary.write(results.ROOT / "README.md", TITLES)
+    summary.write_standing(results.ROOT / "docs" / "peers.md", TITLES)
     for path in figures.write(TITLES):
         print(path.relative_to(results.ROOT))
     return 0

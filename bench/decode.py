@@ -325,7 +325,7 @@ def graph_of(call: Callable[[], Any]) -> Any:
 
 
 def measure(graphs: dict[str, Any], rounds: int) -> dict[str, float]:
-    """Median microseconds of a call, in interleaved rounds that each begins in turn: who comes first is at a disadvantage."""
+    """Median microseconds of a call, in interleaved rounds that each of them begins in turn."""
     import torch
 
     samples: dict[str, list[float]] = {name: [] for name in graphs}

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import re
 import subprocess
 import sys
 import time
@@ -241,12 +242,13 @@ def test_the_page_has_a_table_for_every_part(tmp_path: Path) -> None:
 
 def test_the_readme_and_the_page_are_what_the_rows_say(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    readme = tmp_path / "README.md"
-    for name in ("README.md", "docs/results.md"):
+    pages = ("README.md", "docs/results.md", "docs/peers.md")
+    for name in pages:
         (tmp_path / Path(name).name).write_text((results.ROOT / name).read_text(encoding="utf-8"))
-    summary.write(readme, TITLES)
+    summary.write(tmp_path / "README.md", TITLES)
+    summary.write_standing(tmp_path / "peers.md", TITLES)
     figures.write(TITLES, tmp_path)
-    for name in ("README.md", "docs/results.md"):
+    for name in pages:
         written = (tmp_path / Path(name).name).read_text(encoding="utf-8")
         assert written == (results.ROOT / name).read_text(encoding="utf-8"), "run: python -m bench report"
 
@@ -262,6 +264,32 @@ def test_rows_behind_a_peer_are_listed_the_worst_first() -> None:
     assert "10.0 us, 19.0 us in all (cuDNN 20)" in tables.other_lines(rows, TITLES)[-1]
     rows[-1]["whole"] = 25.0
     assert tables.behind(rows[2:], TITLES)[-1].endswith("| cuDNN | 0.80 |")
+
+
+def test_peers_that_are_faster_are_counted() -> None:
+    near, far = (dense("bfloat16", d, 1, 4, 1024) for d in (64, 128))
+    rows = [row(near, 100.0, cudnn=99.0, flash=98.0), row(far, 100.0, cudnn=101.0), row(gradients(far)[0], 100.0, fa4=50.0)]
+    rows.append({**row(replace(HOST, bench="host/torch/autograd"), 10.0, cudnn=20.0, other=1.0), "whole": 30.0})
+    rows.append(row(replace(far, bench="matrix/backward"), 100.0, fa4=101.0))
+    head, _, *lines = tables.standing(rows, TITLES)
+    assert head == "| faster than cuattn in | cuDNN | FA2 | FA4 |"
+    assert lines == [
+        "| forward | 1 of 2 | 1 of 1 |  |",
+        "| backward |  |  | 1 of 1 |",
+        "| host, backward | 1 of 1 |  |  |",
+        "| matrix, backward |  |  | 0 of 1 |",
+    ]
+
+
+SOURCES = re.compile(r"sources ([0-9a-f]{6,})")
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in (results.ROOT / "docs").glob("*.md"))])
+def test_pages_speak_of_sources_whose_rows_are_stored(page: str) -> None:
+    """A remark about rows goes when they do."""
+    stored = {row["source_hash"] for path in results.FOLDER.glob("*.json") for row in results.load(path)}
+    for digest in SOURCES.findall((results.ROOT / page).read_text(encoding="utf-8")):
+        assert any(own.startswith(digest) for own in stored), f"{page} speaks of rows of {digest}, which are no longer stored"
 
 
 def test_every_row_of_the_results_file_is_in_the_page() -> None:
