@@ -210,7 +210,8 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     keeps = not problem.mods and problem.scale > 0
     keeps = keeps and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
     if widest <= 64 and keys < SHORT:
-        tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False))
+        stages = 2 if staged_bias(problem) else 3  # two CTAs an SM
+        tiles.insert(0, Tiles(128, 64, stages, 12, 2, 2, persistent=True, overlap=False, q_stages=2))
     if 64 < widest <= 128 and keys >= LONG and regular:
         tiles.insert(0, Tiles(128, 176, 2, 12, persistent=True, max_weight=0))
     if 64 < widest <= 128 and shortest and regular and keeps and _fills_sm90(problem, device, 192):
