@@ -69,7 +69,7 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile:
 }
 
 // Loads of a tile whose rows lie anywhere: kLanes threads side by side copy one row, those of a thread are kStep apart. kWhole:
-// rows have as many elements as the tile has columns. kOnce: they are not read again soon.
+// rows have as many elements as the tile has columns. kOnce: whole rows are not read again soon.
 template <int kThreads, int kVecBytes, int kLanes, bool kWhole, bool kOnce, class Tile>
 struct TileRows {
     using Element = typename Tile::Element;
@@ -99,7 +99,7 @@ struct TileRows {
                 const unsigned to =
                     kUniform ? start + Tile::shift(step * kStep, panel * kSpan) : smem_address(tile.at(row(step), at));
                 const Element* from = kWhole || valid > 0 ? source + panel * kSpan : source;
-                if constexpr (kOnce && kVecBytes == 16) {
+                if constexpr (kOnce && kWhole && kVecBytes == 16) {
                     cp_async_once(to, from, valid);
                 } else {
                     cp_async<kVecBytes>(to, from, valid);
