@@ -325,12 +325,15 @@ def graph_of(call: Callable[[], Any]) -> Any:
 
 
 def measure(graphs: dict[str, Any], rounds: int) -> dict[str, float]:
-    """Median microseconds of a call, in interleaved rounds."""
+    """Median microseconds of a call, in interleaved rounds that each of them begins in turn."""
     import torch
 
     samples: dict[str, list[float]] = {name: [] for name in graphs}
+    names = list(graphs)
     for n in range(rounds + 1):
-        for name, graph in graphs.items():
+        first = n % len(names)
+        for name in names[first:] + names[:first]:
+            graph = graphs[name]
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             graph.replay()

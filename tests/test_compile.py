@@ -28,46 +28,13 @@ def complaints(log: str) -> list[str]:
     return found + re.findall(r".*(?:serialized|setmaxnreg.*ignored|\(C75\d\d\)).*", log)
 
 
-TWINS = {"sm_89": "sm_86"}
-"""NVRTC reports the same registers and spills for both, of every source without 8-bit floats, for which the first has
-instructions; the machine code is the same too, but for two in 519.
-"""
-SHARE = 16
-"""Of such sources that both need, one in so many is compiled for the first as well."""
-
-
-def alike(arch: str) -> set[str]:
-    """Sources of which NVRTC makes the same for the architecture's twin."""
-    if arch not in TWINS:
-        return set()
-    return {source for source in kernels(arch, True).keys() & kernels(TWINS[arch], True).keys() if "E4M3" not in source}
-
-
-def report(log: str) -> list[str]:
-    """What ptxas says of each function: its stack, spills, registers, barriers and constants."""
-    return re.findall(r"\d+ bytes stack frame.*|Used \d+ registers.*", log)
-
-
 @pytest.mark.parametrize("arch", DEVICES)
 def test_every_plan_compiles_without_spills(arch: str) -> None:
-    """The kernels of all plans; those that are `alike` are compiled for the twin."""
-    jobs, shared = kernels(arch, everything=True), alike(arch)
+    jobs = kernels(arch, everything=True)
     assert min(len(made(arch, True)) for made in (plans, backward_plans, decode_plans)) > 50
-    needed = {source: plan for source, plan in jobs.items() if source not in shared}
-    built = jit.compile_many((source, arch) for source in needed)
-    failures = [f"{plan}: {c}" for cubin, plan in zip(built, needed.values(), strict=True) for c in complaints(cubin.log)]
+    built = jit.compile_many((source, arch) for source in jobs)
+    failures = [f"{plan}: {c}" for cubin, plan in zip(built, jobs.values(), strict=True) for c in complaints(cubin.log)]
     assert not failures, "\n".join(failures)
-
-
-@pytest.mark.parametrize("arch", TWINS)
-def test_twins_get_the_same_registers(arch: str) -> None:
-    """On a sample that every change in kernels/ draws anew."""
-    shared = sorted(alike(arch), key=lambda source: jit.key_of(source, arch))
-    some = shared[: len(shared) // SHARE]
-    assert len(shared) > 400 and len(some) > 20
-    mine, twin = (jit.compile_many((source, one) for source in some) for one in (arch, TWINS[arch]))
-    for ours, theirs, source in zip(mine, twin, some, strict=True):
-        assert report(ours.log) == report(theirs.log) != [], str(kernels(arch, True)[source])
 
 
 @pytest.mark.parametrize("arch", DEVICES)

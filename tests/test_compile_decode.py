@@ -28,6 +28,21 @@ def test_sizes_do_not_reach_the_source() -> None:
     assert len(sources) == 1
 
 
+def test_of_equal_lengths_no_item_is_shared_where_that_leaves_few_idle() -> None:
+    device = DEVICES["sm_90a"]
+    for batch in (2, 8, 32, 64, 128, 256):
+        plan = make_decode_plan(decode_problem_of(batch=batch), device)
+        items = plan.items // plan.head_lanes
+        assert (items % plan.teams == 0 or plan.teams % items == 0) and plan.teams >= 0.96 * plan.most_teams
+    assert make_decode_plan(decode_problem_of(batch=37), device).teams == device.num_sms * 2 // 8
+
+
+def test_keys_that_several_row_tiles_read_stay_in_l2() -> None:
+    for tokens, once in ((1, True), (8, True), (9, False)):  # of eight heads a group, in tiles of 64 rows
+        plan = make_decode_plan(decode_problem_of(batch=2, seqlen_q=tokens), DEVICES["sm_90a"])
+        assert f"kOnce = {str(once).lower()};" in decode_units(plan)["decode"].source
+
+
 def test_one_sequence_is_dealt_out_to_all_multiprocessors() -> None:
     device = DEVICES["sm_90a"]
     plan = make_decode_plan(decode_problem_of(batch=1, heads=(64, 8)), device)
