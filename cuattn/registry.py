@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cuattn.fields import ITEMSIZE, Operand
 from cuattn.masks import And, BooleanMask, Full, SlidingWindow
 from cuattn.problem import Problem
-from cuattn.score_mods import Bias, SoftCap, UserMod
+from cuattn.score_mods import Alibi, Bias, SoftCap, UserMod
 from cuattn.tma import tma_bias, tma_obstacles
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ class Tiles:
     """forward_sm90: buffers for q; with two, the next query tile's has come before this one's is free"""
     keep_maxima: bool = False
     """forward_sm90: a row keeps the maximum of its first keys until a sum exceeds 2^40, which bfloat16 probabilities may"""
+    nearest_first: bool = False
+    """forward_sm90: the keys next to a query tile are visited first, then those behind them, then those before them"""
     bounded: bool = False
     """forward_sm90: scores are so close to 0 that exponentials need no maximum"""
     late_wait: bool = True
@@ -199,6 +201,13 @@ def _bounded(problem: Problem) -> bool:
     return mod.cap * math.log2(math.e) <= LARGEST_EXPONENT and 2.0**-30 <= problem.scale / mod.cap <= 1
 
 
+def _nearest_first(problem: Problem) -> bool:
+    """Whether scores are the largest next to the diagonal, by a penalty that grows with the distance, and keys there visible."""
+    mask, mods = problem.mask, problem.mods
+    plain = isinstance(mask, Full) or (isinstance(mask, SlidingWindow) and mask.left is None)
+    return plain and len(mods) == 1 and isinstance(mods[0], Alibi)
+
+
 def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     widest, weight = max(_dims_sm90(problem)), _weight_sm90(problem)
     tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
@@ -206,7 +215,8 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     shortest = min(problem.seqlen_k, problem.total_k) <= SHORTEST
     # Where a sum exceeds what a row that keeps its maximum may hold, only bfloat16 is far from its own limit. The others have
     # no registers left for going back.
-    keeps = problem.dtype == "bfloat16" and not problem.mods and problem.scale > 0
+    nearest = _nearest_first(problem) and max(problem.head_dim, problem.head_dim_v) <= 128
+    keeps = problem.dtype == "bfloat16" and (not problem.mods or nearest) and problem.scale > 0
     keeps = keeps and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
     if widest <= 64 and keys < SHORT:
         tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False))
@@ -230,6 +240,7 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
             late_wait=waits_late,
             scale_first=scales_first and t.overlap,
             keep_maxima=keeps,
+            nearest_first=keeps and nearest,
             bounded=bounded,
             draws_early=keys < SHORT and t.overlap and t.q_stages == 2,
         )

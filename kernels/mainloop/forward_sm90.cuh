@@ -104,7 +104,7 @@ struct ForwardSm90 {
     // A row keeps its first maximum while the sums of its probabilities stay below kLargestSum.
     static constexpr bool kKeepsMaxima = Config::kKeepsMaxima;
     static constexpr float kLargestSum = 1099511627776.0f;  // 2^40: far from what bfloat16 holds, and so is O
-    static_assert(!kKeepsMaxima || Config::kFoldScale);
+    static_assert(!kKeepsMaxima || Config::kPositiveScale);
 
     // One buffer for V is not free for the next tile before O is done.
     static constexpr bool kLateWait = Config::kLateWait && kStages > 1;
@@ -113,6 +113,10 @@ struct ForwardSm90 {
     static constexpr bool kBounded = Config::kBounded;
     static constexpr bool kWhole = Config::kPositiveScale && WholeTile<ScoreMod>::kExists && kHeadDimV <= 128 && !kBounded;
     using Whole = WholeTile<typename Either<kWhole, ScoreMod, NoScoreMod>::Type>;
+    static constexpr bool kLinear = kWhole && Whole::kLinear && kKeepsMaxima;
+    // A query tile begins with the keys that are nearest to it, whose scores are the largest, and goes on behind them.
+    static constexpr bool kNearestFirst = Config::kNearestFirst;
+    static_assert(!kNearestFirst || !Mask::kTiled);
     // Heads to 64 have three consumers, in whose loop scaled products were faster.
     static constexpr bool kScalesQueries = kBounded && kHeadDim > 64;
     using Bounded = BoundedTile<typename Either<kBounded, ScoreMod, NoScoreMod>::Type, kScalesQueries>;
@@ -131,6 +135,17 @@ struct ForwardSm90 {
     const TmaArguments<Config>& arguments;
     char* smem;  // aligned
     unsigned base;
+
+    // Which tile of keys comes in the place of tile n. The first is near to all rows, and each of them sees some of its keys.
+    __device__ __forceinline__ int placed(const Tiles& tiles, const Work& w, int n) const {
+        if constexpr (!kNearestFirst) return n;
+        const Range blocks = tiles.blocks;
+        const int row0 = w.m_block * kBlockM, middle = row0 + kBlockM / 2 + w.at.seqlen_k - w.at.seqlen_q;
+        const int last_seen = arguments.variant.mask.kv_range(w.at, {row0, row0 + 1}).stop - 1;
+        const int first = max(blocks.start, min(min(middle, last_seen) / kBlockN, blocks.stop - 1));
+        const int block = n - blocks.start + first;
+        return block < blocks.stop ? block : block - blocks.stop + blocks.start;
+    }
 
     __device__ __forceinline__ const ForwardParams& params() const { return arguments.variant.base; }
     __device__ __forceinline__ unsigned barrier(int number) const { return base + kOffsetBarriers + 8 * number; }
@@ -230,7 +245,8 @@ struct ForwardSm90 {
                 bias.advance();
             }
         };
-        load_k(n);
+        auto at = [&](int n) { return placed(tiles, w, n); };
+        load_k(at(n));
 #pragma unroll
         for (int wg = 0; wg < kConsumers; wg++) {
             mbarrier_wait(q_empty(q.stage, wg), q.parity ^ 1);
@@ -238,16 +254,16 @@ struct ForwardSm90 {
                         row_q + 64 * wg, w.at.head, batch);
         }
         q.advance();
-        load_bias(n);
+        load_bias(at(n));
         when_begun();
         for (int following = tiles.next(n + 1); following < tiles.blocks.stop; following = tiles.next(n + 1)) {
-            load_k(following);
-            load_bias(following);
-            load_v(n);
+            load_k(at(following));
+            load_bias(at(following));
+            load_v(at(n));
             n = following;
         }
         before_last();
-        load_v(n);
+        load_v(at(n));
     }
 
     // --------------------------------------------------------------------------------------------------------- consumers
@@ -426,6 +442,17 @@ struct ForwardSm90 {
                 if (old.max != negative_infinity<float>()) rows[half] = old;
             }
         }
+        // The maxima of a query tile's first keys. Where other keys are nearer to a row, their scores are expected to be
+        // larger.
+        __device__ __forceinline__ void take_first_maxima(WgmmaTile<kBlockN>& s, const Work& w, int n) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                take_maximum(s, half);
+                if constexpr (kNearestFirst && kLinear) {
+                    rows[half].max += whole.template rise<kBlockN>(w.at, first_row(w) + s.row_at(half), n * kBlockN, factor);
+                }
+            }
+        }
         // S = Q K^T of a tile once more, by each warp for itself, with keys from global memory: their buffer has been released.
         __device__ __forceinline__ void recompute_scores(WgmmaTile<kBlockN>& s, const Work& w, int n) const {
             const ForwardParams& p = params();
@@ -475,6 +502,14 @@ struct ForwardSm90 {
         __device__ __forceinline__ void exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
                                                      const float (&shrink)[2], const Work& w, int n, WhenFree when_free) {
             const float offset[2] = {rows[0].offset(factor), rows[1].offset(factor)};
+            exponentiate_with<kShrink, kEarly>([&](float x, int e, int) { return x * factor - offset[e / 2]; }, s,
+                                               probabilities, shrink, w, n, when_free);
+        }
+        // `exponent(x, e, column)`: of a score, of row e / 2, so many columns after the thread's first.
+        template <bool kShrink, int kEarly, class Exponent, class WhenFree>
+        __device__ __forceinline__ void exponentiate_with(Exponent exponent, WgmmaTile<kBlockN>& s,
+                                                          unsigned (&probabilities)[kBlockN / 4], const float (&shrink)[2],
+                                                          const Work& w, int n, WhenFree when_free) {
             float sum[4] = {rows[0].sum, 0.0f, rows[1].sum, 0.0f};
             constexpr int kSteps = kBlockN / 8, kSizeO = kHeadDimV / 2, kEach = (kSizeO + kSteps - 1) / kSteps;
 #pragma unroll
@@ -487,7 +522,7 @@ struct ForwardSm90 {
                 if (u == kSteps) break;
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    s[4 * u + e] = exp2_fast(s[4 * u + e] * factor - offset[e / 2]);
+                    s[4 * u + e] = exp2_fast(exponent(s[4 * u + e], e, 8 * u + e % 2));
                     sum[e] += s[4 * u + e];
                 }
                 if (!Config::kDropout && u >= kEarly / 8) pack(s, probabilities, u);
@@ -502,6 +537,32 @@ struct ForwardSm90 {
                 drop(s, w, n);
                 pack(s, probabilities);
             }
+        }
+        // Raw products to probabilities as operands and the sums, where rows keep their maxima.
+        template <int kEarly, class WhenFree>
+        __device__ __forceinline__ void keep_and_exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
+                                                              const Work& w, const Tiles& tiles, int n, WhenFree when_free) {
+            const float before[2] = {rows[0].sum, rows[1].sum}, shrink[2] = {};
+            if constexpr (kLinear) {
+                const int row0 = first_row(w), col0 = n * kBlockN;
+                int side = Whole::template side<64, kBlockN>(w.at, row0, col0);
+                if (!tiles.full(kernel.arguments.variant.mask, w.at, n) || unset()) side = 0;
+                if (side == 0) {
+                    modify(s, w, tiles, n);
+                    if (unset()) set_maxima(s);
+                }
+                const float offset[2] = {rows[0].offset(factor), rows[1].offset(factor)};
+                const Line line = whole.template line<WgmmaTile<kBlockN>>(side, w.at, row0, col0, factor, offset);
+                auto exponent = [&](float x, int e, int column) {
+                    return x * factor + (static_cast<float>(column) * line.step + line.start[e / 2]);
+                };
+                exponentiate_with<false, kEarly>(exponent, s, probabilities, shrink, w, n, when_free);
+            } else {
+                modify(s, w, tiles, n);
+                if (unset()) set_maxima(s);
+                exponentiate<false, kEarly>(s, probabilities, shrink, w, n, when_free);
+            }
+            check_sums(s, probabilities, w, tiles, n, before);
         }
         __device__ __forceinline__ void drop(WgmmaTile<kBlockN>& s, const Work& w, int n) const {
             drop_probabilities<kBlockN % 32 == 0>(s, w.at, first_row(w), n * kBlockN, params().seed,
@@ -540,6 +601,9 @@ struct ForwardSm90 {
             tiles.rows = {first_row(w), max(min(first_row(w) + 64, w.at.seqlen_q), first_row(w) + 1)};
             if constexpr (Mask::kTiled || Config::kPingPong) {  // who takes turns takes as many as the others
                 return {w, tiles, start, stop, 0, 0};
+            } else if constexpr (kNearestFirst) {  // what one of them does not see lies anywhere
+                const bool exists = tiles.rows.start < w.at.seqlen_q && start < stop;
+                return exists ? Visit{w, tiles, start, stop, 0, 0} : Visit{w, tiles, stop, stop, max(stop - start, 0), 0};
             } else {
                 Range own = mask.kv_range(w.at, tiles.rows);
                 own = {max(own.start / kBlockN, start), min((own.stop + kBlockN - 1) / kBlockN, stop)};
@@ -557,6 +621,7 @@ struct ForwardSm90 {
         // Scores and probabilities of a query tile's first keys, with nothing else in flight.
         __device__ __forceinline__ void begin(const Visit& at) {
             float shrink[2];
+            const int n = kernel.placed(at.tiles, at.w, at.n);
             wait_k();
             wgmma_pin(s.data);
             wgmma_fence();
@@ -565,15 +630,15 @@ struct ForwardSm90 {
             wgmma_pin(s.data);
             release_k();
             if constexpr (kBounded) {
-                cap_and_exponentiate(s, at.w, at.tiles, at.n);
+                cap_and_exponentiate(s, at.w, at.tiles, n);
                 pack(s, probabilities);
             } else {
-                modify(s, at.w, at.tiles, at.n);
-                shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+                modify(s, at.w, at.tiles, n);
+                take_first_maxima(s, at.w, n);
                 if constexpr (kScalesFirst) owed[0] = owed[1] = 1.0f;  // O is 0
-                exponentiate<false>(s, probabilities, shrink, at.w, at.n, [](float) {});
+                exponentiate<false>(s, probabilities, shrink, at.w, n, [](float) {});
             }
-            wait_v(v, at.w, at.n, false);
+            wait_v(v, at.w, n, false);
             k_ended = 0;
         }
         // O times `owed`, before the next product adds to it.
@@ -591,6 +656,7 @@ struct ForwardSm90 {
         template <bool kCross, class Meanwhile>
         __device__ __forceinline__ void step(const Visit& at, int skipped, Meanwhile meanwhile) {
             float shrink[2];
+            const int n = kernel.placed(at.tiles, at.w, at.n);
             if constexpr (kCross) wait_q();
             mbarrier_wait_unless(kCross ? 0 : k_ended, kernel.k_full(k.stage), k.parity);
             take_turn();
@@ -632,36 +698,32 @@ struct ForwardSm90 {
                 if constexpr (kCross) {  // This V has come; the next may need the buffer that O still reads.
                     mbarrier_wait(kernel.v_full(v.stage), v.parity ^ (sum < 0.0f ? 1 : 0));
                 } else if constexpr (kLateWait || kScalesFirst) {
-                    wait_v(next_v(), at.w, at.n, sum < 0.0f);
+                    wait_v(next_v(), at.w, n, sum < 0.0f);
                 }
                 take_output();
             };
             if constexpr (kCross) rows[0] = rows[1] = RowState<float>();
-            if constexpr (!kBounded) modify(s, at.w, at.tiles, at.n);
+            if constexpr (!kBounded && (kCross || !kKeepsMaxima)) modify(s, at.w, at.tiles, n);
             if constexpr (kBounded) {
-                cap_and_exponentiate(s, at.w, at.tiles, at.n);
+                cap_and_exponentiate(s, at.w, at.tiles, n);
                 wait_and_take_output(rows[0].sum + rows[1].sum);
                 pack(s, probabilities);
             } else if constexpr (kCross) {
-                shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
-                exponentiate<false, kEarlyCross>(s, probabilities, shrink, at.w, at.n, wait_and_take_output);
-            } else if constexpr (kKeepsMaxima || kScalesFirst) {
-                if constexpr (kScalesFirst) {
-                    owed[0] = take_maximum(s, 0), owed[1] = take_maximum(s, 1);
-                } else if (unset()) {
-                    set_maxima(s);
-                }
-                const float before[2] = {rows[0].sum, rows[1].sum};
-                exponentiate<false, kEarly>(s, probabilities, shrink, at.w, at.n, wait_and_take_output);
-                if constexpr (kKeepsMaxima) check_sums(s, probabilities, at.w, at.tiles, at.n, before);
+                take_first_maxima(s, at.w, n);
+                exponentiate<false, kEarlyCross>(s, probabilities, shrink, at.w, n, wait_and_take_output);
+            } else if constexpr (kKeepsMaxima) {
+                keep_and_exponentiate<kEarly>(s, probabilities, at.w, at.tiles, n, wait_and_take_output);
+            } else if constexpr (kScalesFirst) {
+                owed[0] = take_maximum(s, 0), owed[1] = take_maximum(s, 1);
+                exponentiate<false, kEarly>(s, probabilities, shrink, at.w, n, wait_and_take_output);
             } else {
                 shrink[0] = take_maximum(s, 0);  // the dependency, so that the second row's maximum hides the latency of it
-                if constexpr (kLateWait) wait_v(next_v(), at.w, at.n, shrink[0] < 0.0f);
+                if constexpr (kLateWait) wait_v(next_v(), at.w, n, shrink[0] < 0.0f);
                 shrink[1] = take_maximum(s, 1);
                 take_output();
-                exponentiate<true>(s, probabilities, shrink, at.w, at.n, [](float) {});
+                exponentiate<true>(s, probabilities, shrink, at.w, n, [](float) {});
             }
-            if constexpr (kCross || !(kLateWait || kScalesFirst)) wait_v(v, at.w, at.n, false);
+            if constexpr (kCross || !(kLateWait || kScalesFirst)) wait_v(v, at.w, n, false);
         }
         // The output of the last keys.
         __device__ __forceinline__ void drain() {
@@ -676,6 +738,7 @@ struct ForwardSm90 {
         __device__ __forceinline__ void visit_serially(Visit& at) {
             for (; at.any(); at.n = at.tiles.next(at.n + 1)) {
                 float shrink[2];
+                const int n = kernel.placed(at.tiles, at.w, at.n);
                 wait_k();
                 take_turn();
                 wgmma_pin(s.data);
@@ -686,23 +749,20 @@ struct ForwardSm90 {
                 wgmma_pin(s.data);
                 release_k();
                 if constexpr (kBounded) {
-                    cap_and_exponentiate(s, at.w, at.tiles, at.n);
+                    cap_and_exponentiate(s, at.w, at.tiles, n);
                     pack(s, probabilities);
-                    wait_v(v, at.w, at.n, false);
+                    wait_v(v, at.w, n, false);
                     drain();
                     continue;
                 }
-                modify(s, at.w, at.tiles, at.n);
                 if constexpr (kKeepsMaxima) {
-                    if (unset()) set_maxima(s);
-                    const float before[2] = {rows[0].sum, rows[1].sum};
-                    exponentiate<false>(s, probabilities, shrink, at.w, at.n, [](float) {});
-                    check_sums(s, probabilities, at.w, at.tiles, at.n, before);
+                    keep_and_exponentiate<0>(s, probabilities, at.w, at.tiles, n, [](float) {});
                 } else {
+                    modify(s, at.w, at.tiles, n);
                     shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
-                    exponentiate<true>(s, probabilities, shrink, at.w, at.n, [](float) {});
+                    exponentiate<true>(s, probabilities, shrink, at.w, n, [](float) {});
                 }
-                wait_v(v, at.w, at.n, false);
+                wait_v(v, at.w, n, false);
                 drain();
             }
         }
