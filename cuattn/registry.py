@@ -67,7 +67,7 @@ class Tiles:
     q_stages: int = 1
     """forward_sm90: buffers for q; with two, the next query tile's has come before this one's is free"""
     keep_maxima: bool = False
-    """forward_sm90: a row keeps the maximum of its first keys until a sum exceeds 2^40, which bfloat16 probabilities may"""
+    """forward_sm90: a row keeps the maximum of its first keys until probabilities grow too large"""
     nearest_first: bool = False
     """forward_sm90: the keys next to a query tile are visited first, then those behind them, then those before them"""
     bounded: bool = False
@@ -164,6 +164,8 @@ def _weight_sm90(problem: Problem) -> int:
     """As `_weight`: what masks, modifications and layouts cost a loop that TMA feeds."""
     unstaged = any(isinstance(mod, Bias) for mod in problem.mods) and staged_bias(problem) is None
     mods = sum(1 + isinstance(mod, UserMod) for mod in problem.mods)
+    mods += max(0, len(problem.mods) - 1)  # what several keep in registers adds up
+    mods += 2 * (problem.packed and mods > 0 and max(problem.head_dim, problem.head_dim_v) <= 64)
     return 6 * (problem.dropout > 0) + 7 * (unstaged + isinstance(problem.mask, BooleanMask)) + mods
 
 
@@ -213,11 +215,12 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
     keys, regular = _keys_of_a_tile(problem), not (problem.packed or problem.mask.tiled)
     shortest = min(problem.seqlen_k, problem.total_k) <= SHORTEST
-    # Where a sum exceeds what a row that keeps its maximum may hold, only bfloat16 is far from its own limit. The others have
-    # no registers left for going back.
-    nearest = _nearest_first(problem) and max(problem.head_dim, problem.head_dim_v) <= 128
-    keeps = problem.dtype == "bfloat16" and (not problem.mods or nearest) and problem.scale > 0
-    keeps = keeps and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
+    # Some have no registers left for going back where a sum exceeds what a row that keeps its maximum may hold.
+    bounded, nearest = _bounded(problem) and problem.head_dim_v <= 128, widest <= 128 and _nearest_first(problem)
+    keeps = problem.scale > 0 and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
+    alone = problem.mods[0] if len(problem.mods) == 1 and 64 < widest <= 128 else None
+    keeps = keeps and (not problem.mods or nearest or isinstance(alone, UserMod))
+    keeps = keeps and (problem.dtype == "bfloat16" or problem.head_dim_v <= 128)
     if widest <= 64 and keys < SHORT:
         tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False))
     if 64 < widest <= 128 and keys >= LONG and regular:
@@ -233,7 +236,7 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     # Beside more columns of out the compiler has no room for what a late wait lets it interleave.
     wide = problem.head_dim_v > 128
     scales_first = wide and weight == 0 and not keeps
-    waits_late, bounded = keeps or not wide, _bounded(problem) and not wide
+    waits_late = keeps or not wide
     tiles = [
         replace(
             t,

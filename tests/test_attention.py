@@ -157,7 +157,7 @@ def test_sizes_of_a_softcap(backend: Any, dtype: str, cap: float, end: int) -> N
         pytest.param((140, 390), 3, 64, id="short"),
         pytest.param((390, 140), 3, 128, id="more-queries"),
         pytest.param((300, 700), 4, 128, id="tiles"),
-        pytest.param((130, 2200), 54, 128, id="wide-tiles", marks=pytest.mark.slow),
+        pytest.param((130, 2200), 54, 128, id="many-keys", marks=pytest.mark.slow),
         pytest.param((150, 2200), 54, 64, id="three-warpgroups", marks=pytest.mark.slow),
     ],
 )

@@ -187,13 +187,14 @@ struct WholeTile<SoftCap<float, Tanh>> {
     // exponent is 0.
     template <class Tile>
     __device__ __forceinline__ void apply(Tile& s, const Coord&, int, int) const {
-        unsigned bits = 0;
+        unsigned bits[4] = {};  // four chains, or each operation waits for the last
 #pragma unroll
         for (int x = 0; x < Tile::kSize; x++) {
             s[x] *= unit;
-            bits |= __float_as_uint(s[x]);
+            bits[x / 2 % 4] |= __float_as_uint(s[x]);
         }
-        if (__all_sync(0xffffffffu, (bits & 0x40000000u) == 0)) {
+        const unsigned all = bits[0] | bits[1] | bits[2] | bits[3];
+        if (__all_sync(0xffffffffu, (all & 0x40000000u) == 0)) {
 #pragma unroll
             for (int x = 0; x < Tile::kSize; x++) {
                 const float y = s[x] * s[x];
@@ -220,6 +221,7 @@ struct BoundedTile<SoftCap<float, Tanh>, kScaledQueries> {
     using Mod = SoftCap<float, Tanh>;
     float linear, cubic;  // of the exponent in a scaled product: the least relative error (6.3e-5) to a quarter of the cap
     float unit;           // scales a product where queries are not scaled
+    float offset;         // what exponents are taken relative to, so that probabilities are small, but no less than 2^-100
 
     // Eight times the argument of tanh, by a product; and the power of two that is no less.
     __device__ __forceinline__ static float eighth(const Mod& mod, float scale) { return 8.0f * scale * mod.inverse; }
@@ -233,7 +235,8 @@ struct BoundedTile<SoftCap<float, Tanh>, kScaledQueries> {
     __device__ __forceinline__ static float most(const Mod& mod) { return mod.cap * static_cast<float>(kLog2e); }
     __device__ __forceinline__ static BoundedTile of(const Mod& mod, float scale) {
         const float x = rest(mod, scale);
-        return {0.124992081f * most(mod) * x, -0.000635126957f * most(mod) * (x * x * x), eighth(mod, scale)};
+        const float offset = min(most(mod), 100.0f - most(mod));
+        return {0.124992081f * most(mod) * x, -0.000635126957f * most(mod) * (x * x * x), eighth(mod, scale), offset};
     }
     // All of the warp's scaled products are below 2: the uppermost bits of their exponents are 0.
     template <class Tile>
@@ -247,7 +250,7 @@ struct BoundedTile<SoftCap<float, Tanh>, kScaledQueries> {
         const unsigned all = bits[0] | bits[1] | bits[2] | bits[3];
         return __all_sync(0xffffffffu, (all & 0x40000000u) == 0);
     }
-    __device__ __forceinline__ float exponent(float x) const { return x * (cubic * (x * x) + linear); }
+    __device__ __forceinline__ float exponent(float x) const { return x * (cubic * (x * x) + linear) - offset; }
     // bfloat16 rounds a score by four times the error of tanh_fast.
     template <class Tile>
     __device__ __forceinline__ void cap(Tile& s, bool near, const Mod& mod, float scale) const {
@@ -257,7 +260,7 @@ struct BoundedTile<SoftCap<float, Tanh>, kScaledQueries> {
         } else {
             const float argument = 0.125f * rest(mod, scale);
 #pragma unroll
-            for (int x = 0; x < Tile::kSize; x++) s[x] = most(mod) * tanh_fast(argument * s[x]);
+            for (int x = 0; x < Tile::kSize; x++) s[x] = most(mod) * tanh_fast(argument * s[x]) - offset;
         }
     }
 };
@@ -289,12 +292,12 @@ struct WholeTile<Alibi<float, Slope>> {
         const int first = row0 + at.seqlen_k - at.seqlen_q;
         return col0 + kCols - 1 <= first ? 1 : col0 >= first + kRows - 1 ? -1 : 0;
     }
-    // By how much the score of row i with its nearest key may exceed those of kCols columns; to 2^80 in probabilities.
+    // By how much the score of row i with its nearest key may exceed those of kCols columns; to 2^most in probabilities.
     template <int kCols>
-    __device__ __forceinline__ float rise(const Coord& at, int i, int col0, float factor) const {
+    __device__ __forceinline__ float rise(const Coord& at, int i, int col0, float factor, float most) const {
         const int nearest = max(0, min(i + at.seqlen_k - at.seqlen_q, at.seqlen_k - 1));
         const int columns = max(0, max(nearest - (col0 + kCols - 1), col0 - nearest));
-        return min(max(slope, 0.0f) * static_cast<float>(columns), 80.0f / factor);
+        return min(max(slope, 0.0f) * static_cast<float>(columns), most / factor);
     }
     // The line of a tile on one side, for rows with such maxima, by which exponents are diminished.
     template <class Tile>

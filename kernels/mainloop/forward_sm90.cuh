@@ -86,6 +86,10 @@ struct ForwardSm90 {
     // begins. Narrow O is done before the first of them.
     static constexpr int kEarly = Config::kScalesFirst ? kBlockN : kHeadDimV <= 64 ? 0 : kBlockN / 32 * 8;
     static constexpr int kEarlyCross = kBlockN / 16 * 8;
+#ifndef CAP_EARLY
+#define CAP_EARLY (kBlockN / 32 * 24)
+#endif
+    static constexpr int kEarlyBounded = CAP_EARLY;
     static constexpr int kTileStages = 3;  // of query tiles: the one being stored, the current and the next
     using TileSlot = RingSlot<kTileStages>;
     // A bias that TMA can load comes in tiles like K; kBiasStages 0: there is none, or it is read from global memory.
@@ -101,9 +105,11 @@ struct ForwardSm90 {
     static_assert(kOffsetBarriers + 8 * kBarriers + QTile::kAlignment <= Config::kSmemBytes,
                   "the plan's shared memory is too small");
 
-    // A row keeps its first maximum while the sums of its probabilities stay below kLargestSum.
+    // A row keeps its first maximum while the sums of its probabilities stay below kLargestSum, or in float16, which holds no
+    // probability above 2^16, those of one tile.
     static constexpr bool kKeepsMaxima = Config::kKeepsMaxima;
-    static constexpr float kLargestSum = 1099511627776.0f;  // 2^40: far from what bfloat16 holds, and so is O
+    static constexpr bool kNarrow = !kHoldsFloats<Element>;
+    static constexpr float kLargestSum = kNarrow ? 32768.0f : 1099511627776.0f;  // 2^40: far from what bfloat16 holds, as is O
     static_assert(!kKeepsMaxima || Config::kPositiveScale);
 
     // One buffer for V is not free for the next tile before O is done.
@@ -114,6 +120,9 @@ struct ForwardSm90 {
     static constexpr bool kWhole = Config::kPositiveScale && WholeTile<ScoreMod>::kExists && kHeadDimV <= 128 && !kBounded;
     using Whole = WholeTile<typename Either<kWhole, ScoreMod, NoScoreMod>::Type>;
     static constexpr bool kLinear = kWhole && Whole::kLinear && kKeepsMaxima;
+    // Scores may grow from key to key by what a user's code does: who has gone back once takes maxima for the rest of a query
+    // tile.
+    static constexpr bool kAdapts = kKeepsMaxima && !Config::kFoldScale && !kWhole;
     // A query tile begins with the keys that are nearest to it, whose scores are the largest, and goes on behind them.
     static constexpr bool kNearestFirst = Config::kNearestFirst;
     static_assert(!kNearestFirst || !Mask::kTiled);
@@ -136,15 +145,23 @@ struct ForwardSm90 {
     char* smem;  // aligned
     unsigned base;
 
-    // Which tile of keys comes in the place of tile n. The first is near to all rows, and each of them sees some of its keys.
-    __device__ __forceinline__ int placed(const Tiles& tiles, const Work& w, int n) const {
-        if constexpr (!kNearestFirst) return n;
-        const Range blocks = tiles.blocks;
+    // The order of key tiles: the one that is visited first, which is near to all rows and of which each sees some keys, those
+    // behind it, and those before it.
+    struct Order {
+        Range blocks;
+        int first;
+        // Which tile comes in the place of tile n.
+        __device__ __forceinline__ int operator()(int n) const {
+            if constexpr (!kNearestFirst) return n;
+            const int block = n - blocks.start + first;
+            return block < blocks.stop ? block : block - blocks.stop + blocks.start;
+        }
+    };
+    __device__ __forceinline__ Order order(const Tiles& tiles, const Work& w) const {
+        if constexpr (!kNearestFirst) return {tiles.blocks, 0};
         const int row0 = w.m_block * kBlockM, middle = row0 + kBlockM / 2 + w.at.seqlen_k - w.at.seqlen_q;
-        const int last_seen = arguments.variant.mask.kv_range(w.at, {row0, row0 + 1}).stop - 1;
-        const int first = max(blocks.start, min(min(middle, last_seen) / kBlockN, blocks.stop - 1));
-        const int block = n - blocks.start + first;
-        return block < blocks.stop ? block : block - blocks.stop + blocks.start;
+        const int seen = arguments.variant.mask.kv_range(w.at, {row0, row0 + 1}).stop - 1;
+        return {tiles.blocks, max(tiles.blocks.start, min(min(middle, seen) / kBlockN, tiles.blocks.stop - 1))};
     }
 
     __device__ __forceinline__ const ForwardParams& params() const { return arguments.variant.base; }
@@ -245,7 +262,7 @@ struct ForwardSm90 {
                 bias.advance();
             }
         };
-        auto at = [&](int n) { return placed(tiles, w, n); };
+        const Order at = order(tiles, w);
         load_k(at(n));
 #pragma unroll
         for (int wg = 0; wg < kConsumers; wg++) {
@@ -286,6 +303,7 @@ struct ForwardSm90 {
         bool staged = false;      // the query tile before this one is still to be stored
         unsigned k_ended = 0;     // the next K was there when this was asked under the exponentials
         bool fresh = false;       // O holds that of the query tile before: its first product overwrites it
+        bool careful = false;     // this warp has gone back once in this query tile, and takes maxima now (kAdapts)
         Whole whole;
         Bounded bounded;
 
@@ -401,28 +419,21 @@ struct ForwardSm90 {
                 modify_scores<kFoldScale, true>(s, w.at, first_row(w), n * kBlockN, scale, mask, score_mod);
             }
         }
-        // Bounded scores, modified and masked, to probabilities in their place, with the sums.
-        __device__ __forceinline__ void cap_and_exponentiate(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n) {
+        // Raw products of bounded scores to probabilities as operands, and the sums.
+        template <int kEarly, class WhenFree>
+        __device__ __forceinline__ void cap_and_exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
+                                                             const Work& w, const Tiles& tiles, int n, WhenFree when_free) {
+            const float shrink[2] = {};
             const bool near = bounded.within_reach(s);
             if (near && tiles.full(kernel.arguments.variant.mask, w.at, n)) {
-                exponentiate_bounded(s, [&](float x) { return bounded.exponent(x); });
+                auto exponent = [&](float x, int, int) { return bounded.exponent(x); };
+                exponentiate_with<false, kEarly>(exponent, s, probabilities, shrink, w, n, when_free);
             } else {
                 bounded.cap(s, near, kernel.arguments.variant.score_mod, static_cast<float>(params().scale));
                 modify_with<true>(s, w, tiles, n, kernel.arguments.variant.score_mod);
-                exponentiate_bounded(s, [](float x) { return x; });
+                auto exponent = [](float x, int, int) { return x; };
+                exponentiate_with<false, kEarly>(exponent, s, probabilities, shrink, w, n, when_free);
             }
-            if constexpr (Config::kDropout) drop(s, w, n);
-        }
-        template <class Exponent>
-        __device__ __forceinline__ void exponentiate_bounded(WgmmaTile<kBlockN>& s, Exponent exponent) {
-            float sum[4] = {rows[0].sum, 0.0f, rows[1].sum, 0.0f};
-#pragma unroll
-            for (int x = 0; x < kBlockN / 2; x++) {
-                s[x] = exp2_fast(exponent(s[x]));
-                sum[x % 4] += s[x];
-            }
-            rows[0].sum = sum[0] + sum[1];
-            rows[1].sum = sum[2] + sum[3];
         }
         // Takes the maximum of a tile into a row; returns what O and the sums before it are to be multiplied with.
         __device__ __forceinline__ float take_maximum(WgmmaTile<kBlockN>& s, int half) {
@@ -449,7 +460,8 @@ struct ForwardSm90 {
             for (int half = 0; half < 2; half++) {
                 take_maximum(s, half);
                 if constexpr (kNearestFirst && kLinear) {
-                    rows[half].max += whole.template rise<kBlockN>(w.at, first_row(w) + s.row_at(half), n * kBlockN, factor);
+                    const int i = first_row(w) + s.row_at(half);
+                    rows[half].max += whole.template rise<kBlockN>(w.at, i, n * kBlockN, factor, kNarrow ? 8.0f : 80.0f);
                 }
             }
         }
@@ -487,8 +499,10 @@ struct ForwardSm90 {
         // `before`, and with maxima this time. O belongs to the tiles before.
         __device__ __forceinline__ void check_sums(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4], const Work& w,
                                                    const Tiles& tiles, int n, const float (&before)[2]) {
-            const bool fits = rows[0].sum <= kLargestSum && rows[1].sum <= kLargestSum;
+            const float first = kNarrow ? before[0] : 0.0f, second = kNarrow ? before[1] : 0.0f;
+            const bool fits = rows[0].sum - first <= kLargestSum && rows[1].sum - second <= kLargestSum;
             if (__all_sync(0xffffffffu, fits)) return;
+            if constexpr (kAdapts) careful = true;
             recompute_scores(s, w, n);
             modify(s, w, tiles, n);
             rows[0].sum = before[0], rows[1].sum = before[1];
@@ -543,6 +557,13 @@ struct ForwardSm90 {
         __device__ __forceinline__ void keep_and_exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
                                                               const Work& w, const Tiles& tiles, int n, WhenFree when_free) {
             const float before[2] = {rows[0].sum, rows[1].sum}, shrink[2] = {};
+            if (kAdapts && careful) {
+                modify(s, w, tiles, n);
+                const float shrink[2] = {take_maximum(s, 0), take_maximum(s, 1)};
+                when_free(0.0f);
+                exponentiate<true>(s, probabilities, shrink, w, n, [](float) {});
+                return;
+            }
             if constexpr (kLinear) {
                 const int row0 = first_row(w), col0 = n * kBlockN;
                 int side = Whole::template side<64, kBlockN>(w.at, row0, col0);
@@ -590,38 +611,42 @@ struct ForwardSm90 {
         struct Visit {
             Work w;
             Tiles tiles;
+            Order order;
             int n, stop, before, after;
             __device__ __forceinline__ bool any() const { return n < stop; }
         };
         __device__ __forceinline__ Visit visit(const Work& w) const {
             const Mask& mask = kernel.arguments.variant.mask;
             Tiles tiles = Tiles::of(params(), mask, w);
+            const Order order = kernel.order(tiles, w);
             const int start = tiles.next(tiles.blocks.start), stop = tiles.blocks.stop;
             // From here on only this warpgroup's rows matter, of which some always exist as far as covers() is asked.
             tiles.rows = {first_row(w), max(min(first_row(w) + 64, w.at.seqlen_q), first_row(w) + 1)};
             if constexpr (Mask::kTiled || Config::kPingPong) {  // who takes turns takes as many as the others
-                return {w, tiles, start, stop, 0, 0};
+                return {w, tiles, order, start, stop, 0, 0};
             } else if constexpr (kNearestFirst) {  // what one of them does not see lies anywhere
                 const bool exists = tiles.rows.start < w.at.seqlen_q && start < stop;
-                return exists ? Visit{w, tiles, start, stop, 0, 0} : Visit{w, tiles, stop, stop, max(stop - start, 0), 0};
+                return exists ? Visit{w, tiles, order, start, stop, 0, 0}
+                              : Visit{w, tiles, order, stop, stop, max(stop - start, 0), 0};
             } else {
                 Range own = mask.kv_range(w.at, tiles.rows);
                 own = {max(own.start / kBlockN, start), min((own.stop + kBlockN - 1) / kBlockN, stop)};
-                if (start >= stop) return {w, tiles, start, stop, 0, 0};
-                if (own.start >= own.stop || tiles.rows.start >= w.at.seqlen_q) return {w, tiles, stop, stop, stop - start, 0};
-                return {w, tiles, own.start, own.stop, own.start - start, stop - own.stop};
+                if (start >= stop) return {w, tiles, order, start, stop, 0, 0};
+                if (own.start >= own.stop || tiles.rows.start >= w.at.seqlen_q)
+                    return {w, tiles, order, stop, stop, stop - start, 0};
+                return {w, tiles, order, own.start, own.stop, own.start - start, stop - own.stop};
             }
         }
         __device__ __forceinline__ void reset() {
 #pragma unroll
             for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
-            rows[0] = rows[1] = RowState<float>(), fresh = false;
+            rows[0] = rows[1] = RowState<float>(), fresh = careful = false;
         }
 
         // Scores and probabilities of a query tile's first keys, with nothing else in flight.
         __device__ __forceinline__ void begin(const Visit& at) {
             float shrink[2];
-            const int n = kernel.placed(at.tiles, at.w, at.n);
+            const int n = at.order(at.n);
             wait_k();
             wgmma_pin(s.data);
             wgmma_fence();
@@ -630,8 +655,7 @@ struct ForwardSm90 {
             wgmma_pin(s.data);
             release_k();
             if constexpr (kBounded) {
-                cap_and_exponentiate(s, at.w, at.tiles, n);
-                pack(s, probabilities);
+                cap_and_exponentiate<0>(s, probabilities, at.w, at.tiles, n, [](float) {});
             } else {
                 modify(s, at.w, at.tiles, n);
                 take_first_maxima(s, at.w, n);
@@ -656,7 +680,7 @@ struct ForwardSm90 {
         template <bool kCross, class Meanwhile>
         __device__ __forceinline__ void step(const Visit& at, int skipped, Meanwhile meanwhile) {
             float shrink[2];
-            const int n = kernel.placed(at.tiles, at.w, at.n);
+            const int n = at.order(at.n);
             if constexpr (kCross) wait_q();
             mbarrier_wait_unless(kCross ? 0 : k_ended, kernel.k_full(k.stage), k.parity);
             take_turn();
@@ -702,12 +726,10 @@ struct ForwardSm90 {
                 }
                 take_output();
             };
-            if constexpr (kCross) rows[0] = rows[1] = RowState<float>();
+            if constexpr (kCross) rows[0] = rows[1] = RowState<float>(), careful = false;
             if constexpr (!kBounded && (kCross || !kKeepsMaxima)) modify(s, at.w, at.tiles, n);
             if constexpr (kBounded) {
-                cap_and_exponentiate(s, at.w, at.tiles, n);
-                wait_and_take_output(rows[0].sum + rows[1].sum);
-                pack(s, probabilities);
+                cap_and_exponentiate<kEarlyBounded>(s, probabilities, at.w, at.tiles, n, wait_and_take_output);
             } else if constexpr (kCross) {
                 take_first_maxima(s, at.w, n);
                 exponentiate<false, kEarlyCross>(s, probabilities, shrink, at.w, n, wait_and_take_output);
@@ -738,7 +760,7 @@ struct ForwardSm90 {
         __device__ __forceinline__ void visit_serially(Visit& at) {
             for (; at.any(); at.n = at.tiles.next(at.n + 1)) {
                 float shrink[2];
-                const int n = kernel.placed(at.tiles, at.w, at.n);
+                const int n = at.order(at.n);
                 wait_k();
                 take_turn();
                 wgmma_pin(s.data);
@@ -749,8 +771,7 @@ struct ForwardSm90 {
                 wgmma_pin(s.data);
                 release_k();
                 if constexpr (kBounded) {
-                    cap_and_exponentiate(s, at.w, at.tiles, n);
-                    pack(s, probabilities);
+                    cap_and_exponentiate<0>(s, probabilities, at.w, at.tiles, n, [](float) {});
                     wait_v(v, at.w, n, false);
                     drain();
                     continue;
@@ -839,8 +860,8 @@ struct ForwardSm90 {
                                                                        RowState<float> row) const {
             row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 1);
             row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 2);
-            if constexpr (kBounded) row.max = row.sum == 0.0f ? row.max : 0.0f;
-            const float top = row.max == negative_infinity<float>() ? row.max : row.max * factor;
+            float top = row.max == negative_infinity<float>() ? row.max : row.max * factor;
+            if constexpr (kBounded) top = row.sum == 0.0f ? negative_infinity<float>() : bounded.offset;
             return finish_output_row<Config>(p, head, top, row.sum);
         }
         // Stores the output of a query tile, whose rows' statistics are `state`.
