@@ -92,13 +92,14 @@ JSON_HELP = {
 PEERS: dict[str, Sequence[str]] = {
     "forward": (),
     "backward": (),
+    "decode": tuple(decode.PEERS),
     "matrix": ("naive", "cudnn", "flash", "efficient", "math", "flex", "xformers", "fa3", "fa4"),
     "error": error.PEERS,
     "latency": latency.PEERS,
     "memory": memory.PEERS,
-    "host": (),
+    "host": (*host.PEERS, "jax"),
 }
-"""Baselines that a part runs when none are named; () for all of them."""
+"""Baselines that a part runs when none are named; () for all of them. Others are not even imported."""
 
 
 def parts_of(arguments: argparse.Namespace) -> list[argparse.Namespace]:
@@ -147,6 +148,9 @@ def peers_of(arguments: argparse.Namespace) -> list[Baseline]:
         return []
     if part == "backward":
         return available(backward.peer_names(wanted))
+    if part == "decode" and wanted:
+        named = [name for name in wanted if name in decode.PEERS]
+        return available(named) if named else []
     return available(wanted or PEERS[part])
 
 
@@ -161,9 +165,7 @@ def run_part(arguments: argparse.Namespace, chosen: Sequence[cases.Case], deadli
     if part in ("forward", "backward", "matrix"):
         rated(chosen, peers, rounds, store, env, deadline)
     elif part == "decode":
-        named = [name for name in arguments.peers.split(",") if name in decode.PEERS]
-        wanted = named or [name for name in decode.PEERS if not arguments.peers]
-        decode.run(chosen, wanted, rounds, store, env, deadline)
+        decode.run(chosen, [peer.name for peer in peers], rounds, store, env, deadline)
     elif part == "latency":
         forward.prewarm(chosen)
         latency.run(chosen, peers, rounds, store, env, deadline)
@@ -239,8 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report() -> int:
-    """The section of README.md, and docs/results.md with its figures."""
+    """The sections of README.md and docs/peers.md, and docs/results.md with its figures."""
     summary.write(results.ROOT / "README.md", TITLES)
+    summary.write_standing(results.ROOT / "docs" / "peers.md", TITLES)
     for path in figures.write(TITLES):
         print(path.relative_to(results.ROOT))
     return 0

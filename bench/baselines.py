@@ -10,7 +10,8 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bench.cases import BLOCK, COMPILED, DROPOUT, SOFTCAP, WINDOWS, Case, user_mod
@@ -375,13 +376,32 @@ class FlashInfer(Baseline):
         return [functools.partial(attend, *(x[0] for x in qkv), causal=causal) for qkv in inputs.sets]
 
 
+@contextlib.contextmanager
+def without_fa4() -> Iterator[None]:
+    """xFormers takes any package `flash_attn` for version 2, and does not import beside version 4 alone, which has its name."""
+    spec = importlib.util.find_spec
+    if spec("flash_attn") is None or spec("flash_attn.flash_attn_interface"):
+        yield
+        return
+    known = {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] == "flash_attn"}
+    sys.modules["flash_attn"] = None  # type: ignore[assignment]  # nothing, to import statements and to find_spec
+    try:
+        yield
+    finally:
+        del sys.modules["flash_attn"]
+        sys.modules.update(known)
+
+
 class XFormers(Baseline):
     """`xformers.ops.memory_efficient_attention`, which chooses among kernels of its own and those of FlashAttention."""
 
     name, title, no_gradient = "xformers", "xFormers", ""
 
     def absent(self) -> str:
-        return needs("xformers.ops", "xformers")
+        if needs_torch():
+            return needs_torch()
+        with without_fa4():
+            return needs("xformers.ops", "xformers")
 
     def declines(self, case: Case) -> str:
         served = case.dtype in (*HALF, "float32") and case.num_heads == case.num_heads_kv and not set(case.mods) - {"bias"}

@@ -1,17 +1,23 @@
 """`python -m bench decode`: GPU time of attention over a paged KV cache, in CUDA graphs of ten calls, beside peers.
 
 Sequences have equal lengths (or those of MIXED), pages lie in random order. GB/s are of the keys and values that a call reads.
+What has to be compiled is compiled first, peers in processes of their own and for a limited time: who is not ready is left out.
 Needs PyTorch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import multiprocessing
 import os
+import signal
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from bench.forward import prewarm
 from bench.progress import within
 from bench.results import Row, Store
 from bench.timing import Deadline, first_line
@@ -78,13 +84,16 @@ QUICK = (
     DecodeCase(8, 8192, seqlen_q=4),
     DecodeCase(64, 4096, (32, 8), 256),
     DecodeCase(128, 8192, cache="float8_e4m3fn"),
+    DecodeCase(64, 0),
+    DecodeCase(64, 8192, (128, 1), 576, 64, columns=512),
 )
 CASES = (
     *QUICK,
+    DecodeCase(32, 8192, seqlen_q=4),
+    DecodeCase(8, 8192),
+    DecodeCase(32, 8192),
     DecodeCase(8, 2048),
     DecodeCase(1, 131072),
-    DecodeCase(32, 8192, seqlen_q=4),
-    DecodeCase(64, 0),
     DecodeCase(256, 1024, (32, 8)),
     *(DecodeCase(batch, length, (32, 8), page_size=64) for batch, length in ((1, 8192), (1, 131072), (16, 8192), (64, 8192))),
     DecodeCase(128, 8192, (32, 8)),
@@ -94,13 +103,13 @@ CASES = (
     DecodeCase(16, 16384, (16, 4), 256, 64),
     DecodeCase(32, 8192, (32, 32), page_size=64),
     DecodeCase(128, 8192, cache="int8"),
-    DecodeCase(64, 8192, (128, 1), 576, 64, columns=512),
     DecodeCase(64, 8192, (128, 1), 576, columns=512),
     DecodeCase(64, 8192, (16, 1), 576, 64, columns=512),
     DecodeCase(16, 4096, (32, 32), cache="float32"),
     DecodeCase(64, 4096, cache="float32"),
     DecodeCase(16, 4096, (32, 32), cache="float64"),
 )
+"""What matters most first: a run may end early."""
 LENGTHS = tuple(DecodeCase(batch, 1024 << n) for batch in (1, 32) for n in range(0, 7, 2))
 """Bandwidth against length."""
 
@@ -156,18 +165,21 @@ def ours(case: DecodeCase, x: Inputs) -> Callable[[], Any]:
 
 
 def fa3(case: DecodeCase, x: Inputs) -> Callable[[], Any]:
-    """vLLM's build of FA3, see bench/baselines.py."""
+    """vLLM's build of FA3, see bench/baselines.py. Latent attention as vLLM asks it: columns that are no values are q and k."""
     import torch
 
-    if case.cache != "bfloat16" or case.columns:
-        raise NotImplementedError("16-bit queries take a 16-bit cache, with values apart")
+    if case.cache != "bfloat16":
+        raise NotImplementedError("16-bit queries take a 16-bit cache")
     torch.ops.load_library(os.environ["FA3_SO"])
     cumulative = torch.arange(0, (case.batch + 1) * case.seqlen_q, case.seqlen_q, device="cuda", dtype=torch.int32)
     q, longest = x.q.flatten(0, 1), x.page_table.shape[1] * case.page_size
+    q_keys, k_cache, q_values = q, x.k_cache, None
+    if case.columns:
+        q_keys, k_cache, q_values = q[..., case.columns :], x.k_cache[..., case.columns :], q[..., : case.columns]
 
     def call() -> Any:
         return torch.ops._vllm_fa3_C.fwd(
-            q, x.k_cache, x.v_cache, None, None, None, None, cumulative, None, None, None, x.cache_seqlens,
+            q_keys, k_cache, x.v_cache, None, None, q_values, None, cumulative, None, None, None, x.cache_seqlens,
             case.seqlen_q, longest, x.page_table, None, None, None, None, None, None, None, None,
             case.head_dim**-0.5, True, -1, -1, 0.0, True, None, 0, None, 0, None, 1, 0, None,
         )  # fmt: skip
@@ -176,12 +188,12 @@ def fa3(case: DecodeCase, x: Inputs) -> Callable[[], Any]:
 
 
 def flashinfer(case: DecodeCase, x: Inputs) -> Callable[[], Any]:
-    """FlashInfer's decode on tensor cores, planned beforehand; its first call compiles."""
+    """FlashInfer's decode on tensor cores, planned beforehand; what it has not compiled yet its plan compiles."""
     import torch
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-    if case.cache != "bfloat16" or case.seqlen_q > 1 or case.columns:
-        raise NotImplementedError("one query token over a 16-bit cache, with values apart")
+    if case.cache != "bfloat16" or case.columns:
+        raise NotImplementedError("a 16-bit cache, with values apart")
     counts = [-(-n // case.page_size) for n in case.lengths()]
     starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).to(dtype=torch.int32, device="cuda")
     indices = torch.cat([x.page_table[b, :n] for b, n in enumerate(counts)])
@@ -197,9 +209,10 @@ def flashinfer(case: DecodeCase, x: Inputs) -> Callable[[], Any]:
     )
     dtype = torch.bfloat16
     sizes = (*case.heads, case.head_dim, case.page_size)
-    wrapper.plan(starts, indices, last, *sizes, data_type=dtype, q_data_type=dtype)
-    q = x.q[:, 0]
-    return lambda: wrapper.run(q, (x.k_cache, x.v_cache))
+    tokens = {"q_len_per_req": case.seqlen_q} if case.seqlen_q > 1 else {}
+    wrapper.plan(starts, indices, last, *sizes, q_data_type=dtype, kv_data_type=dtype, **tokens)
+    q = x.q.flatten(0, 1)
+    return lambda: wrapper.run(q, (x.k_cache, x.v_cache), **tokens)
 
 
 def efficient(case: DecodeCase, x: Inputs) -> Callable[[], Any]:
@@ -227,6 +240,72 @@ PEERS: dict[str, Callable[[DecodeCase, Inputs], Callable[[], Any]]] = {
 }
 
 
+# Kernels ahead of time ------------------------------------------------------------------------------------------------
+
+
+def smallest(peer: str, case: DecodeCase) -> DecodeCase | None:
+    """A small case on which a peer compiles what it needs for `case`; None if it compiles nothing."""
+    if peer != "flashinfer" or case.cache != "bfloat16" or case.columns:
+        return None
+    return DecodeCase(1, 64, (8, 1), case.head_dim, seqlen_q=case.seqlen_q)
+
+
+COMPILE_LIMIT = 300.0
+"""Most seconds that they get; and at most a third of the time that the run has."""
+
+
+def sources(case: DecodeCase, arch: str | None = None) -> list[tuple[str, str]]:
+    """(source, architecture) of our kernels of a case; with `arch` for a typical GPU of it, else for the current one."""
+    from cuattn import call
+    from cuattn.catalogue import decode_problem_of
+    from cuattn.codegen import decode_units
+    from cuattn.decode import make_decode_plan
+    from cuattn.registry import DEVICES
+
+    options: dict[str, Any] = {"batch": case.batch, "seqlen_q": case.seqlen_q, "page_size": case.page_size}
+    dims = case.head_dim, case.head_dim_v
+    problem = decode_problem_of(case.dtype, case.cache, dims, heads=case.heads, latent=bool(case.columns), **options)
+    plan = make_decode_plan(problem, DEVICES[arch] if arch else call.device_of(0))
+    return [(unit.source, plan.device.arch) for unit in decode_units(plan).values()]
+
+
+def first_call(peer: str, case: DecodeCase) -> None:
+    """Let a peer compile, in a process of its own, which can be ended with all that it starts."""
+    os.setsid()
+    PEERS[peer](case, inputs_of(case))()
+
+
+Compiles = tuple[str, DecodeCase]
+"""A peer, and the small case that it compiles."""
+
+
+def start(peers: Sequence[str], cases: Sequence[DecodeCase]) -> dict[Compiles, Any]:
+    """Processes in which peers compile."""
+    fresh, started = multiprocessing.get_context("spawn"), {}
+    for peer, small in dict.fromkeys((peer, smallest(peer, case)) for case in cases for peer in peers):
+        if small is not None:
+            started[peer, small] = fresh.Process(target=first_call, args=(peer, small), daemon=True)
+            started[peer, small].start()
+    return started
+
+
+def finish(started: Mapping[Compiles, Any], end: float) -> set[Compiles]:
+    """Wait until all have compiled or time.monotonic() is `end`, and end the rest. Returns those that are not ready."""
+    unready = set()
+    for (peer, case), process in started.items():
+        process.join(max(0.0, end - time.monotonic()))
+        if process.exitcode == 0:
+            continue
+        why = "its first call failed" if process.exitcode is not None else "has not compiled in time"
+        print(f"  - {peer}, as for {case}: {why}", flush=True)
+        unready.add((peer, case))
+        if process.exitcode is None:
+            with contextlib.suppress(ProcessLookupError):  # it has not called os.setsid() yet
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+    return unready
+
+
 def graph_of(call: Callable[[], Any]) -> Any:
     """CALLS calls as a graph, after some that compile and load."""
     import torch
@@ -246,12 +325,15 @@ def graph_of(call: Callable[[], Any]) -> Any:
 
 
 def measure(graphs: dict[str, Any], rounds: int) -> dict[str, float]:
-    """Median microseconds of a call, in interleaved rounds."""
+    """Median microseconds of a call, in interleaved rounds that each of them begins in turn."""
     import torch
 
     samples: dict[str, list[float]] = {name: [] for name in graphs}
+    names = list(graphs)
     for n in range(rounds + 1):
-        for name, graph in graphs.items():
+        first = n % len(names)
+        for name in names[first:] + names[:first]:
+            graph = graphs[name]
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             graph.replay()
@@ -273,6 +355,8 @@ def run_case(case: DecodeCase, peers: Sequence[str], rounds: int, env: Row) -> R
         try:
             calls[name] = PEERS[name](case, x)
             graphs[name] = graph_of(calls[name])
+        except NotImplementedError:
+            continue
         except Exception as error:
             print(f"  ! {name}: {first_line(error)}")
     times = measure(graphs, rounds)
@@ -311,9 +395,14 @@ def row(case: DecodeCase, us: float, peers: Mapping[str, float], env: Row) -> Ro
 
 
 def run(cases: Sequence[DecodeCase], peers: Sequence[str], rounds: int, store: Store, env: Row, deadline: Deadline) -> None:
-    """Measure the cases in order until the deadline, storing every row as it comes."""
+    """Compile, then measure the cases in order until the deadline, storing every row as it comes."""
+    end = time.monotonic() + min(COMPILE_LIMIT, deadline.left / 3)
+    started = start(peers, cases)
+    prewarm(cases, sources)
+    unready = finish(started, end)
     for case in within(deadline, cases):
+        ready = [peer for peer in peers if (peer, smallest(peer, case)) not in unready]
         try:
-            store.add(run_case(case, peers, rounds, env))
+            store.add(run_case(case, ready, rounds, env))
         except Exception as error:
             print(f"{case!s:48} failed: {first_line(error)}")

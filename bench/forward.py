@@ -173,7 +173,7 @@ def sources(case: Case, arch: str | None = None) -> list[tuple[str, str]]:
     return [(unit.source, chosen.device.arch) for unit in units(chosen).values()]
 
 
-def prewarm(cases: Sequence[Case], sources: Callable[[Case], list[tuple[str, str]]] = sources) -> None:
+def prewarm(cases: Sequence[Any], sources: Callable[[Any], list[tuple[str, str]]] = sources) -> None:
     """Compile what the cases need on all cores at once; a kernel that does not compile is reported by its case."""
     from cuattn import jit
 

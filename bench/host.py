@@ -22,7 +22,7 @@ QUICK_CALLS = 400
 CORE, EMPTY, EMPTY_JIT = "core", "an empty autograd.Function", "an empty jit"
 BARE = "an autograd.Function of the core calls"
 PEERS = ("cudnn", "flash", "fa3", "fa4")
-"""Those whose host path is worth a comparison, on the tensors they take."""
+"""Those whose host path is worth a comparison, on the tensors they take; `jax` joins under its own jit."""
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
@@ -209,39 +209,63 @@ def jax_contenders(inputs: Inputs, baselines: Sequence[Baseline], wait: bool) ->
 
 
 Build = Callable[[Inputs, Sequence[Baseline]], list[Contender]]
+FIRST: dict[str, Build] = {"": forward_contenders}
+JAX_PARTS: dict[str, Build] = {
+    "/jax": functools.partial(jax_contenders, wait=True),
+    "/jax_return": functools.partial(jax_contenders, wait=False),
+}
+TORCH_PARTS: dict[str, Build] = {
+    "/flash_attn": flash_attn_contenders,
+    "/sdpa": sdpa_contenders,
+    "/autograd": autograd_contenders,
+}
 PARTS: dict[str, Build] = {
-    "": forward_contenders,
     "/backward": backward_contenders,
     "/decode": functools.partial(decode_contenders, append=False),
     "/append": functools.partial(decode_contenders, append=True),
 }
-TORCH_PARTS: dict[str, Build] = {
+SPLIT_PARTS: dict[str, Build] = {
     "/recorded": recorded_contenders,
     "/gradients": functools.partial(autograd_contenders, forward=False),
-    "/gradients_one_thread": functools.partial(autograd_contenders, forward=False, threads=False),
-    "/autograd": autograd_contenders,
     "/autograd_one_thread": functools.partial(autograd_contenders, threads=False),
-    "/flash_attn": flash_attn_contenders,
-    "/sdpa": sdpa_contenders,
+    "/gradients_one_thread": functools.partial(autograd_contenders, forward=False, threads=False),
 }
+"""What the time of /autograd is made of."""
+Job = tuple[type[Arrays], str, Build, Sequence[Baseline]]
+
+
+def jobs(baselines: Sequence[Baseline], torch: bool) -> list[Job]:
+    """What is measured, the most telling first: (arrays, part, how, peers) of each row. torch: whether there are tensors."""
+    peers = [b for b in baselines if b.name in PEERS]
+    jax = [b for b in baselines if b.name == "jax"]
+
+    def on_cupy(parts: dict[str, Build]) -> list[Job]:
+        return [(CupyArrays, *part, ()) for part in parts.items()]
+
+    def on_torch(parts: dict[str, Build]) -> list[Job]:
+        return [(TorchArrays, *part, peers) for part in parts.items()] if torch else []
+
+    on_jax: list[Job] = [(CupyArrays, *part, jax) for part in JAX_PARTS.items()] if jax else []
+    return [
+        *on_cupy(FIRST),
+        *on_torch(FIRST),
+        *on_jax,
+        *on_torch(TORCH_PARTS),
+        *on_cupy(PARTS),
+        *on_torch(PARTS),
+        *on_torch(SPLIT_PARTS),
+    ]
 
 
 def run(baselines: Sequence[Baseline], calls: int, store: Store, env: Row, deadline: Deadline) -> None:
-    """Measure on CuPy arrays and on PyTorch tensors; peers join on the tensors they take."""
-    jobs: list[tuple[Arrays, str, Build, list[Baseline]]] = [(CupyArrays(), *part, []) for part in PARTS.items()]
-    if torch_on_gpu():
-        peers = [b for b in baselines if b.name in PEERS]
-        jobs += [(TorchArrays(), *part, peers) for part in (*PARTS.items(), *TORCH_PARTS.items())]
-    jax = [b for b in baselines if b.name == "jax"]
-    if jax:
-        jobs += [(CupyArrays(), "/jax", functools.partial(jax_contenders, wait=True), jax)]
-        jobs += [(CupyArrays(), "/jax_return", functools.partial(jax_contenders, wait=False), jax)]
+    """Measure on CuPy arrays, PyTorch tensors and under JAX's jit; peers join on the arrays they take."""
 
-    def title(job: tuple[Arrays, str, Build, list[Baseline]]) -> str:
+    def title(job: Job) -> str:
         return f"host, {job[0].name} arrays{job[1].replace('/', ', ')}"
 
-    for job in within(deadline, jobs, title):
-        (arrays, part, build, peers), name = job, title(job)
+    for job in within(deadline, jobs(baselines, torch_on_gpu()), title):
+        (kind, part, build, peers), name = job, title(job)
+        arrays = kind()
         case = dataclasses.replace(HOST, bench=f"host/{arrays.name}{part}")
         try:
             times = measure_host(build(Inputs.of(case, arrays), peers), calls)

@@ -60,16 +60,28 @@ def measure(contenders: Sequence[Contender], rounds: int, calls: int = CALLS) ->
     return found
 
 
+def contenders(case: Case, baselines: Sequence[Baseline], inputs: Inputs) -> list[Contender]:
+    """Ours, and the peers that serve the case; prints why another cannot be prepared."""
+    found = [ours(inputs)]
+    for baseline in baselines:
+        if baseline.declines(case):
+            continue
+        try:
+            found.append(baseline.contender(inputs))
+        except Exception as error:
+            print(f"  ! {baseline.name}: {first_line(error)}")
+    return found
+
+
 def run(cases: Sequence[Case], baselines: Sequence[Baseline], rounds: int, store: Store, env: Row, deadline: Deadline) -> None:
     """Measure the cases in order until the deadline, storing every row as it comes."""
     arrays = best_arrays()
     for case in within(deadline, cases):
-        inputs = Inputs.of(case, arrays, l2_bytes())
-        contenders = [ours(inputs)]
-        for baseline in baselines:
-            if not baseline.declines(case):
-                contenders.append(baseline.contender(inputs))
-        found = measure(contenders, rounds)
+        try:
+            found = measure(contenders(case, baselines, Inputs.of(case, arrays, l2_bytes())), rounds)
+        except Exception as error:
+            print(f"latency, {case}: {first_line(error)}")
+            continue
         if OURS not in found:
             print(f"latency, {case}: not measured")
             continue

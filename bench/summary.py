@@ -1,4 +1,7 @@
-"""The README's section: what the rows of a GPU say in one table and a few lines. docs/results.md holds all of them."""
+"""The README's section: what the rows of a GPU say in one table and a few lines; and that of docs/peers.md.
+
+docs/results.md holds all rows.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 
 from bench.figures import is_paper
 from bench.results import FOLDER, Row, best_peer, load
-from bench.tables import environment_line, replace_section
+from bench.tables import environment_line, replace_section, standing
 
 Chosen = Callable[[Row], bool]
 
@@ -18,6 +21,13 @@ def write(readme: Path, titles: Mapping[str, str], folder: Path = FOLDER) -> Non
     files = [load(path) for path in sorted(folder.glob("*.json"))]
     sections = [section(rows, titles) for rows in files if rows]
     readme.write_text(replace_section(readme.read_text(), "\n".join(sections) or "No results yet."))
+
+
+def write_standing(page: Path, titles: Mapping[str, str], folder: Path = FOLDER) -> None:
+    """Replace the section of docs/peers.md by a table for each GPU."""
+    files = [load(path) for path in sorted(folder.glob("*.json"))]
+    sections = ["\n".join([f"Rows of the {rows[0]['gpu']}:", "", *standing(rows, titles)]) for rows in files if rows]
+    page.write_text(replace_section(page.read_text(), "\n\n".join(sections) or "No results yet."))
 
 
 def section(rows: Sequence[Row], titles: Mapping[str, str]) -> str:

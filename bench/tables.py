@@ -163,6 +163,28 @@ def behind(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
     return columns(found, words, {"its time over ours": lambda row: f"{row['ratio']:.2f}"}) if found else []
 
 
+def standing(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
+    """A table that counts, for each part and peer, the rows in which the peer took less time than we did, of those it has."""
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        if any(name in titles for name in row["peers"]):
+            part = row["bench"].partition("/")[0]
+            parts.setdefault(f"{part}, backward" if is_backward(row) and part != "backward" else part, []).append(row)
+    peers = [name for name in titles if any(name in row["peers"] for some in parts.values() for row in some)]
+    lines = [
+        "| " + " | ".join(["faster than cuattn in", *(titles[name] for name in peers)]) + " |",
+        "|---" * (1 + len(peers)) + "|",
+    ]
+    for part, some in parts.items():
+        cells = [part]
+        for name in peers:
+            shared = [row for row in some if name in row["peers"]]
+            ahead = sum(row["peers"][name] < row.get("whole", row["us"]) for row in shared)
+            cells.append(f"{ahead} of {len(shared)}" if shared else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def other_lines(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
     """Host path and first call, one line each."""
     lines = []

@@ -173,5 +173,10 @@ class Deadline:
         self._end = time.monotonic() + seconds
 
     @property
+    def left(self) -> float:
+        """seconds"""
+        return max(0.0, self._end - time.monotonic())
+
+    @property
     def passed(self) -> bool:
-        return time.monotonic() >= self._end
+        return not self.left

@@ -264,29 +264,42 @@ def attention_with_kvcache(
     >>> int(cache_k[0, :, 0, 0].sum())
     1
     """
-    named = {
-        "q": q,
-        "k_cache": k_cache,
-        "v_cache": v_cache,
-        "k": k,
-        "v": v,
-        "cache_seqlens": cache_seqlens,
-        "page_table": page_table,
-        "cache_batch_idx": cache_batch_idx,
-        "cache_leftpad": cache_leftpad,
-        "cu_seqlens_q": cu_seqlens_q,
-        "rotary_cos": rotary_cos,
-        "rotary_sin": rotary_sin,
-        "k_scale": k_scale,
-        "v_scale": v_scale,
-        "sinks": sinks,
-        "out": out,
-    }
+    present = {"q": q, "k_cache": k_cache}
+    if v_cache is not None:
+        present["v_cache"] = v_cache
+    if k is not None:
+        present["k"] = k
+    if v is not None:
+        present["v"] = v
+    present["cache_seqlens"] = cache_seqlens
+    if page_table is not None:
+        present["page_table"] = page_table
+    if cache_batch_idx is not None:
+        present["cache_batch_idx"] = cache_batch_idx
+    if cache_leftpad is not None:
+        present["cache_leftpad"] = cache_leftpad
+    if cu_seqlens_q is not None:
+        present["cu_seqlens_q"] = cu_seqlens_q
+    if rotary_cos is not None:
+        present["rotary_cos"] = rotary_cos
+    if rotary_sin is not None:
+        present["rotary_sin"] = rotary_sin
+    if k_scale is not None:
+        present["k_scale"] = k_scale
+    if v_scale is not None:
+        present["v_scale"] = v_scale
+    if sinks is not None:
+        present["sinks"] = sinks
+    if out is not None:
+        present["out"] = out
+    mods: tuple[ScoreMod, ...] = ()
+    if softcap is not None or alibi_slopes is not None or bias is not None or score_mod is not None:
+        mods = parse_mods(softcap, alibi_slopes, bias, score_mod)
     flags = bool(deterministic), num_splits, bool(rotary_interleaved)
     return decode_call.attend(
-        named,
+        present,
         _mask_of(causal, window, mask),
-        parse_mods(softcap, alibi_slopes, bias, score_mod),
+        mods,
         call.new(Scalars, (scale, return_lse, *flags, max_seqlen_q, precision, head_dim_v)),
     )
 

@@ -32,7 +32,7 @@ MIN_COMPUTE_CAPABILITY = 80
 
 _CUDA, _CUDA_MANAGED = 2, 13  # DLPack device types whose memory kernels can read
 _HOST_MEMORY = (1, 3)  # plain and page-locked host memory
-_UNCHANGED: AbstractContextManager[Any] = contextlib.nullcontext()
+UNCHANGED: AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 class View(NamedTuple):
@@ -104,6 +104,19 @@ class Library:
         """What makes such arrays as `empty` does, in less time, whenever `device` is the current one."""
         return functools.partial(self.empty, shape, dtype, device)
 
+    def lender(self, size: int, device: Device) -> Callable[[int], tuple[int, Any]]:
+        """What lends so many bytes of `device`, the current one, to work on a stream: their address, and what to `reclaim`."""
+        make, address = self.maker((size,), "uint8", device), self.address
+
+        def lend(stream: int) -> tuple[int, Any]:
+            memory = make()
+            return address(memory), memory
+
+        return lend
+
+    def reclaim(self, lent: Any) -> None:
+        """Work that needs what was lent is queued: in the order of its stream, the memory may be used again."""
+
     def gather(self, named: dict[str, Any]) -> Gathered:
         """What a warm call must know of its arrays. Native libraries alone have this and `address`, for arrays on a GPU.
 
@@ -123,7 +136,7 @@ class Library:
 
     def guard(self, device: Device) -> AbstractContextManager[Any]:
         """Makes `device` the current one inside a with block."""
-        return _UNCHANGED if device[0] == "cpu" else CUPY.guard(device)
+        return UNCHANGED if device[0] == "cpu" else CUPY.guard(device)
 
     def host(self, x: Any) -> Array:
         """The array as NumPy sees it: shared memory on the CPU, a copy (after waiting for the stream) from a GPU."""
@@ -266,7 +279,7 @@ class CuPy(Library):
 
     def guard(self, device: Device) -> AbstractContextManager[Any]:
         if self._current_device() == device[1]:
-            return _UNCHANGED
+            return UNCHANGED
         guard: AbstractContextManager[Any] = _cupy().cuda.Device(device[1])
         return guard
 
@@ -353,12 +366,12 @@ class Torch(Library):
             if kind is not tensor and library_of(x, name) is not self:
                 raise TypeError(f"{name}: got {kind}")
             ptr, shape, strides = x.data_ptr(), x.shape, x.stride()
-            if not ptr or (strides and (strides[-1] != 1 or shape[-1] == 1)):
+            if not ptr or x.is_neg() or (strides and strides[-1] != 1):
                 self._inspect(x, name)
             if x.requires_grad:
                 needs_grad = True
             addresses.append(ptr)
-            kinds.append((ptr & 15, x.dtype, shape, strides, x.get_device()))
+            kinds += (ptr & 15, x.dtype, shape, strides, x.get_device())
         if needs_grad and not self._torch.is_grad_enabled():
             needs_grad = False
         if getattr(self._forward_ad, "_current_level", 0) >= 0:
@@ -380,12 +393,35 @@ class Torch(Library):
         function, strides = self._torch.empty_strided, contiguous_strides(shape)
         return functools.partial(function, shape, strides, dtype=_torch_dtype(dtype), device=_torch_device(device))
 
+    @functools.cached_property
+    def _raw_memory(self) -> tuple[Callable[[int, int], int] | None, Callable[[int], None] | None]:
+        """What torch.cuda.caching_allocator_alloc and _delete call: in half the time that a tensor takes."""
+        names = ("_cuda_cudaCachingAllocator_raw_alloc", "_cuda_cudaCachingAllocator_raw_delete")
+        alloc, delete = (getattr(self._torch._C, name, None) for name in names)
+        return (alloc, delete) if alloc is not None and delete is not None else (None, None)
+
+    def lender(self, size: int, device: Device) -> Callable[[int], tuple[int, Any]]:
+        alloc, _ = self._raw_memory
+        if alloc is None:
+            return super().lender(size, device)
+
+        def lend(stream: int) -> tuple[int, Any]:
+            address = alloc(size, stream)
+            return address, address
+
+        return lend
+
+    def reclaim(self, lent: Any) -> None:
+        _, delete = self._raw_memory
+        if delete is not None:
+            delete(lent)
+
     def stream(self, device: Device) -> int:
         return 0 if device[0] == "cpu" else int(self._raw_stream(device[1]))
 
     def guard(self, device: Device) -> AbstractContextManager[Any]:
         if device[0] == "cpu" or self._current_device() == device[1]:
-            return _UNCHANGED
+            return UNCHANGED
         guard: AbstractContextManager[Any] = self._torch.cuda.device(device[1])
         return guard
 

@@ -331,9 +331,21 @@ class BackwardPlan:
 
     @property
     def section(self) -> int:
-        """backward_sm90: pairs of sequences and KV heads whose key tiles take turns: as many as have their queries and sums of
-        dq in L2 together, but enough of them to keep the GPU busy to the end.
+        """backward_sm90: pairs of sequences and KV heads whose key tiles take turns. Beyond 64 columns equal key tiles of one
+        pair side by side read queries and add dq where they are in L2 still.
         """
+        p = self.problem
+        alone = self.tiles.block_n == 128 and self.head_dim > 64 and not (self.backward.deterministic or p.packed or p.mods)
+        return 1 if alone else self._long_section
+
+    @property
+    def last_section(self) -> int:
+        """backward_sm90: those of the last section, 0 for as many: with a mask the last CTAs should be the shortest."""
+        return 0 if self.section > 1 or isinstance(self.problem.mask, Full) else self._long_section
+
+    @property
+    def _long_section(self) -> int:
+        """As many pairs as have their queries and sums of dq in L2 together, but enough to keep the GPU busy to the end."""
         p = self.problem
         row = 2 * self.head_dim + 2 * self.head_dim_v + 4 * self.head_dim
         queries = -(-p.total_q // max(1, p.batch)) if p.packed else p.seqlen_q
@@ -764,7 +776,7 @@ def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     # Of each consumer warp's 16 keys, and each consumer's two.
     bias += 4 * 8 * 16 * (staged is not None and one_row(staged)) + 4 * 256 * 2 * (_bias_kind(backward) is COLUMNS)
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
-    bulk = 4 * m * dim if tiles.bulk or tiles.stores else 0
+    bulk = tiles.dq_buffers * 4 * m * dim if tiles.bulk or tiles.stores else 0
     through = 2 if _shares_keys(tiles) else 1  # dS, and P where the warpgroups share their keys
     keys = (1 + tiles.runs) * 2 * n * (dim + dim_v)
     return keys + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (7 + 7 * stages)
@@ -825,7 +837,11 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
         for t in tiles
         if weight <= t.max_weight and t.block_m <= rows
     )
-    return [t for t in tiles if sm90_smem_bytes(backward, t) <= device.smem_per_block]
+    fits = device.smem_per_block
+    if seeded and not runs and not backward.deterministic:  # each warpgroup has a doorman, and two buffers where there is room
+        doubled = [replace(t, dq_buffers=2) for t in tiles]
+        tiles = tuple(d if d.bulk and sm90_smem_bytes(backward, d) <= fits else t for d, t in zip(doubled, tiles, strict=True))
+    return [t for t in tiles if sm90_smem_bytes(backward, t) <= fits]
 
 
 _IN_ONE_PASS = Tiles(64, 64, 3, 16, reason="a query tile sees no more than three key tiles: no sums of dq in memory")

@@ -489,7 +489,8 @@ class Prepared:
 
     def launch(self, words: list[int], workspace: int, stream: int) -> None:
         """Everything that the GPU has to do, in the order of the stream. words: as `Layout`, without the workspace."""
-        words += [workspace + start for start in self._starts]
+        for start in self._starts:
+            words.append(workspace + start)
         for position, size in self._cleared:
             runtime().memsetAsync(words[position], 0, size, stream)
         handle = _stream(stream)
@@ -516,13 +517,14 @@ class Makers(NamedTuple):
     """How a library makes the arrays of a prepared call on its device, which is the current one."""
 
     results: tuple[Callable[[], Any], ...]
-    workspace: Callable[[], Any] | None
+    lend: Callable[[int], tuple[int, Any]] | None
+    """the workspace"""
 
     @staticmethod
     def of(prepared: Prepared, library: Library, device: ArrayDevice) -> Makers:
         size = prepared.workspace_bytes
         results = tuple(library.maker(result.shape, result.dtype, device) for result in prepared.results)
-        return Makers(results, library.maker((size,), "uint8", device) if size else None)
+        return Makers(results, library.lender(size, device) if size else None)
 
 
 _prepared: dict[Hashable, tuple[Prepared, Makers]] = {}
@@ -551,26 +553,27 @@ def remember(key: Hashable, prepared: Prepared, library: Library, device: ArrayD
 def run(library: Library, device: ArrayDevice, prepared: Prepared, makers: Makers, words: list[int]) -> list[Any]:
     """Step 5: the results of a call. `words`: those that the caller brings. The device is current."""
     results = [make() for make in makers.results]
-    workspace, address = None, 0
     try:
-        words += map(library.address, results)
-        if makers.workspace is not None:
-            workspace = _workspace(prepared, makers.workspace)
-            address = library.address(workspace)
+        for result in results:
+            words.append(library.address(result))
     except RuntimeError:
         library.check_transforms()
         raise
-    prepared.launch(words, address, library.stream(device))
-    del workspace  # its memory is reused in stream order
-    return results
-
-
-def _workspace(prepared: Prepared, make: Callable[[], Any]) -> Any:
+    stream, lend = library.stream(device), makers.lend
+    if lend is None:
+        prepared.launch(words, 0, stream)
+        return results
     try:
-        return make()
+        address, lent = lend(stream)
     except Exception as error:
+        library.check_transforms()
         size = prepared.workspace_bytes
         raise MemoryError(f"no room for a workspace of {size} bytes: {error}\nneeded by {prepared.plan}") from error
+    try:
+        prepared.launch(words, address, stream)
+    finally:
+        library.reclaim(lent)
+    return results
 
 
 numbers = itertools.count(secrets.randbits(62))

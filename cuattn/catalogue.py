@@ -8,6 +8,7 @@ from typing import Any
 
 from cuattn.arrays import View, contiguous_strides
 from cuattn.backward import BackwardPlan, BackwardProblem, declines, make_backward_plan, make_backward_problem
+from cuattn.codegen import backward_units, decode_units, units
 from cuattn.decode import DecodePlan, DecodeProblem, Scalars, declines_decode, make_decode_plan, make_decode_problem
 from cuattn.masks import BlockSparse, BooleanMask, Full, Mask, SlidingWindow, TreeMask
 from cuattn.plan import Plan, make_plan
@@ -287,3 +288,15 @@ def decode_plans(arch: str, everything: bool = False) -> list[DecodePlan]:
             decode_problem_of(dims=(512, 512), heads=(32, 8)),
         ]
     return [make_decode_plan(problem, device) for problem in problems if not declines_decode(problem, device)]
+
+
+def kernels(arch: str, everything: bool = False) -> dict[str, Plan | BackwardPlan | DecodePlan]:
+    """Every kernel of all of these plans: its source, and the first plan that needs it."""
+    found: dict[str, Plan | BackwardPlan | DecodePlan] = {}
+    for plan in plans(arch, everything):
+        found |= {unit.source: found.get(unit.source, plan) for unit in units(plan).values()}
+    for gradients in backward_plans(arch, everything):
+        found |= {unit.source: found.get(unit.source, gradients) for unit in backward_units(gradients).values()}
+    for decode in decode_plans(arch, everything):
+        found |= {unit.source: found.get(unit.source, decode) for unit in decode_units(decode).values()}
+    return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_...
@@ -58,16 +57,20 @@ def _config(grid: tuple[int, int, int], block: tuple[int, int, int], smem_bytes:
 
 
 class ChainedFunction:
-    """Called as `cupy.cuda.Function` is."""
+    """Called as `cupy.cuda.Function` is, with what `arguments` gives."""
 
     def __init__(self, function: Any) -> None:
         self._function, self._handle, self._launch = function, function.ptr, _launch()
 
+    @staticmethod
+    def arguments(address: int) -> Any:
+        """Those of a kernel with one struct, which stays at `address`."""
+        return (ctypes.c_void_p * 1)(address)
+
     def __call__(
-        self, grid: tuple[int, int, int], block: tuple[int, int, int], arguments: Sequence[Any], smem_bytes: int, stream: Any
+        self, grid: tuple[int, int, int], block: tuple[int, int, int], arguments: Any, smem_bytes: int, stream: Any
     ) -> None:
-        pointers = (ctypes.c_void_p * len(arguments))(*[argument.ptr for argument in arguments])
-        _, config = _config(grid, block, smem_bytes, stream.ptr)
-        status = self._launch(config, self._handle, ctypes.addressof(pointers), None)
+        config = _config(grid, block, smem_bytes, stream.ptr)
+        status = self._launch(config[1], self._handle, arguments, None)
         if status:
             raise RuntimeError(f"cuLaunchKernelEx: error {status} for a grid of {grid} CTAs of {block[0]} threads")

@@ -248,6 +248,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         **_constants(plan, threads, smem_bytes, plan.tiles.min_blocks if attends else 1),
         "kSlabThreads": plan.slab_threads,
         "kPrepareLanes": plan.prepare_lanes,
+        "kDqBuffers": plan.tiles.dq_buffers,
         "kBiasKind": plan.bias_kind.number,
         "kVecBias": plan.staged_bias.vector_bytes if plan.staged_bias is not None else 16,
         "kUniform": sum(mod.uniforms for mod, wanted in zip(p.mods, backward.wanted, strict=True) if wanted),
@@ -347,6 +348,7 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
         caches = [p.operand(name) for name in ("k_cache", "v_cache")]
         flags["kNarrows"] = p.cache_dtype in CACHE_DTYPES and p.dtype == "bfloat16"
         flags["kParted"] = plan.max_parts > 0
+        flags["kOnce"] = plan.m_blocks <= 1
         flags["kAlike"] = len({op.strides for op in caches if op is not None}) == 1
     arguments = "DecodeArguments"
     if attends and plan.alone:

@@ -476,10 +476,10 @@ class DecodePlan:
 
     @property
     def teams(self) -> int:
-        """As many as items, or a multiple, where that leaves few CTAs idle: of equal lengths, no team begins a second item."""
-        items = max(1, self.items // self.head_lanes)
-        aligned = self.most_teams // items * items
-        return aligned if aligned >= IDLE * self.most_teams else self.most_teams
+        """As many as items, a multiple or a part, where that leaves few CTAs idle: of equal lengths, none shares an item."""
+        most, items = self.most_teams, max(1, self.items // self.head_lanes)
+        least = math.ceil(IDLE * most)
+        return next((n for n in range(most, least - 1, -1) if items % n == 0 or n % items == 0), most)
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -49,18 +49,17 @@ class _Call(NamedTuple):
 WRITTEN = ("k_cache", "v_cache")
 
 
-def attend(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], scalars: Scalars) -> Any:
-    """out, or (out, lse). `named`: by name in `decode.POINTERS`, None for what is not given; cache_seqlens may be a number."""
-    q, length = named["q"], 0
+def attend(present: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], scalars: Scalars) -> Any:
+    """out, or (out, lse). present: by name in `decode.POINTERS`, q and the caches first; cache_seqlens may be a number."""
+    q, lengths, length = present["q"], present["cache_seqlens"], 0
     library = arrays.library_of(q, "q")
     device = library.device(q, "q")
-    present = {name: x for name, x in named.items() if x is not None}
-    lengths = named["cache_seqlens"]
-    if lengths is None:
-        raise TypeError("cache_seqlens: got None, expected an integer or an int32 array of shape (batch,)")
-    if isinstance(lengths, (int, np.integer)) and not isinstance(lengths, bool):
-        length = int(present.pop("cache_seqlens"))
-    if "v_cache" not in present and scalars.head_dim_v is None:
+    if type(lengths) is not type(q):
+        if lengths is None:
+            raise TypeError("cache_seqlens: got None, expected an integer or an int32 array of shape (batch,)")
+        if isinstance(lengths, (int, np.integer)) and not isinstance(lengths, bool):
+            length = int(present.pop("cache_seqlens"))
+    if scalars.head_dim_v is None and "v_cache" not in present:
         raise TypeError("v_cache: got None, expected an array, or head_dim_v where values are columns of the keys")
     if scalars.max_seqlen_q is not None and type(scalars.max_seqlen_q) is not int:
         scalars = scalars._replace(max_seqlen_q=max_seqlen_of("max_seqlen_q", scalars.max_seqlen_q))
@@ -68,7 +67,21 @@ def attend(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], scalar
     if mods or mask.arrays:
         mask, own = call.own_arrays(mask, mods, library, q, device)
     gathered = call.gather(library, device, present, own, mask, mods)
-    needs_grad = call.check_kinds(library, device, present, mask, mods) if gathered is None else gathered.needs_grad
+    if gathered is None or gathered[2]:  # in place and without gradients, everything may be written
+        _check_written(library, device, present, mask, mods)
+    made: _Call = call.new(_Call, (library, device, present, mask, mods, own, scalars, length))
+    if gathered is not None:
+        return _launch(made, gathered)
+    if device[0] == "cpu" and (library is not arrays.NUMPY or not arrays.gpu_available()[0]):
+        return _on_cpu(made)
+    return _through_cupy(made)
+
+
+def _check_written(
+    library: Library, device: ArrayDevice, present: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...]
+) -> None:
+    """Raise for a call that asks for gradients, or would write what cannot be written."""
+    needs_grad = call.check_kinds(library, device, present, mask, mods)
     if "out" in present:
         call.check_writable(present["out"])
     if needs_grad:
@@ -80,12 +93,6 @@ def attend(named: dict[str, Any], mask: Mask, mods: tuple[ScoreMod, ...], scalar
             if not library.supports_out or not library.writable(present[name]):
                 kind = "a read-only" if library.supports_out else f"a {library.name}"
                 raise ValueError(f"{name}: got {kind} array, expected a writable one to append to")
-    made: _Call = call.new(_Call, (library, device, present, mask, mods, own, scalars, length))
-    if gathered is not None:
-        return _launch(made, gathered)
-    if device[0] == "cpu" and (library is not arrays.NUMPY or not arrays.gpu_available()[0]):
-        return _on_cpu(made)
-    return _through_cupy(made)
 
 
 def _problem(made: _Call) -> DecodeProblem:
@@ -213,21 +220,29 @@ def _holds_values(views: dict[str, View]) -> bool:
 
 
 def _launch(made: _Call, gathered: Gathered) -> Any:
+    guard = made.library.guard(made.device)
+    if guard is arrays.UNCHANGED:  # entering it takes longer than to look
+        return _launch_here(made, gathered)
+    with guard:
+        return _launch_here(made, gathered)
+
+
+def _launch_here(made: _Call, gathered: Gathered) -> Any:
+    """The device is current."""
     library, device, present, mask, mods, _, scalars, length = made
-    addresses, kinds, _ = gathered
-    shared = "v_cache" in present and addresses[1] == addresses[2]  # q, k_cache and v_cache come first
+    words, kinds, _ = gathered
+    shared = words[1] == words[2] and "v_cache" in present  # q, k_cache and v_cache come first
     mod_keys = tuple([m.key() for m in mods]) if mods else ()
     key = ("decode", library.name, kinds, shared, mask.key(), mod_keys, scalars)
-    with library.guard(device):
-        prepared, makers = call.known(key) or call.remember(key, _prepare(made, shared), library, device)
-        problem: Any = prepared.plan.problem
-        if call.debugging():
-            host = {name: library.host(present[name]) for name in _INDICES if name in present}
-            _check_host({**host, **{name: None for name in ("k",) if name in present}}, length, problem)
-        if length:
-            length = min(max(length, 0), problem.capacity)
-        words = [*addresses, next(call.numbers) & _CALL_BITS, length]
-        results = call.run(library, device, prepared, makers, words)
+    prepared, makers = call.known(key) or call.remember(key, _prepare(made, shared), library, device)
+    problem: Any = prepared.plan.problem
+    if call.debugging():
+        host = {name: library.host(present[name]) for name in _INDICES if name in present}
+        _check_host({**host, **{name: None for name in ("k",) if name in present}}, length, problem)
+    if length:
+        length = min(max(length, 0), problem.capacity)
+    words += (next(call.numbers) & _CALL_BITS, length)
+    results = call.run(library, device, prepared, makers, words)
     return call.in_order(present.get("out"), results, scalars.return_lse)
 
 

@@ -11,8 +11,10 @@ with a cache are differentiable through autograd. Where the two libraries differ
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from cuattn.api import attention_with_kvcache
@@ -27,6 +29,8 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "index_first_axis",
+    "index_put_first_axis",
     "pad_input",
     "unpad_input",
 ]
@@ -275,16 +279,27 @@ def unpad_input(hidden_states: Any, attention_mask: Any, unused_mask: Any = None
     indices = torch.nonzero(kept.flatten()).flatten()
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     longest = int(lengths.max()) if lengths.numel() else 0
-    return hidden_states.flatten(0, 1).index_select(0, indices), indices, cu_seqlens, longest, used
+    return index_first_axis(hidden_states.flatten(0, 1), indices), indices, cu_seqlens, longest, used
 
 
 def pad_input(hidden_states: Any, indices: Any, batch: int, seqlen: int) -> Any:
     """The reverse of `unpad_input`: (total, ...) tokens into (batch, seqlen, ...), zeros elsewhere. Differentiable."""
-    padded = hidden_states.new_zeros((batch * seqlen, *hidden_states.shape[1:]))
-    return padded.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))
+    return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
+
+
+def index_first_axis(x: Any, indices: Any) -> Any:
+    """x[indices] of x (rows, ...), for indices (total,). Differentiable."""
+    return x.index_select(0, indices)
+
+
+def index_put_first_axis(values: Any, indices: Any, first_axis_dim: int) -> Any:
+    """The reverse: values (total, ...) as the rows `indices` of (first_axis_dim, ...), zeros elsewhere. Differentiable."""
+    return values.new_zeros((first_axis_dim, *values.shape[1:])).index_copy(0, indices, values)
 
 
 def _check_mask(name: str, mask: Any, hidden_states: Any) -> None:
+    if not isinstance(mask, torch.Tensor):
+        raise _not_a_tensor(name, mask)
     if mask.shape != hidden_states.shape[:2]:
         expected = tuple(hidden_states.shape[:2])
         raise ValueError(f"{name}: got shape {tuple(mask.shape)}, expected {expected}, batch and seqlen of hidden_states")
@@ -296,11 +311,22 @@ def _check_mask(name: str, mask: Any, hidden_states: Any) -> None:
 def _options(softmax_scale: Any, causal: bool, window_size: Any, softcap: float, alibi_slopes: Any) -> dict[str, Any]:
     """The options of `cuattn.attention`, without dropout."""
     return {
-        "scale": softmax_scale,
+        "scale": parse_scale(softmax_scale),
         "softcap": parse_softcap(softcap),
         "alibi_slopes": alibi_slopes,
         **parse_window(window_size, causal),
     }
+
+
+def parse_scale(softmax_scale: Any) -> float | None:
+    """Any scalar as a number; a tensor on a GPU is waited for."""
+    if softmax_scale is None or type(softmax_scale) is float:
+        return softmax_scale
+    scalar = isinstance(softmax_scale, (int, float, np.number)) and not isinstance(softmax_scale, bool)
+    scalar = scalar or (isinstance(softmax_scale, torch.Tensor) and softmax_scale.numel() == 1)
+    if not scalar or not math.isfinite(float(softmax_scale)):
+        raise ValueError(f"softmax_scale: got {softmax_scale!r}, expected a finite number or None")
+    return float(softmax_scale)
 
 
 def parse_softcap(softcap: Any) -> float | None:

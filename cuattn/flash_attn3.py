@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cuattn.flash_attn import attend_to_cache, parse_softcap, parse_window
+from cuattn.flash_attn import attend_to_cache, parse_scale, parse_softcap, parse_window
 from cuattn.torch import attention, attention_varlen, last_axis_contiguous
 
 __all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
@@ -53,7 +53,7 @@ def flash_attn_func(
         q,
         k,
         v,
-        scale=softmax_scale,
+        scale=parse_scale(softmax_scale),
         softcap=parse_softcap(softcap),
         deterministic=deterministic,
         return_lse=return_attn_probs,
@@ -103,7 +103,7 @@ def flash_attn_varlen_func(
         max_seqlen_k,
         q_lens=seqused_q,
         kv_lens=seqused_k,
-        scale=softmax_scale,
+        scale=parse_scale(softmax_scale),
         softcap=parse_softcap(softcap),
         deterministic=deterministic,
         return_lse=return_attn_probs,
@@ -203,7 +203,7 @@ def flash_attn_with_kvcache(
     _refuse(cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens)
     if cu_seqlens_q is not None and k is not None:
         raise NotImplementedError("k: got new keys beside cu_seqlens_q, expected all keys in the cache")
-    options = {"scale": softmax_scale, "softcap": parse_softcap(softcap), **parse_window(window_size, causal)}
+    options = {"scale": parse_scale(softmax_scale), "softcap": parse_softcap(softcap), **parse_window(window_size, causal)}
     options |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_interleaved": rotary_interleaved}
     options |= {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad, "num_splits": num_splits}
     options |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q}
@@ -214,4 +214,5 @@ def flash_attn_with_kvcache(
 def _refuse(**arguments: Any) -> None:
     for name, x in arguments.items():
         if x is not None:
-            raise NotImplementedError(f"{name}: got {x!r}, expected nothing: cuattn has no kernel for it")
+            found = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else repr(x)
+            raise NotImplementedError(f"{name}: got {found}, expected nothing: cuattn has no kernel for it")

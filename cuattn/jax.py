@@ -29,7 +29,7 @@ from cuattn.arrays import Library, View, contiguous_strides
 from cuattn.fields import ITEMSIZE
 from cuattn.formula import decode, encode
 from cuattn.masks import And, BlockSparse, BooleanMask, Mask, SlidingWindow
-from cuattn.problem import parse_mask, parse_mods
+from cuattn.problem import parse_mask, parse_mods, renamed
 from cuattn.score_mods import Alibi, Bias, ScoreMod, UserMod
 
 __all__ = ["attention", "attention_varlen", "dot_product_attention"]
@@ -152,7 +152,8 @@ def dot_product_attention(
     implementation: accepted without effect.
 
     Returns (..., T, N, H), with return_residual also the logarithm of the sum of exponentials (..., T, N), float32 for 16-bit
-    inputs. A query that sees no key gives 0, where jax.nn gives the mean of all values.
+    inputs and differentiable. A query that sees no key gives 0, where jax.nn gives the mean of all values; there the residual
+    has the dtype of the inputs and no gradient.
 
     >>> x = jnp.ones((1, 4, 2, 8))
     >>> dot_product_attention(x, x, x, is_causal=True).shape
@@ -162,13 +163,20 @@ def dot_product_attention(
     if is_causal:
         parts.append(SlidingWindow(None, 0, True))
     if local_window_size is not None:
-        pair = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2
+        pair = tuple(local_window_size) if isinstance(local_window_size, (tuple, list)) else (local_window_size,) * 2
         if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in pair):
             raise ValueError(f"local_window_size: got {local_window_size!r}, expected n or (left, right), none below 0")
         parts.append(SlidingWindow(*pair, True))
     lengths = {"q_lens": query_seq_lengths, "kv_lens": key_value_seq_lengths}
-    result = attention(query, key, value, scale=scale, mask=And.of(parts), bias=bias, return_lse=return_residual, **lengths)
+    try:
+        result = attention(query, key, value, scale=scale, mask=And.of(parts), bias=bias, return_lse=return_residual, **lengths)
+    except (TypeError, ValueError) as error:
+        raise renamed(error, JAX_NAMES) from None
     return (result[0], jnp.swapaxes(result[1], -1, -2)) if return_residual else result
+
+
+JAX_NAMES = {"q": "query", "k": "key", "v": "value", "q_lens": "query_seq_lengths", "kv_lens": "key_value_seq_lengths"}
+"""What `attention` calls its arguments, and what jax.nn calls them."""
 
 
 def _array(name: str, x: Any) -> Any:

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cuattn.chain import ChainedFunction, chains
-from cuattn.codegen import Unit, units
-from cuattn.plan import Plan
+from cuattn.codegen import Unit
 
 
 class CompileError(RuntimeError):
@@ -237,19 +236,17 @@ def load(cubin: Cubin, unit: Unit) -> Any:
 def prewarm(
     arch: str, all_plans: bool = False, progress: Callable[[int, int, str], None] | None = None, workers: int | None = None
 ) -> list[Path]:
-    """Compile the common plans (or all that the compile test knows) for `arch` into the cache; needs no GPU.
+    """Compile the kernels of the common plans (or all that the compile test knows) for `arch` into the cache; needs no GPU.
 
-    `progress(done, total, name)` is called after each kernel. Returns the paths of the cubins.
+    Forward, gradients and attention over a cache. `progress(done, total, name)` is called after each kernel. Returns the paths
+    of the cubins.
     """
-    from cuattn.catalogue import plans
+    from cuattn.catalogue import kernels
 
-    jobs: dict[str, tuple[Plan, Unit]] = {}
-    for plan in plans(arch, everything=all_plans):
-        for unit in units(plan).values():
-            jobs.setdefault(unit.source, (plan, unit))
+    jobs = kernels(arch, everything=all_plans)
     paths, done = [], 0
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        for cubin, (plan, _) in zip(pool.map(lambda source: build(source, arch), jobs), jobs.values(), strict=True):
+        for cubin, plan in zip(pool.map(lambda source: build(source, arch), jobs), jobs.values(), strict=True):
             done += 1
             if cubin.path is not None:
                 paths.append(cubin.path)

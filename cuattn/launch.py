@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import struct
 from collections.abc import Mapping, Sequence
+from struct import Struct as Packer
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cuattn.arrays import contiguous_strides
@@ -199,7 +201,7 @@ def _backward_fields(
         *contiguous_strides(shape),
         *sum_strides,
     ]
-    ints = [plan.key_tiles, plan.q_splits, plan.dq_splits, plan.run, *launch, *shape]
+    ints = [plan.key_tiles, plan.q_splits, plan.dq_splits, plan.run, plan.last_section, *launch, *shape]
     return [("q", n) for n in longs] + [("i4x", n) for n in ints]
 
 
@@ -269,6 +271,12 @@ def decode_struct(plan: DecodePlan, attends: bool, piece: int = 0) -> Struct:
 # Launches -------------------------------------------------------------------------------------------------------------
 
 
+def _first_run(words: Sequence[tuple[int, int]]) -> tuple[Sequence[tuple[int, int]], Sequence[tuple[int, int]]]:
+    """The words whose places follow each other from the first on, and the others. In the first are a call's arrays."""
+    count = next((n for n, (place, _) in enumerate(words) if place != words[0][0] + n), len(words))
+    return words[:count], words[count:]
+
+
 class Launch:
     """A loaded kernel with its grid and its struct. A call gives it its words and a stream."""
 
@@ -285,7 +293,11 @@ class Launch:
         self._function, self._block, self._smem_bytes = function, (threads, 1, 1), smem_bytes
         self._grid = grid if isinstance(grid, tuple) else (grid, 1, 1)
         self._struct = struct
-        self._words = tuple((place, position[slot]) for place, slot in struct.words if slot in position)
+        pointers, others = _first_run(struct.words)
+        self._start, filled = pointers[0][0] * WORD, [position[slot] for _, slot in pointers if slot in position]
+        self._pack = Packer("<" + "".join("Q" if slot in position else "8x" for _, slot in pointers)).pack_into
+        self._pick = operator.itemgetter(*filled)
+        self._words = tuple((place, position[slot]) for place, slot in others if slot in position)
         self._shifted = tuple((place, position[slot], shift) for place, slot, shift in struct.shifted)
         self._bases = tuple((n * MAP_BYTES // WORD, position[m.operand.slot]) for n, m in enumerate(struct.maps))
         self._free: list[_Memory] = []
@@ -296,6 +308,7 @@ class Launch:
         except IndexError:
             memory = self._memory(words)
         target = memory.words
+        self._pack(target, self._start, *self._pick(words))
         for place, n in memory.places:
             target[place] = words[n]
         for place, n, shift in self._shifted:
@@ -306,22 +319,28 @@ class Launch:
 
     def _memory(self, words: Sequence[int]) -> _Memory:
         """Memory with the tensor maps of a call."""
-        from cupy.cuda.function import CPointer
-
         maps = b"".join([m.at(words[n]) for m, (_, n) in zip(self._struct.maps, self._bases, strict=True)])
         image = maps + self._struct.image[len(maps) :]
         memory = (ctypes.c_uint64 * (len(image) // WORD)).from_buffer_copy(image)
         lasting = all(m.movable for m in self._struct.maps)
         places = self._words + self._bases if lasting else self._words
-        return _Memory(memory, (CPointer(ctypes.addressof(memory)),), places, lasting)
+        arguments = getattr(self._function, "arguments", _cupy_arguments)(ctypes.addressof(memory))
+        return _Memory(memory, arguments, places, lasting)
+
+
+def _cupy_arguments(address: int) -> Any:
+    """Of a kernel with one struct, as `cupy.cuda.Function` takes them."""
+    from cupy.cuda.function import CPointer
+
+    return (CPointer(address),)
 
 
 class _Memory(NamedTuple):
     """A struct in memory that the driver reads while it launches."""
 
     words: Any
-    arguments: tuple[Any, ...]
-    """as `cupy.cuda.Function` takes them"""
+    arguments: Any
+    """as the function takes them"""
     places: tuple[tuple[int, int], ...]
     """(place, position of a call's word) of all that another call must write"""
     lasting: bool

@@ -59,7 +59,12 @@ class Mask:
 
     def key(self) -> Hashable:
         """Everything about the mask except the contents of its arrays."""
-        return self
+        return self._key
+
+    @functools.cached_property
+    def _key(self) -> Hashable:
+        # Its fields: a tuple's hash and comparison run in C, those of a dataclass in Python.
+        return (type(self), *vars(self).values())
 
     def cuda_type(self, dtypes: Sequence[str]) -> str:
         """C++ type; `dtypes` are those of `arrays`."""

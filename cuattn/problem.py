@@ -7,7 +7,8 @@ nothing. All user errors are raised here and in the parsing of options: ValueErr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -287,10 +288,20 @@ def _check_qkv(q: View, k: View, v: View, packed: bool) -> None:
             raise ValueError(f"{name}: got {x.shape[1]} tokens, expected at most {limit}")
 
 
+def renamed(error: Exception, names: Mapping[str, str]) -> Exception:
+    """The same error for a caller whose arguments have other names.
+
+    >>> renamed(ValueError("k: got head_dim 4, expected 8 as q has"), {"q": "query", "k": "key"})
+    ValueError('key: got head_dim 4, expected 8 as query has')
+    """
+    text = re.sub(rf"\b({'|'.join(names)})\b", lambda found: names[found[0]], str(error))
+    return type(error)(text)
+
+
 def check_scalars(scale: Any, dropout: Any, precision: Any) -> None:
     """Refuse options that are no numbers, or out of range."""
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale)):
-        raise ValueError(f"scale: got {scale!r}, expected a finite number or None")
+        raise ValueError(f"scale: got {scale!r}, expected a finite float or int, or None")
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout: got {dropout!r}, expected a number p with 0 <= p < 1")
     if precision not in PRECISIONS:

@@ -82,6 +82,8 @@ class Tiles:
     """backward_sm90: dq is added by the copy engine, through shared memory"""
     runs: bool = False
     """backward_sm90: a CTA takes several key tiles one after the other"""
+    dq_buffers: int = 1
+    """backward_sm90: buffers through which the copy engine adds dq"""
     seeded: bool = False
     """backward_sm90: products start from the row statistics"""
     stores: bool = False

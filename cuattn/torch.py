@@ -19,6 +19,7 @@ from cuattn import call
 from cuattn.api import attention, attention_varlen
 from cuattn.formula import decode, encode
 from cuattn.masks import Mask
+from cuattn.problem import renamed
 from cuattn.score_mods import Alibi, ScoreMod
 
 __all__ = ["attention", "attention_varlen", "register_transformers", "scaled_dot_product_attention"]
@@ -58,10 +59,10 @@ def scaled_dot_product_attention(
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         try:
             return attention(q, k, v, causal=causal, scale=scale).transpose(1, 2)
-        except (TypeError, ValueError):  # raised by other names
-            _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-            raise
+        except (TypeError, ValueError):  # it is raised again below, by this function's names, unless broadcasting helps
+            pass
     _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    query, key, value = _broadcast(query, key, value)
     lead = query.shape[:-2]
     q, k, v = (last_axis_contiguous(_heads_last(x)) for x in (query, key, value))
     options: dict[str, Any] = {"causal": causal, "scale": scale}
@@ -70,8 +71,15 @@ def scaled_dot_product_attention(
         options["mask" if attn_mask.dtype == torch.bool else "bias"] = _four_axes(attn_mask, lead, shape)
     if dropout_p:
         options.update(dropout=dropout_p, seed=draw_seed(query.device))
-    out = attention(q, k, v, **options).transpose(1, 2)
+    try:
+        out = attention(q, k, v, **options).transpose(1, 2)
+    except (TypeError, ValueError) as error:
+        raise renamed(error, SDPA_NAMES) from None
     return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+
+
+SDPA_NAMES = {"q": "query", "k": "key", "v": "value", "mask": "attn_mask", "bias": "attn_mask"}
+"""What `attention` calls its arguments, and what they are called there."""
 
 
 def _plain(query: Any, key: Any, value: Any) -> bool:
@@ -91,22 +99,36 @@ def _check_sdpa(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {axes}, (..., heads, seqlen, head_dim)")
         if x.device != query.device:
             raise ValueError(f"{name}: got a tensor on {x.device}, expected {query.device} as query: move it with .to()")
-        if x.ndim > 2 and x.shape[:-3] != query.shape[:-3]:
-            expected = f"{tuple(query.shape[:-3])} as query has"
-            raise ValueError(f"{name}: got leading axes {tuple(x.shape[:-3])}, expected {expected}: expand it")
-    if query.ndim > 2 and key.shape[-3] != query.shape[-3] and not enable_gqa:
-        found = f"{key.shape[-3]} heads beside {query.shape[-3]} of query"
-        raise ValueError(f"key: got {found}, expected as many, or enable_gqa=True and a divisor of them")
+        if any([n != m and 1 not in (n, m) for n, m in zip(x.shape[:-3], query.shape[:-3], strict=True)]):
+            expected = f"those that broadcast with {tuple(query.shape[:-3])} as query has"
+            raise ValueError(f"{name}: got leading axes {tuple(x.shape[:-3])}, expected {expected}")
+        if not enable_gqa and x.ndim > 2 and x.shape[-3] != query.shape[-3] and 1 not in (x.shape[-3], query.shape[-3]):
+            found = f"{x.shape[-3]} heads beside {query.shape[-3]} of query"
+            raise ValueError(f"{name}: got {found}, expected as many or 1, or enable_gqa=True and a divisor of them")
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: got {dropout_p!r}, expected a number p with 0 <= p < 1")
     if attn_mask is None:
         return
     if is_causal:
         raise ValueError("is_causal: got True together with an attn_mask, expected one of them: put the triangle into the mask")
+    if not isinstance(attn_mask, torch.Tensor):
+        raise TypeError(f"attn_mask: got {type(attn_mask).__name__}, expected a torch.Tensor or None")
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask: got a tensor on {attn_mask.device}, expected {query.device} as query: move it with .to()")
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask: got {attn_mask.dtype}, expected bool (True = visible) or a floating-point dtype")
+
+
+def _broadcast(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+    """The three with the same leading axes, as views. One head of both keys and values stays one, which all queries share."""
+    lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    axes = [list(x.shape[-3:]) for x in (query, key, value)]
+    if query.ndim > 2:
+        q, k, v = axes
+        k[0], v[0] = (max(k[0], v[0]) if 1 in (k[0], v[0]) else x[0] for x in (k, v))
+        q[0] = k[0] if q[0] == 1 else q[0]
+    expanded = (x.expand(*lead, *own) for x, own in zip((query, key, value), axes, strict=True))
+    return tuple(expanded)
 
 
 def _heads_last(x: Any) -> Any:

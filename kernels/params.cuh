@@ -90,11 +90,12 @@ struct BackwardParams {
     long long zeroed;                                        // 16-byte words from dq_sum on that kernels add to
     long long bias_batch, bias_head, bias_q, bias_k;         // strides of dbias
     long long sum_split, sum_batch, sum_head, sum_q, sum_k;  // strides of bias_sum
-    alignas(8) int n_blocks;     // key tiles of the longest sequence; backward_sm90, packed without runs: of all sequences
-    alignas(8) int q_splits;     // parts into which the queries (of all heads of a group) of a key tile are divided
-    alignas(8) int dq_splits;    // CTAs that share the key tiles of a head in turn: each has its own dq_sum
-    alignas(8) int run;          // backward_sm90: key tiles that a CTA takes one after the other
-    alignas(8) int first_batch;  // of this launch, and heads and batches that it covers
+    alignas(8) int n_blocks;      // key tiles of the longest sequence; backward_sm90, packed without runs: of all sequences
+    alignas(8) int q_splits;      // parts into which the queries (of all heads of a group) of a key tile are divided
+    alignas(8) int dq_splits;     // CTAs that share the key tiles of a head in turn: each has its own dq_sum
+    alignas(8) int run;           // backward_sm90: key tiles that a CTA takes one after the other
+    alignas(8) int last_section;  // backward_sm90: pairs in the last section, 0 for as many as in the others
+    alignas(8) int first_batch;   // of this launch, and heads and batches that it covers
     alignas(8) int first_head_kv;
     alignas(8) int batches;
     alignas(8) int heads_kv;

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import itertools
 import json
+import multiprocessing
+import re
 import subprocess
 import sys
+import time
+import types
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import backward, compare, decode, error, figures, latency, memory, progress, results, summary, tables
+from bench import backward, compare, decode, error, figures, host, latency, memory, progress, results, summary, tables
 from bench.__main__ import PEERS, STORED, main, parser, selected
 from bench.baselines import BASELINES, TITLES, Sdpa, available
 from bench.cases import (
@@ -237,12 +242,13 @@ def test_the_page_has_a_table_for_every_part(tmp_path: Path) -> None:
 
 def test_the_readme_and_the_page_are_what_the_rows_say(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    readme = tmp_path / "README.md"
-    for name in ("README.md", "docs/results.md"):
+    pages = ("README.md", "docs/results.md", "docs/peers.md")
+    for name in pages:
         (tmp_path / Path(name).name).write_text((results.ROOT / name).read_text(encoding="utf-8"))
-    summary.write(readme, TITLES)
+    summary.write(tmp_path / "README.md", TITLES)
+    summary.write_standing(tmp_path / "peers.md", TITLES)
     figures.write(TITLES, tmp_path)
-    for name in ("README.md", "docs/results.md"):
+    for name in pages:
         written = (tmp_path / Path(name).name).read_text(encoding="utf-8")
         assert written == (results.ROOT / name).read_text(encoding="utf-8"), "run: python -m bench report"
 
@@ -258,6 +264,32 @@ def test_rows_behind_a_peer_are_listed_the_worst_first() -> None:
     assert "10.0 us, 19.0 us in all (cuDNN 20)" in tables.other_lines(rows, TITLES)[-1]
     rows[-1]["whole"] = 25.0
     assert tables.behind(rows[2:], TITLES)[-1].endswith("| cuDNN | 0.80 |")
+
+
+def test_peers_that_are_faster_are_counted() -> None:
+    near, far = (dense("bfloat16", d, 1, 4, 1024) for d in (64, 128))
+    rows = [row(near, 100.0, cudnn=99.0, flash=98.0), row(far, 100.0, cudnn=101.0), row(gradients(far)[0], 100.0, fa4=50.0)]
+    rows.append({**row(replace(HOST, bench="host/torch/autograd"), 10.0, cudnn=20.0, other=1.0), "whole": 30.0})
+    rows.append(row(replace(far, bench="matrix/backward"), 100.0, fa4=101.0))
+    head, _, *lines = tables.standing(rows, TITLES)
+    assert head == "| faster than cuattn in | cuDNN | FA2 | FA4 |"
+    assert lines == [
+        "| forward | 1 of 2 | 1 of 1 |  |",
+        "| backward |  |  | 1 of 1 |",
+        "| host, backward | 1 of 1 |  |  |",
+        "| matrix, backward |  |  | 0 of 1 |",
+    ]
+
+
+SOURCES = re.compile(r"sources ([0-9a-f]{6,})")
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in (results.ROOT / "docs").glob("*.md"))])
+def test_pages_speak_of_sources_whose_rows_are_stored(page: str) -> None:
+    """A remark about rows goes when they do."""
+    stored = {row["source_hash"] for path in results.FOLDER.glob("*.json") for row in results.load(path)}
+    for digest in SOURCES.findall((results.ROOT / page).read_text(encoding="utf-8")):
+        assert any(own.startswith(digest) for own in stored), f"{page} speaks of rows of {digest}, which are no longer stored"
 
 
 def test_every_row_of_the_results_file_is_in_the_page() -> None:
@@ -497,6 +529,89 @@ def test_xformers_says_why_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None
     assert baseline.declines(dense("bfloat16", 64, 1, 4, 128, num_heads_kv=2)) and baseline.declines(PACKED)
 
 
+@pytest.mark.parametrize("imported", [False, True])
+def test_xformers_imports_beside_flash_attention_4(imported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks for a package flash_attn and takes it for version 2, of which version 4 has the name and nothing else."""
+    files = {
+        "flash_attn/cute/__init__.py": "",
+        "xformers/__init__.py": "",
+        "xformers/ops.py": "import importlib.util\nif importlib.util.find_spec('flash_attn'):\n"
+        "    import flash_attn.flash_attn_interface\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("flash_attn", "xformers")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("bench.baselines.needs_torch", lambda: "")
+    if imported:
+        importlib.import_module("flash_attn.cute")
+    before = sys.modules.get("flash_attn")
+    (baseline,) = (b for b in BASELINES if b.name == "xformers")
+    assert baseline.absent() == ""
+    assert sys.modules.get("flash_attn") is before or not imported
+    assert importlib.import_module("flash_attn.cute")
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("flash_attn", "xformers")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_xformers_masks_are_ours(mask: str) -> None:
+    """Of its own masks, which need neither a GPU nor its compiled half."""
+    pytest.importorskip("xformers.ops")
+    (baseline,) = (b for b in BASELINES if b.name == "xformers")
+    for case in (
+        dense("bfloat16", 16, 1, 2, 32, seqlen_k=48, mask=mask),
+        dense("bfloat16", 16, 1, 2, 300, mask="window 128"),
+    ):
+        (call,) = baseline.calls(Inputs.of(case, TorchOnCpu()))
+        bias = call.keywords["attn_bias"]
+        visible = case.mask_object().materialize(case.seqlen_q, case.seqlen_k)
+        theirs = np.zeros(visible.shape) if bias is None else bias.materialize(visible.shape).numpy()
+        np.testing.assert_array_equal(theirs == 0, visible)
+
+
+def test_the_first_host_rows_are_those_that_are_told() -> None:
+    """A time limit cuts off what explains them, never JAX's, which takes longest to start."""
+    rows = [(arrays.name, part) for arrays, part, _, _ in host.jobs(BASELINES, torch=True)]
+    assert rows[:4] == [("cupy", ""), ("torch", ""), ("cupy", "/jax"), ("cupy", "/jax_return")]
+    assert len(set(rows)) == len(rows) == 17
+    assert all("jax" not in part and arrays == "cupy" for arrays, part, _, _ in
+               ((a.name, p, b, s) for a, p, b, s in host.jobs([], torch=False)))  # fmt: skip
+    peers = {part: [b.name for b in peers] for _, part, _, peers in host.jobs(BASELINES, torch=True)}
+    assert peers["/jax"] == ["jax"] and peers["/autograd"] == ["cudnn", "flash", "fa3", "fa4"]
+
+
+def test_a_peer_that_cannot_be_prepared_is_named_and_the_others_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(Sdpa):
+        def calls(self, inputs: Inputs) -> list:
+            raise RuntimeError("no kernel image")
+
+    pytest.importorskip("torch")
+    case = dense("float32", 16, 1, 2, 24, mask="causal", bench="latency")
+    peers = [Broken("MATH", "broken", "broken", ("float32",)), Sdpa("MATH", "math", "torch math", ("float32",))]
+    found = latency.contenders(case, peers, Inputs.of(case, TorchOnCpu()))
+    assert [c.name for c in found] == ["cuattn", "math"]
+    assert "broken: RuntimeError: no kernel image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", [part for part in PEERS if PEERS[part]])
+def test_a_part_imports_no_library_but_its_peers(part: str) -> None:
+    """What is absent is named, in a line each; what the part has no use for is not looked at."""
+    script = f"""if True:
+        import sys
+        from bench.__main__ import parser, peers_of
+        peers_of(parser().parse_args(["{part}"]))
+        loaded = {{"jax": "jax", "flashinfer": "flashinfer", "xformers": "xformers", "fa4": "flash_attn"}}
+        print("loaded:", *(name for name, module in loaded.items() if module in sys.modules))
+    """
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    *lines, last = out.splitlines()
+    assert set(last.split()[1:]) <= set(PEERS[part])
+    assert {line.split()[1].rstrip(":") for line in lines} <= set(PEERS[part])
+
+
 @pytest.mark.parametrize("mask", ["full", "causal"])
 def test_errors_are_those_of_each_library(mask: str) -> None:
     """The textbook formula in float64 against the oracle, ours and PyTorch's in float32 against both."""
@@ -611,3 +726,43 @@ def test_what_a_graph_reads_is_kept_while_it_is_timed(monkeypatch) -> None:
     monkeypatch.setattr(decode, "measure", timed)
     decode.run_case(decode.CASES[0], ["one", "other"], 1, ENV)
     assert all(memory() is None for memory in held.values())
+
+
+def test_kernels_of_decode_are_those_of_its_calls() -> None:
+    """Compiled ahead of time for a typical GPU: one kernel serves all lengths."""
+    sources = {case: decode.sources(case, "sm_90a") for case in (*decode.CASES, *decode.LENGTHS)}
+    assert all(len(found) == 1 and found[0][1] == "sm_90a" for found in sources.values())
+    alone, many = (sources[decode.DecodeCase(batch, 2048)] for batch in (1, 8))
+    assert alone != many and many == sources[decode.DecodeCase(128, 8192)]
+
+
+def test_a_peer_that_is_not_ready_is_left_out(monkeypatch, capsys) -> None:
+    """It neither holds up rows nor takes part in those whose kernels it has not compiled."""
+    small, other = (decode.smallest("flashinfer", decode.DecodeCase(8, 2048, head_dim=d)) for d in (128, 64))
+    assert small is not None and other is not None and small != other
+    assert decode.smallest("fa3", decode.CASES[0]) is None
+    fresh = multiprocessing.get_context("spawn")
+    processes = {
+        ("flashinfer", small): fresh.Process(target=time.sleep, args=(600,), daemon=True),
+        ("flashinfer", other): fresh.Process(target=int, args=("0",), daemon=True),
+        ("broken", small): fresh.Process(target=int, args=("x",), daemon=True),
+    }
+    for process in processes.values():
+        process.start()
+    for key in list(processes)[1:]:
+        processes[key].join()
+    assert decode.finish(processes, end=0.0) == {("flashinfer", small), ("broken", small)}
+    processes["flashinfer", small].join()
+    text = capsys.readouterr().out
+    assert "flashinfer, as for decode 1x64 h8/1 d128 page16: has not compiled in time" in text
+    assert "broken, as for decode 1x64 h8/1 d128 page16: its first call failed" in text
+
+    seen = []
+    monkeypatch.setattr(decode, "start", lambda peers, cases: processes)
+    monkeypatch.setattr(decode, "prewarm", lambda cases, sources: None)
+    monkeypatch.setattr(decode, "run_case", lambda case, peers, rounds, env: seen.append(peers))
+    cases = [decode.DecodeCase(8, 2048), decode.DecodeCase(8, 2048, head_dim=64)]
+    stored: list[object] = []
+    store = types.SimpleNamespace(add=stored.append)
+    decode.run(cases, ["fa3", "flashinfer"], 1, store, ENV, decode.Deadline(60.0))  # type: ignore[arg-type]
+    assert seen == [["fa3"], ["fa3", "flashinfer"]] and len(stored) == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cuattn import jit
-from cuattn.catalogue import COMMON_DIMS, plans, problem_of, view
+from cuattn.catalogue import COMMON_DIMS, backward_plans, decode_plans, kernels, plans, problem_of, view
 from cuattn.codegen import units
 from cuattn.masks import SlidingWindow
 from cuattn.plan import make_plan
@@ -30,11 +30,18 @@ def complaints(log: str) -> list[str]:
 
 @pytest.mark.parametrize("arch", DEVICES)
 def test_every_plan_compiles_without_spills(arch: str) -> None:
-    jobs = {unit.source: plan for plan in plans(arch, everything=True) for unit in units(plan).values()}
-    assert len(jobs) > 100
+    jobs = kernels(arch, everything=True)
+    assert min(len(made(arch, True)) for made in (plans, backward_plans, decode_plans)) > 50
     built = jit.compile_many((source, arch) for source in jobs)
     failures = [f"{plan}: {c}" for cubin, plan in zip(built, jobs.values(), strict=True) for c in complaints(cubin.log)]
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+def test_what_is_compiled_ahead_serves_gradients_and_caches(arch: str) -> None:
+    found = set(re.findall(r'#include "(\w+)\.cu"', "\n".join(kernels(arch))))
+    assert {"forward_sm80", "forward_simt", "backward", "backward_prepare", "decode", "append"} <= found
+    assert ({"forward_sm90", "backward_sm90"} <= found) == (arch == "sm_90a")
 
 
 def sass(image: bytes, folder: Path) -> str:

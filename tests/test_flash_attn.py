@@ -366,6 +366,25 @@ def test_padding_round_trip(device: str) -> None:
     assert len(tokens) == 7 and cu_seqlens.tolist() == [0, 3, 3, 7] and longest == 4 and used.tolist() == [2, 0, 3]
 
 
+def test_axes_are_indexed_as_flash_attn_does(device: str) -> None:
+    x, indices = leaf(6, 2, 3, device=device), torch.tensor([4, 0, 5], device=device)
+    taken = flash_attn.index_first_axis(x, indices)
+    assert torch.equal(taken, x[indices])
+    put = flash_attn.index_put_first_axis(taken, indices, 6)
+    kept = torch.zeros(6, 1, 1, dtype=x.dtype, device=device)
+    kept[indices] = 1
+    assert torch.equal(put, x * kept)
+    check_gradients(put, x * kept, x)
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.25), np.float64(0.25), torch.tensor(0.25)], ids=str)
+def test_a_scale_may_be_any_scalar(device: str, scale: Any) -> None:
+    """As flash-attn converts it."""
+    q, k, v = qkv(device)
+    mine = flash_attn.flash_attn_func(q, k, v, softmax_scale=scale)
+    assert torch.equal(mine, flash_attn.flash_attn_func(q, k, v, softmax_scale=0.25))
+
+
 def test_flash_attn_3_takes_its_own_order(device: str) -> None:
     q, k, v = qkv(device)
     expected = textbook(q, k, v, scale=0.3, causal=True)
@@ -451,8 +470,16 @@ def test_other_wrong_shapes_name_the_argument() -> None:
         flash_attn3.flash_attn_qkvpacked_func(torch.zeros(1, 4, 6, 8))
     with pytest.raises(NotImplementedError, match="attention_chunk: got 4"):
         flash_attn3.flash_attn_func(*torch.zeros(3, 1, 4, 2, 8), attention_chunk=4)
+    with pytest.raises(NotImplementedError, match=r"qv: got a tensor of shape \(1, 4, 2, 8\), expected nothing"):
+        flash_attn3.flash_attn_func(*torch.zeros(3, 1, 4, 2, 8), qv=torch.zeros(1, 4, 2, 8))
     with pytest.raises(ValueError, match="attention_mask: got shape"):
         flash_attn.unpad_input(torch.zeros(2, 3, 1), torch.ones(2, 4))
+    with pytest.raises(TypeError, match=r"attention_mask: got numpy\.ndarray, expected a torch\.Tensor"):
+        flash_attn.unpad_input(torch.zeros(2, 3, 1), np.ones((2, 3)))
+    for module in (flash_attn, flash_attn3):
+        for scale in ("0.5", True, torch.tensor(torch.nan), torch.ones(2)):
+            with pytest.raises(ValueError, match=r"softmax_scale: got .*, expected a finite number or None"):
+                module.flash_attn_func(*torch.zeros(3, 1, 4, 2, 8), softmax_scale=scale)
 
 
 @pytest.mark.gpu

@@ -239,6 +239,34 @@ def test_a_launch_that_fails_leaves_the_next_one_whole(gpu: Gpu) -> None:
     assert [found[name] for name in "qkv"] == [x.data_ptr() for x in second.values()]
 
 
+def test_a_workspace_is_given_back_whatever_happens(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's allocator lends an address: nobody else would return it."""
+    lent: list[int] = []
+
+    def alloc(size: int, stream: int) -> int:
+        lent.append(1 << 20)
+        return 1 << 20
+
+    monkeypatch.setattr(arrays.TORCH, "_raw_memory", (alloc, lent.remove))
+    cache = cache_call()
+    cuattn.attention_with_kvcache(**cache)
+    found = dict(zip(DECODE_POINTERS, gpu.words("decode"), strict=False))
+    assert found["partial_out"] == 1 << 20 < found["tickets"] and not lent
+    gpu.fails = True
+    with pytest.raises(RuntimeError, match="no launch"):
+        cuattn.attention_with_kvcache(**cache)
+    assert not lent
+
+
+def test_no_room_for_a_workspace(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(size: int, stream: int) -> int:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(arrays.TORCH, "_raw_memory", (full, lambda address: None))
+    with pytest.raises(MemoryError, match=r"no room for a workspace of \d+ bytes: out of memory"):
+        cuattn.attention_with_kvcache(**cache_call())
+
+
 def test_out_and_caches_are_checked_by_warm_calls_too(gpu: Gpu) -> None:
     named, cache = everything(), cache_call()
     cuattn.attention(**named)

@@ -331,6 +331,11 @@ def test_dot_product_attention_without_a_batch_and_with_its_residual(platform: s
         assert_close("result", np.asarray(mine), exact, limit(exact, exact, "float32", "float32"))
 
 
+def test_a_window_may_be_a_list() -> None:
+    q, k, _ = qkv()
+    compare_with_jax_nn(q, k, k, {"local_window_size": [2, 1]})
+
+
 def test_signature_is_that_of_jax_nn() -> None:
     """Another version of JAX may have keywords that are not here; positions, names and defaults are the same."""
     mine, theirs = (inspect.signature(f).parameters for f in (adapter.dot_product_attention, jax.nn.dot_product_attention))
@@ -356,6 +361,12 @@ def test_wrong_use_names_the_argument_and_the_way_out() -> None:
         jax.grad(lambda slopes: adapter.attention(q, k, v, alibi_slopes=slopes).sum())(jnp.ones(4, jnp.float32))
     with pytest.raises(ValueError, match=r"local_window_size: got \(-1, 2\)"):
         adapter.dot_product_attention(q, k, v, local_window_size=(-1, 2))
+    with pytest.raises(ValueError, match="value: got 6 tokens, expected 7 as key has"):
+        adapter.dot_product_attention(q, k, v[:, :6])
+    with pytest.raises(ValueError, match="key_value_seq_lengths: got shape"):
+        adapter.dot_product_attention(q, k, v, key_value_seq_lengths=jnp.ones(3, jnp.int32))
+    with pytest.raises(TypeError, match=r"query: got builtins\.list"):
+        adapter.dot_product_attention([1.0], k, v)
     with pytest.raises(TypeError, match=r"q: got a traced JAX value .* cuattn\.jax\.attention"):
         jax.jit(cuattn.attention)(q, k, v)
     jax.config.update("jax_enable_x64", False)

@@ -125,14 +125,14 @@ def test_a_chained_launch_tells_the_driver_so(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(chain, "_launch", lambda: driver)
     handle = ChainedFunction(SimpleNamespace(ptr=77))
-    argument, stream = SimpleNamespace(ptr=1234), SimpleNamespace(ptr=55)
-    handle((8, 16, 1), (256, 1, 1), (argument,), 4096, stream)
+    arguments, stream = handle.arguments(1234), SimpleNamespace(ptr=55)
+    handle((8, 16, 1), (256, 1, 1), arguments, 4096, stream)
     allowed = struct.pack("<iiii", 6, 0, 1, 0)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     ((sizes, *rest),) = seen
     assert sizes == (8, 16, 1, 256, 1, 1, 4096)
     assert (rest[0], rest[1][:16], rest[2:]) == (55, allowed, [1, 77, 1234])
     with pytest.raises(RuntimeError, match="error 1"):
-        handle((8, 16, 1), (256, 1, 1), (argument,), 4096, stream)
+        handle((8, 16, 1), (256, 1, 1), arguments, 4096, stream)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

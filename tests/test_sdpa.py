@@ -75,6 +75,23 @@ def test_grouped_heads(device: str) -> None:
     both([q, k, v], q, k, v, enable_gqa=True)
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((2, 4, 5, 8), (1, 4, 7, 8), (1, 4, 7, 6)),
+        ((2, 4, 5, 8), (2, 1, 7, 8), (2, 1, 7, 6)),
+        ((2, 4, 5, 8), (2, 1, 7, 8), (2, 4, 7, 6)),
+        ((1, 1, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6)),
+        ((3, 1, 4, 5, 8), (1, 2, 1, 7, 8), (3, 2, 4, 7, 6)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_leading_axes_broadcast(device: str, shapes: tuple[tuple[int, ...], ...], masked: bool) -> None:
+    q, k, v = (leaf(*shape, device=device) for shape in shapes)
+    both([q, k, v], q, k, v, **({"attn_mask": torch.rand(4, 5, 7, device=device) < 0.8} if masked else {}))
+
+
 def test_strides_of_projections_are_read_in_place(device: str) -> None:
     x = leaf(2, 5, 3, 4, 8, device=device)
     both([x], *(part.transpose(1, 2) for part in x.unbind(2)))
@@ -131,7 +148,14 @@ Q = torch.zeros(2, 4, 5, 8)
         ({"query": np.zeros((2, 4, 5, 8), np.float32)}, TypeError, "query: got ndarray"),
         ({"key": Q[0]}, ValueError, r"key: got shape \(4, 5, 8\), expected 4 axes"),
         ({"key": Q[:, :2]}, ValueError, "key: got 2 heads beside 4 .* enable_gqa=True"),
-        ({"value": Q[:1]}, ValueError, "value: got leading axes"),
+        ({"key": Q[:0]}, ValueError, r"key: got leading axes \(0,\), expected .* \(2,\) as query has"),
+        ({"value": Q[:, :2]}, ValueError, "value: got 2 heads beside 4"),
+        ({"query": Q[:, :3], "enable_gqa": True}, ValueError, "query: got 3 heads, expected .* of key and value"),
+        ({"key": Q[..., :4]}, ValueError, "key: got head_dim 4, expected 8 as query has"),
+        ({"value": Q[:, :, :3]}, ValueError, "value: got 3 tokens, expected 5 as key has"),
+        ({"key": Q.half()}, TypeError, "key: got dtype float16, expected float32 as query has"),
+        ({"attn_mask": np.ones((5, 5))}, TypeError, "attn_mask: got ndarray, expected a torch.Tensor"),
+        ({"attn_mask": [[True]]}, TypeError, "attn_mask: got list, expected a torch.Tensor"),
         ({"value": Q.to("meta")}, ValueError, "value: got a tensor on meta, expected cpu"),
         ({"attn_mask": torch.ones(4, 5)}, ValueError, r"attn_mask: got shape \(4, 5\), expected one that broadcasts to"),
         ({"attn_mask": torch.ones(5, 5, dtype=torch.int32)}, TypeError, "attn_mask: got torch.int32"),

@@ -104,6 +104,58 @@ __device__ __forceinline__ void score_gradients(Tile& s, Tile& dp, const Coord& 
     }
 }
 
+// Which elements of a tile a band mask shows: of the thread's columns the rows that see them, counted from its first, are the
+// limits against what is known of a row when the kernel is compiled.
+template <class Tile, class Mask>
+struct SeenRows {
+    Range seen[Tile::kThreadCols];
+
+    __device__ __forceinline__ static SeenRows of(const Mask& mask, const Coord& at, int row0, int col0) {
+        SeenRows rows;
+#pragma unroll
+        for (int c = 0; c < Tile::kThreadCols; c++) {
+            const int j = col0 + Tile::col_at(c), first = row0 + Tile::row(0);
+            const Range range = mask.column(at, j);
+            rows.seen[c].start = j >= at.seqlen_k ? kLastRow : range.start == kLeastRow ? kLeastRow : range.start - first;
+            rows.seen[c].stop = range.stop == kLastRow ? kLastRow : range.stop - first;
+        }
+        return rows;
+    }
+    __device__ __forceinline__ bool show(int x) const {
+        const Range rows = seen[Tile::thread_col(x)];
+        const int step = Tile::row(x) - Tile::row(0);
+        return step >= rows.start & (!Mask::kHasStart || step < rows.stop);
+    }
+};
+
+// score_gradients where nothing but a band mask is between products and exponentials. What it hides is hidden first, so that
+// the rest is the same for all tiles: one run of instructions, in which exponentials and the arithmetic of others overlap.
+// stats.lse_of(r) and delta_of(r) give four rows from the thread's row r on.
+template <class Tile, class Mask>
+__device__ __forceinline__ void hide_scores(Tile& s, Tile& dp, const Coord& at, int row0, int col0, const Mask& mask) {
+    const auto rows = SeenRows<Tile, Mask>::of(mask, at, opaque(row0), col0);
+#pragma unroll
+    for (int x = 0; x < Tile::kSize; x++) {
+        if (!rows.show(x)) s[x] = negative_infinity<float>(), dp[x] = 0;  // which may be anything, not finite even
+    }
+}
+template <class Tile, class Stats>
+__device__ __forceinline__ void plain_gradients(Tile& s, Tile& dp, float factor, const Stats& stats) {
+    constexpr int kGroup = 4 * Tile::kSize / Tile::kThreadRows;  // elements of four rows
+#pragma unroll
+    for (int x = 0; x < Tile::kSize; x += kGroup) {
+        const auto lse = stats.lse_of(Tile::thread_row(x));
+#pragma unroll
+        for (int e = x; e < x + kGroup; e++) s[e] = exp2_fast(s[e] * factor - lse.row[Tile::thread_row(e) % 4]);
+    }
+#pragma unroll
+    for (int x = 0; x < Tile::kSize; x += kGroup) {
+        const auto delta = stats.delta_of(Tile::thread_row(x));
+#pragma unroll
+        for (int e = x; e < x + kGroup; e++) dp[e] = s[e] * (dp[e] - delta.row[Tile::thread_row(e) % 4]);
+    }
+}
+
 // score_gradients in two parts, for a loop that uses the probabilities before dp is there. For scores that are not dropped, and
 // modified by nothing but a StagedBias, which pulls gradients back without knowing the scores.
 template <class Config, bool kChecked, class Tile, class Real, class Mask, class ScoreMod, class Stats, class Sums>
@@ -111,18 +163,8 @@ __device__ __forceinline__ void score_probabilities(Tile& s, const Coord& at, in
                                                     const Mask& mask, const ScoreMod& score_mod, const Stats& stats,
                                                     Sums& sums) {
     row0 = opaque(row0);
-    // Of the thread's columns the rows that see them, counted from its first: the limits against what is known of a row when
-    // the kernel is compiled.
-    Range seen[Tile::kThreadCols];
-    if constexpr (kChecked && Mask::kBand) {
-#pragma unroll
-        for (int c = 0; c < Tile::kThreadCols; c++) {
-            const int j = col0 + Tile::col_at(c), first = row0 + Tile::row(0);
-            const Range rows = mask.column(at, j);
-            seen[c].start = j >= at.seqlen_k ? kLastRow : rows.start == kLeastRow ? kLeastRow : rows.start - first;
-            seen[c].stop = rows.stop == kLastRow ? kLastRow : rows.stop - first;
-        }
-    }
+    SeenRows<Tile, Mask> rows;
+    if constexpr (kChecked && Mask::kBand) rows = SeenRows<Tile, Mask>::of(mask, at, row0, col0);
 #pragma unroll
     for (int x = 0; x < Tile::kSize; x++) {
         const int i = row0 + Tile::row(x), j = col0 + Tile::col(x);
@@ -131,9 +173,7 @@ __device__ __forceinline__ void score_probabilities(Tile& s, const Coord& at, in
         const Real p = stats(Tile::thread_row(x)).probability(score, factor);
         bool visible = true;
         if constexpr (kChecked && Mask::kBand) {
-            const Range rows = seen[Tile::thread_col(x)];
-            const int step = Tile::row(x) - Tile::row(0);
-            visible = step >= rows.start & (!Mask::kHasStart || step < rows.stop);
+            visible = rows.show(x);
         } else if constexpr (kChecked) {
             visible = j < at.seqlen_k && mask.keep(at, i, j);
         }

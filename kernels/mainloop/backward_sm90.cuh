@@ -4,14 +4,15 @@
 // Products    scores are transposed, so P^T and dS^T are operands in the registers that hold them:
 //                 S^T = K Q^T    dP^T = V dO^T    64 keys a warpgroup x kBlockM
 //                 dV += P^T dO   dK += dS^T Q     64 keys x D, A in registers
-//                 dQ^T = K^T dS^T                 dS from shared memory, where both warpgroups write it; see WarpgroupHalf
+//                 dQ = dS K, or transposed        dS from shared memory, where both warpgroups write it; see WarpgroupHalf
 // (kWide)     beyond 128 columns dk and dv of 64 keys take the registers of both warpgroups. A warpgroup then holds the scores
 //             of half the queries, and half the columns of dk, dv and dq; P goes through shared memory as dS does
 // Roles       consumers: warpgroups 0 and 1, 64 keys each (kWide: the same 64 keys)
 //             loader: one thread of warp 8 issues all tile loads
 //             guide: warp 9 says which query tile a stage holds (Visit) and brings its row statistics, which TMA cannot: their
 //             rows are neither padded nor aligned
-//             doormen: warps 10 and 11, deterministic or with kCourier, a stage each: have dq added, in order or at once
+//             doormen: warps 10 and 11, deterministic or with kCourier: have dq added, a stage each and in order, or at once,
+//             of a warpgroup each (kDoors)
 // Registers   the producer warpgroup hands all but kProducerRegisters over
 // Memory      sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x sQ (kBlockM x D) | kStages x sdO (kBlockM x Dv) |
 //             2 x sdS (kBlockM x kBlockN) | 2 x sP (likewise, kWide) | sdQ (kBlockM x D floats, with kBulkDq or kStoreTma) |
@@ -25,10 +26,10 @@
 //             full (k, v, q, do)  the loader, and the bytes    1       consumers
 //             visit_full       the guide                       32      consumers
 //             turn             a doorman                       1       consumers
-//             handed           one lane of each consumer warp  8       a doorman
+//             handed           one lane of each consumer warp  8       a doorman (kDoors: 4, of its warpgroup)
 //             q_empty          likewise                        8       the loader, the guide
 //             do_empty         likewise                        8       the loader
-// Loop        wait; issue S, dP; P and dS; issue dV; dS to shared memory; barrier of the consumers; issue dQ, dK; wait dQ;
+// Loop        wait; issue S, dP; P and dS; dS to shared memory; issue dV; barrier of the consumers; issue dQ, dK; wait dQ;
 //             add it to memory; wait dK
 // (kEarly)    where P needs no dP: issue S, dP; wait S; P; issue dV; wait dP; dS, which thus runs under dV; ...; row statistics
 //             of the next tile are read before dq is added: behind the additions they would wait in the same queue
@@ -118,24 +119,35 @@ struct BackwardSm90 {
         long long slab;
         int head_kv, padding;
     };
-    static constexpr bool kEarly = Config::kEarly;
-    // Where only the mask is between products and exponentials, products can start from the row statistics: S from -lse /
-    // factor, dP from -delta. They are read while the tensor cores are busy with the tile before.
-    static constexpr bool kSeeded = Config::kSeeded;
+    // Where only the mask is between products and exponentials: P and dS in one pass, whose exponentials hide the rest of it.
+    // (kWide) products start from the row statistics: S from -lse / factor, dP from -delta. They are read while the tensor cores
+    // are busy with the tile before.
+    static constexpr bool kPlain = Config::kSeeded && !kWide;
+    static constexpr bool kEarly = Config::kEarly && !kPlain, kSeeded = Config::kSeeded && !kPlain;
     static_assert(!kSeeded || (kEarly && !Config::kStageBias && !kFewLeft));
     // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that a bias needs.
     static constexpr bool kStatsAhead =
         kEarly && !kSeeded && !kFewLeft && kScoreRows <= (Config::kStageBias && kKeyCols > 64 ? 32 : 64);
+    // Or while S is multiplied, where registers are too short for that.
+    static constexpr bool kStatsUnder = kEarly && kFewLeft;
     // The doormen add dq, in order or not; else each consumer warp adds its own part.
-    static constexpr bool kCourier = Config::kBulkDq && (Config::kDeterministic || (kSeeded && !kRuns));
+    static constexpr bool kCourier =
+        Config::kBulkDq && (Config::kDeterministic || ((Config::kSeeded || kStatsUnder) && !kRuns));
     static constexpr bool kDoormen = kCourier || Config::kDeterministic;
+    // Without an order each of the two adds what one warpgroup left, as soon as it is there.
+    static constexpr bool kDoors = kCourier && !Config::kDeterministic;
+    // With two buffers of dq a warpgroup leaves that of a tile while the one before is being added.
+    static constexpr int kDqBuffers = Config::kDqBuffers;
+    static_assert(kDqBuffers == 1 || kDoors);
+    // The guide keeps what it can in shared memory: it, too, is short of registers.
+    static constexpr bool kKeepRow = kFewLeft && kCourier;
     static constexpr int kDqWarpBytes = Config::kBulkDq || Config::kStoreTma ? Slab::kWarpElements * 4 : 0;
-    static constexpr int kKeyStages = kRuns ? 2 : 1;
+    static constexpr int kDqBytes = kConsumerThreads / 32 * kDqWarpBytes, kKeyStages = kRuns ? 2 : 1;
     using KeySlot = RingSlot<kKeyStages>;
     static constexpr int kOffsetV = kKeyStages * KTile::kBytes, kOffsetQ = kOffsetV + kKeyStages * VTile::kBytes;
     static constexpr int kOffsetDo = kOffsetQ + kStages * QTile::kBytes, kOffsetDs = kOffsetDo + kStages * DoTile::kBytes;
     static constexpr int kOffsetP = kOffsetDs + 2 * DsTile::kBytes, kOffsetDq = kOffsetP + (kWide ? 2 * DsTile::kBytes : 0);
-    static constexpr int kOffsetBias = kOffsetDq + kConsumerThreads / 32 * kDqWarpBytes;
+    static constexpr int kOffsetBias = kOffsetDq + kDqBuffers * kDqBytes;
     static constexpr int kOffsetSums = kOffsetBias + (kBiasTiles ? kStages * BiasTile::kBytes : 0);
     // Of each warp's 16 keys the bias; of each thread's two keys the sums.
     static constexpr int kOffsetRow = kOffsetSums + 2 * kSumsBytes;
@@ -206,15 +218,18 @@ struct BackwardSm90 {
 
         // Pairs of KV heads (and parts of their queries) and sequences form sections whose queries and sums of dq fit into L2
         // together. Within a section, key tiles that run side by side belong to different pairs, and the first ones, which
-        // under a causal mask are the longest, go first. The first section takes what does not fill one: the long tiles of a
-        // small last section would end one by one.
+        // under a causal mask are the longest, go first. The last section may have a size of its own, for what runs last should
+        // end at the same time; before it, the first one takes what does not fill one.
         __device__ __forceinline__ static Share share_of(const ForwardParams& p, const BackwardParams& g) {
             const int run = kRuns ? g.run : 1;
             const int index = static_cast<int>(cta_index()), shares = (g.n_blocks + run - 1) / run;
             const int pairs = g.q_splits * g.heads_kv * (kAllTokens ? 1 : g.batches);
-            const int missing = (p.section - pairs % p.section) % p.section;
+            const int before = pairs - g.last_section;
+            const int missing = (p.section - before % p.section) % p.section;
             const int end = ((index + missing * shares) / (p.section * shares) + 1) * p.section - missing;
-            const int first = max(0, end - p.section), size = end - first, rest = index - first * shares;
+            const bool last = end > before;
+            const int first = last ? before : max(0, end - p.section), size = last ? g.last_section : end - first;
+            const int rest = index - first * shares;
             return {first + rest % size, rest / size * run};
         }
         // `sequence`: with kAllTokens, the one that the key tile belongs to.
@@ -326,11 +341,16 @@ struct BackwardSm90 {
         };
         constexpr int kLaneRows = (kBlockM + 31) / 32;  // of a tile
         const float seed = -1.0f / score_factor();
-        const Stats* from = static_cast<const Stats*>(g.row_stats) + w.seq.row + w.at.head * w.seq.head_rows;
+        const long long first_row = w.seq.row + w.at.head * w.seq.head_rows;
+        if (kKeepRow) {
+            if (lane == 0) visit(0).slab = first_row;
+            __syncwarp();
+        }
         const long long slabs = Slab::number(p, g, w.seq, w.at, 0);
         for_places(w, [&](const Tiles& tiles, Place here) {
             const int row = here.m * kBlockM + lane;
             if (kFewLeft) mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);  // nor has the guide registers to read ahead
+            const Stats* const from = static_cast<const Stats*>(g.row_stats) + (kKeepRow ? visit(0).slab : first_row);
             Stats own[kLaneRows];
 #pragma unroll
             for (int x = 0; x < kLaneRows; x++) {
@@ -350,7 +370,7 @@ struct BackwardSm90 {
             Tiles own_tiles = tiles;
             own_tiles.n = opaque(tiles.n);
             const bool full = own_tiles.full(arguments.variant.mask, at, here);
-            if (lane == 0) visit(slot.stage).slab = slabs + static_cast<long long>(here.head) * g.q_slabs + here.m;
+            if (!kKeepRow && lane == 0) visit(slot.stage).slab = slabs + static_cast<long long>(here.head) * g.q_slabs + here.m;
             publish(here.head, here.m, full, kRuns ? tiles.n : 0);
         });
         mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
@@ -365,6 +385,34 @@ struct BackwardSm90 {
             count += __popc(__ballot_sync(0xffffffffu, other < w.n && tiles_of(w, other).visits(here)));
         }
         return count;
+    }
+    // Where dq of a stage's tile is handed over.
+    __device__ __forceinline__ static constexpr int offset_dq(int stage) {
+        return kOffsetDq + (kDqBuffers > 1 ? stage * kDqBytes : 0);
+    }
+    // A doorman of a warpgroup's dq, which is one part of each slab.
+    __device__ __forceinline__ void add_part(int group) const {
+        constexpr int kBytes = 4 * kDqWarpBytes;
+        const Work w = work();
+        const bool leads = lane_index() == 0;
+        Slot slot;
+        if (leads) mbarrier_arrive(turn(group));
+        for_places(w, [&](const Tiles&, Place here) {
+            Coord at = w.at;
+            at.head += here.head;
+            const long long slab = Slab::number(params(), grads(), w.seq, at, here.m);
+            mbarrier_wait(handed(group), static_cast<unsigned>(slot.stage));
+            if (leads) {
+                fence_proxy_async();
+                cp_reduce_async_bulk_add(static_cast<float*>(grads().dq_sum) + slab * Slab::kElements + group * (kBytes / 4),
+                                         base + offset_dq(slot.stage) + group * kBytes, kBytes);
+                cp_async_bulk_wait_read<kDqBuffers - 1>();
+                mbarrier_arrive(turn(group));
+            }
+            __syncwarp();
+            slot.advance();
+        });
+        if (leads) cp_async_bulk_wait_read();  // shared memory is this CTA's no longer than that
     }
     // Two warps, or what follows an addition, until it is known to be done and has been told, would hold up the next.
     __device__ __forceinline__ void keep_order(int stage) const {
@@ -440,7 +488,7 @@ struct BackwardSm90 {
         KeySlot keys;
         int first_head, n, m, full, next_n;  // of the visit at hand, and its key tile
         float factor;                        // turns a score into the exponent of 2
-        float lse[kStatsAhead ? Scores::kThreadRows : 1];
+        float lse[kStatsAhead || kStatsUnder ? Scores::kThreadRows : 1];
         // Of the tile to come, from its row statistics.
         Scores seeds_s, seeds_dp;
         WgmmaTile<kKeyCols> dk;
@@ -463,12 +511,13 @@ struct BackwardSm90 {
             const Visit& visit = kernel.visit(next.stage);
             m = uniform(visit.m), full = uniform(visit.full);
             if constexpr (kRuns) next_n = uniform(visit.n);
-            if constexpr (kStatsAhead) {
-                const StatsReader stats = kernel.read_stats(next.stage);
-#pragma unroll
-                for (int r = 0; r < Scores::kThreadRows; r++) lse[r] = stats.lse(r);
-            }
+            if constexpr (kStatsAhead) read_lse(next.stage);
             return first_head + uniform(visit.head);
+        }
+        __device__ __forceinline__ void read_lse(int stage) {
+            const StatsReader stats = kernel.read_stats(stage);
+#pragma unroll
+            for (int r = 0; r < Scores::kThreadRows; r++) lse[r] = stats.lse(r);
         }
         // kind: 0 of lse, 1 of delta.
         __device__ __forceinline__ void start_from(Scores& sums, int stage, int kind) const {
@@ -647,6 +696,11 @@ struct BackwardSm90 {
         __device__ __forceinline__ void differentiate(Scores& s, Scores& dp) {
             const ForwardParams& p = params();
             const StatsReader stats = kernel.read_stats(slot.stage);
+            if constexpr (kPlain) {
+                if (!full) hide_scores(s, dp, at, first_query(), first_key(), mask());
+                plain_gradients(s, dp, factor, stats);
+                return;
+            }
             const float scale = static_cast<float>(p.scale), dropout_scale = static_cast<float>(p.dropout_scale);
             const auto& score_mod = staged_mod();
             sums.clear_tile();
@@ -675,8 +729,9 @@ struct BackwardSm90 {
             const float scale = static_cast<float>(params().scale);
             const auto& score_mod = staged_mod();
             const StatsReader reader = kernel.read_stats(slot.stage);
+            constexpr bool kKept = kStatsAhead || kStatsUnder;
             const auto stats = [&](int r) {
-                return Stats{kSeeded ? 0.0f : kStatsAhead ? lse[kStatsAhead ? r : 0] : reader.lse(r), 0.0f};
+                return Stats{kSeeded ? 0.0f : kKept ? lse[kKept ? r : 0] : reader.lse(r), 0.0f};
             };
             if (full) {
                 score_probabilities<Config, false>(s, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
@@ -699,6 +754,15 @@ struct BackwardSm90 {
             gather_sums();
         }
 
+        // Until the doormen have taken the tile before from shared memory, or let this one be added. Each tile is a phase of a
+        // warpgroup's own doorman, every other one of those that take tiles in turn.
+        __device__ __forceinline__ void await_turn() const {
+            mbarrier_wait(kernel.turn(kDoors ? wg : slot.stage), kDoors ? static_cast<unsigned>(slot.stage) : slot.parity);
+        }
+        __device__ __forceinline__ void hand_over() const {
+            __syncwarp();
+            if (leads()) mbarrier_arrive(kernel.handed(kDoors ? wg : slot.stage));
+        }
         // Where dq of the tile at hand lies.
         __device__ __forceinline__ float* dq_target() const {
             return static_cast<float*>(grads().dq_sum) + kernel.visit(slot.stage).slab * Slab::kElements;
@@ -716,7 +780,7 @@ struct BackwardSm90 {
                     }
                     __syncwarp();
                 }
-                const int own = kOffsetDq + warp * kDqWarpBytes + 128 * first;
+                const int own = offset_dq(slot.stage) + warp * kDqWarpBytes + 128 * first;
                 float4* staged = reinterpret_cast<float4*>(kernel.smem + own) + lane_index();
 #pragma unroll
                 for (int x = 0; x < Part::kSize; x += 4) {
@@ -757,6 +821,7 @@ struct BackwardSm90 {
             wgmma_fence();
             wgmma_qk<Element, kHeadDimV, VTile, DoTile, kSeeded>(dp, VTile::k_major(v + own_keys),
                                                                  DoTile::k_major(dout + queries));
+            if constexpr (kStatsUnder) read_lse(stage);
             read_bias(start);
             if constexpr (kEarly) {
                 wgmma_wait_group<1>();
@@ -770,6 +835,7 @@ struct BackwardSm90 {
                 pack_operand<Element>(ds_operand, dp);
             }
             pack_operand<Element>(p_operand, s);
+            if constexpr (!kEarly && !kWide) store_panel(ds + group * DsTile::kPanelBytes, ds_operand);
             const unsigned p = start + kOffsetP + stage * DsTile::kBytes;
             if constexpr (kWide) {
                 store_panel(p + queries, p_operand);
@@ -793,7 +859,7 @@ struct BackwardSm90 {
                 pack_operand<Element>(ds_operand, dp);
             }
             if constexpr (!kWide || kEarly) {
-                store_panel(ds + (kWide ? queries : group * DsTile::kPanelBytes), ds_operand);
+                if constexpr (kEarly) store_panel(ds + (kWide ? queries : group * DsTile::kPanelBytes), ds_operand);
                 fence_proxy_async();
                 if (sends_sums()) cp_async_bulk_wait_read<Config::kBulkDq && !kCourier ? 1 : 0>();
                 bar_sync(kDsBarrier, kConsumerThreads);
@@ -810,10 +876,17 @@ struct BackwardSm90 {
             wgmma_pin(dk.data);
             if constexpr (!kWide) wgmma_pin(ds_operand);
             wgmma_fence();
+            if constexpr (DqSums::kByRows) {
+                wgmma_ab<Element, DsTile, KTile>(dq.whole[0], DsTile::k_major(ds + DqSums::first_row(group) * 128),
+                                                 KTile::mn_major(k + DqSums::panel(group) * KTile::kPanelBytes), false);
+                wgmma_commit_group();
+            } else {
 #pragma unroll
-            for (int x = 0; x < DqSums::kWhole; x++) {
-                wgmma_at<Element, KTile, DsTile>(
-                    dq.whole[x], KTile::descriptor(k + DqSums::panel(group, x) * KTile::kPanelBytes, 16), DsTile::k_major(ds));
+                for (int x = 0; x < DqSums::kWhole; x++) {
+                    wgmma_at<Element, KTile, DsTile>(dq.whole[x],
+                                                     KTile::descriptor(k + DqSums::panel(group, x) * KTile::kPanelBytes, 16),
+                                                     DsTile::k_major(ds));
+                }
             }
             if constexpr (DqSums::kOdd) {
                 wgmma_at<Element, KTile, DsTile>(dq.half, KTile::descriptor(k + DqSums::kHalfPanel * KTile::kPanelBytes, 16),
@@ -838,8 +911,8 @@ struct BackwardSm90 {
             next.advance();
             const int head = read_visit(next);
             if constexpr (kSeeded && kKeyCols <= 64) start_from(seeds_s, next.stage, 0);
-            if constexpr (kDoormen) mbarrier_wait(kernel.turn(stage), slot.parity);
-            float* const to = dq_target();
+            if constexpr (kDoormen) await_turn();
+            float* const to = kCourier ? nullptr : dq_target();
 #pragma unroll
             for (int x = 0; x < DqSums::kWhole; x++) {
                 if (x > 0) {
@@ -855,10 +928,7 @@ struct BackwardSm90 {
                 }
                 add_dq(to, dq.half, DqSums::kHalf, start);
             }
-            if constexpr (kDoormen) {
-                __syncwarp();
-                if (leads()) mbarrier_arrive(kernel.handed(stage));
-            }
+            if constexpr (kDoormen) hand_over();
             if constexpr (kSeeded && kKeyCols > 64) start_from(seeds_s, next.stage, 0);  // registers are short before
             if constexpr (kSeeded && kKeyCols <= 64) start_from(seeds_dp, next.stage, 1);
             wgmma_wait_group<0>();
@@ -915,7 +985,7 @@ struct BackwardSm90 {
         __device__ __forceinline__ void send(const WgmmaTile<kCols>& gradient, float scale, const TensorMap& map,
                                              int staged) const {
             const int warp = uniform(static_cast<int>(threadIdx.x / 32));
-            const unsigned own = kernel.base + kOffsetDq + warp * kDqWarpBytes + staged;
+            const unsigned own = kernel.base + offset_dq(slot.stage) + warp * kDqWarpBytes + staged;
 #pragma unroll
             for (int panel = 0; panel < kCols / 64; panel++) {
                 unsigned operand[16];
@@ -948,7 +1018,7 @@ struct BackwardSm90 {
                 static_assert(!kWide && 16 * 2 * kKeyCols <= kDqWarpBytes && 16 * 2 * kValueCols <= kDqWarpBytes);
                 constexpr bool kBoth = kBytes + 16 * 2 * kValueCols <= kDqWarpBytes;
                 const float scale_v = static_cast<float>(Config::kDropout ? params().dropout_scale : 1.0);
-                if constexpr (kCourier) mbarrier_wait(kernel.turn(slot.stage), slot.parity);
+                if constexpr (kCourier) await_turn();
                 await_staging();
                 send(dk, static_cast<float>(params().scale), kernel.arguments.maps[kBackwardMapDk], 0);
                 if constexpr (!kBoth) await_staging();
@@ -1040,7 +1110,7 @@ struct BackwardSm90 {
                 mbarrier_init(do_full(stage), 1);
                 mbarrier_init(visit_full(stage), 32);
                 mbarrier_init(turn(stage), 1);
-                mbarrier_init(handed(stage), 4 * kConsumers);
+                mbarrier_init(handed(stage), kDoors ? 4 : 4 * kConsumers);
                 mbarrier_init(q_empty(stage), 4 * kConsumers);
                 mbarrier_init(do_empty(stage), 4 * kConsumers);
             }
@@ -1059,7 +1129,7 @@ struct BackwardSm90 {
             if (w.n >= w.last()) return;
             if (warp == 4 * kConsumers && elect_sync()) load_tiles();
             if (warp == 4 * kConsumers + 1) guide();
-            if (kDoormen && warp >= 4 * kConsumers + 2) keep_order(warp % 2);
+            if (kDoormen && warp >= 4 * kConsumers + 2) kDoors ? add_part(warp % 2) : keep_order(warp % 2);
             if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();

@@ -64,9 +64,9 @@ struct Decode {
     // A thread copies the same rows of K and V.
     static constexpr int kLanes = lesser(copy_lanes(KTile::kCopyCols / vec_of<Cache>(Config::kVecK)),
                                          copy_lanes(VTile::kCopyCols / vec_of<Cache>(Config::kVecV)));
-    using QRows = TileRows<kThreads, Config::kVecQ, kLanes, false, QLoaded>;
-    using KRows = TileRows<kThreads, Config::kVecK, kLanes, Config::kWholeRows, KTile>;
-    using VRows = TileRows<kThreads, Config::kVecV, kLanes, Config::kWholeRows, VTile>;
+    using QRows = TileRows<kThreads, Config::kVecQ, kLanes, false, false, QLoaded>;
+    using KRows = TileRows<kThreads, Config::kVecK, kLanes, Config::kWholeRows, Config::kOnce, KTile>;
+    using VRows = TileRows<kThreads, Config::kVecV, kLanes, Config::kWholeRows, Config::kOnce, VTile>;
     static constexpr int kTileBytes = KTile::kBytes + VTile::kBytes, kStageBytes = kTiles * kTileBytes;
     static constexpr int kPitch = kHeadDimV + 8;  // of the staged outputs: pairs of four rows lie in different banks
     static_assert(QTile::kBytes + kStages * kStageBytes <= Config::kSmemBytes, "the plan's shared memory is too small");
@@ -190,7 +190,17 @@ struct Decode {
         }
         return places;
     }
-    // NOTE: what find() returns is on its way until it is looked at here.
+    // Calls use(step, offset, whether it exists) for the lane's rows that are among those of look-up x.
+    template <class Use>
+    __device__ __forceinline__ static void for_rows(int x, long long own, unsigned exist, const Use& use) {
+#pragma unroll
+        for (int y = 0; y < kLanes && x * kLanes + y < KRows::kSteps; y++) {
+            const int from = y * kRowsAtOnce + static_cast<int>(threadIdx.x) % 32 / kLanes;
+            use(x * kLanes + y, __shfl_sync(0xffffffffu, own, from), static_cast<bool>(exist >> from & 1));
+        }
+    }
+    // Keys first, then values: rows of both that are asked for at once lie equally far in two arrays, which memory serves less
+    // well. NOTE: what find() returns is on its way until it is looked at here.
     __device__ __forceinline__ void load_block(const DecodeItem& item, const Places& places, int stage) const {
         const Cache* k = static_cast<const Cache*>(p.k) + item.head_kv * p.k_head + KRows::col();
         const Cache* v = static_cast<const Cache*>(p.v) + item.head_kv * p.v_head + VRows::col();
@@ -203,15 +213,12 @@ struct Decode {
             const long long page = inside ? place.page : 0, slot = inside ? place.slot : 0;
             const long long own_k = page * p.k_page + slot * p.k_row;
             const long long own_v = Config::kAlike ? own_k : page * p.v_page + slot * p.v_row;
-#pragma unroll
-            for (int y = 0; y < kLanes && x * kLanes + y < KRows::kSteps; y++) {
-                const int from = y * kRowsAtOnce + static_cast<int>(threadIdx.x) % 32 / kLanes, step = x * kLanes + y;
-                const long long at_k = __shfl_sync(0xffffffffu, own_k, from);
-                const long long at_v = Config::kAlike ? at_k : __shfl_sync(0xffffffffu, own_v, from);
-                const bool exists = exist >> from & 1;
-                KRows::load(sK(stage), to_k, step, k + at_k, exists, p.head_dim);
-                VRows::load(sV(stage), to_v, step, v + at_v, exists, p.head_dim_v);
-            }
+            for_rows(x, own_k, exist, [&](int step, long long at, bool exists) {
+                KRows::load(sK(stage), to_k, step, k + at, exists, p.head_dim);
+            });
+            for_rows(x, own_v, exist, [&](int step, long long at, bool exists) {
+                VRows::load(sV(stage), to_v, step, v + at, exists, p.head_dim_v);
+            });
         }
     }
 

@@ -2,6 +2,8 @@
 // that a thread's elements of transposed scores lie in are neighbours.
 #pragma once
 #include "attention/row_stats.cuh"
+#include "ptx/address.cuh"
+#include "ptx/shared_memory.cuh"
 
 namespace cuattn {
 
@@ -24,6 +26,16 @@ struct StatsTile {
         }
         __device__ __forceinline__ float lse(int r) const { return at(r); }
         __device__ __forceinline__ float delta(int r) const { return at(r + kRows / 4); }
+        // Of four rows from r on, a multiple of four, in one load where it is written.
+        struct Four {
+            float row[4];
+        };
+        __device__ __forceinline__ Four four(int r) const {
+            const float4 x = ld_shared_v4(smem_address(own + r));
+            return {{x.x, x.y, x.z, x.w}};
+        }
+        __device__ __forceinline__ Four lse_of(int r) const { return four(r); }
+        __device__ __forceinline__ Four delta_of(int r) const { return four(r + kRows / 4); }
         __device__ __forceinline__ Stats operator()(int r) const { return {lse(r), delta(r)}; }
     };
     // Of rows from `first` on.

@@ -1,5 +1,6 @@
-// Who holds dq where one or two warpgroups multiply dq^T = K^T dS^T: half its panels of 64 columns each of two, and of an odd
-// last panel half the rows.
+// Who holds dq where one or two warpgroups multiply. Of 128 rows and one panel of 64 columns, or of 64 rows and two panels,
+// each of two has 64 rows and columns of dq = dS K, so that neither operand is transposed on its way into the product's rows.
+// Else they multiply dq^T = K^T dS^T: each has half the panels of 64 columns, and of an odd last panel half the rows.
 #pragma once
 #include "tile/wgmma_tile.cuh"
 
@@ -10,6 +11,7 @@ namespace cuattn {
 template <int kRows, int kShare>
 struct WarpgroupHalfSums {
     static_assert(kShare % 32 == 0 && kShare <= 128);
+    static constexpr bool kByRows = false;
     static constexpr int kWhole = kShare / 64, kOdd = kShare % 64 / 32, kParts = kWhole + kOdd;
     using Whole = WgmmaTransposedTile<kRows>;
     using Half = WgmmaTransposedTile<kOdd ? kRows / 2 : 16>;
@@ -37,6 +39,36 @@ struct WarpgroupHalfSums {
     }
 };
 
+// What a warpgroup holds of two times 64 rows of 64 columns, below each other (kDown) or side by side: one of the two.
+template <bool kDown>
+struct WarpgroupRowSums {
+    static constexpr bool kByRows = true;
+    static constexpr int kWhole = 1, kOdd = 0, kParts = 1;
+    using Whole = WgmmaTile<64>;
+    static constexpr int kSize = Whole::kSize;
+    Whole whole[1];
+
+    __device__ __forceinline__ static constexpr int first_row(int warpgroup) { return kDown ? 64 * warpgroup : 0; }
+    __device__ __forceinline__ static constexpr int panel(int warpgroup) { return kDown ? 0 : warpgroup; }
+    __device__ __forceinline__ static int warpgroup() { return static_cast<int>(threadIdx.x / 128); }
+    __device__ __forceinline__ float& operator[](int x) { return whole[0][x]; }
+    __device__ __forceinline__ static int row(int x) { return first_row(warpgroup()) + Whole::row(x); }
+    __device__ __forceinline__ static int col(int x) { return 64 * panel(warpgroup()) + Whole::col(x); }
+};
+
+template <int kRows, int kShare>
+struct WarpgroupSums {
+    using Type = WarpgroupHalfSums<kRows, kShare>;
+};
+template <>
+struct WarpgroupSums<128, 32> {
+    using Type = WarpgroupRowSums<true>;
+};
+template <>
+struct WarpgroupSums<64, 64> {
+    using Type = WarpgroupRowSums<false>;
+};
+
 template <class Element_>
 struct WarpgroupHalf {
     using Element = Element_;
@@ -52,7 +84,7 @@ struct WarpgroupHalf {
         __device__ __forceinline__ static int col() { return 0; }
     };
     template <bool kTransA, bool kTransB, int kRows, int kCols>
-    using Sums = WarpgroupHalfSums<kRows, kCols>;
+    using Sums = typename WarpgroupSums<kRows, kCols>::Type;
 };
 
 }  // namespace cuattn
