@@ -205,11 +205,10 @@ def _bounded(problem: Problem) -> bool:
     return mod.cap * math.log2(math.e) <= LARGEST_EXPONENT and 2.0**-30 <= problem.scale / mod.cap <= 1
 
 
-def _nearest_first(problem: Problem) -> bool:
-    """Whether scores are the largest next to the diagonal, by a penalty that grows with the distance, and keys there visible."""
-    mask, mods = problem.mask, problem.mods
-    plain = isinstance(mask, Full) or (isinstance(mask, SlidingWindow) and mask.left is None)
-    return plain and len(mods) == 1 and isinstance(mods[0], Alibi)
+def _from_first_key(problem: Problem) -> bool:
+    """Whether queries see all keys to some last one."""
+    mask = problem.mask
+    return isinstance(mask, Full) or (isinstance(mask, SlidingWindow) and mask.left is None)
 
 
 def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
@@ -218,11 +217,12 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     keys, regular = _keys_of_a_tile(problem), not (problem.packed or problem.mask.tiled)
     shortest = min(problem.seqlen_k, problem.total_k) <= SHORTEST
     # Some have no registers left for going back where a sum exceeds what a row that keeps its maximum may hold.
-    bounded, nearest = _bounded(problem) and problem.head_dim_v <= 128, widest <= 128 and _nearest_first(problem)
+    bounded = _bounded(problem) and problem.head_dim_v <= 128
+    alone = problem.mods[0] if len(problem.mods) == 1 and widest <= 128 and _from_first_key(problem) else None
+    nearest = isinstance(alone, Alibi)  # its scores are the largest next to the diagonal, and mostly nowhere else
     keeps = problem.scale > 0 and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
-    alone = problem.mods[0] if len(problem.mods) == 1 and 64 < widest <= 128 else None
-    keeps = keeps and (not problem.mods or nearest or isinstance(alone, UserMod))
-    keeps = keeps and (problem.dtype == "bfloat16" or problem.head_dim_v <= 128)
+    keeps = keeps and (not problem.mods or nearest or (isinstance(alone, UserMod) and widest > 64))
+    keeps = keeps and (problem.dtype == "bfloat16" or not (problem.packed or problem.head_dim_v > 128))
     if widest <= 64 and keys < SHORT:
         tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False))
     if 64 < widest <= 128 and keys >= LONG and regular:
