@@ -67,7 +67,7 @@ class Tiles:
     q_stages: int = 1
     """forward_sm90: buffers for q; with two, the next query tile's has come before this one's is free"""
     keep_maxima: bool = False
-    """forward_sm90: a row keeps the maximum of its first keys until probabilities grow too large"""
+    """forward_sm90: a row keeps the maximum of its first keys until its probabilities outgrow it, in bfloat16 by 2^40"""
     nearest_first: bool = False
     """forward_sm90: the keys next to a query tile are visited first, then those behind them, then those before them"""
     bounded: bool = False
@@ -216,15 +216,16 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
     keys, regular = _keys_of_a_tile(problem), not (problem.packed or problem.mask.tiled)
     shortest = min(problem.seqlen_k, problem.total_k) <= SHORTEST
-    # Some have no registers left for going back where a sum exceeds what a row that keeps its maximum may hold.
     bounded = _bounded(problem) and problem.head_dim_v <= 128
     alone = problem.mods[0] if len(problem.mods) == 1 and widest <= 128 and _from_first_key(problem) else None
     nearest = isinstance(alone, Alibi)  # its scores are the largest next to the diagonal, and mostly nowhere else
-    keeps = problem.scale > 0 and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
-    keeps = keeps and (not problem.mods or nearest or (isinstance(alone, UserMod) and widest > 64))
-    keeps = keeps and (problem.dtype == "bfloat16" or not (problem.packed or problem.head_dim_v > 128))
+    # The others have no registers left for going back where probabilities outgrow the maximum that a row keeps.
+    keeps = not problem.mods or nearest or (isinstance(alone, UserMod) and widest > 64)
+    keeps = keeps and problem.scale > 0
+    keeps = keeps and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
     if widest <= 64 and keys < SHORT:
-        tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False))
+        stages = 2 if staged_bias(problem) else 3  # two CTAs an SM
+        tiles.insert(0, Tiles(128, 64, stages, 12, 2, 2, persistent=True, overlap=False, q_stages=2))
     if 64 < widest <= 128 and keys >= LONG and regular:
         tiles.insert(0, Tiles(128, 176, 2, 12, persistent=True, max_weight=0))
     if 64 < widest <= 128 and shortest and regular and keeps and _fills_sm90(problem, device, 192):

@@ -51,6 +51,11 @@ struct TmaArguments {
     ForwardArguments<Config> variant;
 };
 
+template <class Mask>
+constexpr bool kSeesAll = false;
+template <>
+constexpr bool kSeesAll<FullMask> = true;
+
 template <class Config>
 struct ForwardSm90 {
     using Element = typename Config::Element;
@@ -86,10 +91,8 @@ struct ForwardSm90 {
     // begins. Narrow O is done before the first of them.
     static constexpr int kEarly = Config::kScalesFirst ? kBlockN : kHeadDimV <= 64 ? 0 : kBlockN / 32 * 8;
     static constexpr int kEarlyCross = kBlockN / 16 * 8;
-#ifndef CAP_EARLY
-#define CAP_EARLY (kBlockN / 32 * 24)
-#endif
-    static constexpr int kEarlyBounded = CAP_EARLY;
+    // Columns of bounded scores, likewise.
+    static constexpr int kEarlyBounded = kHeadDimV <= 64 ? kBlockN : kBlockN / 32 * 24;
     static constexpr int kTileStages = 3;  // of query tiles: the one being stored, the current and the next
     using TileSlot = RingSlot<kTileStages>;
     // A bias that TMA can load comes in tiles like K; kBiasStages 0: there is none, or it is read from global memory.
@@ -105,11 +108,9 @@ struct ForwardSm90 {
     static_assert(kOffsetBarriers + 8 * kBarriers + QTile::kAlignment <= Config::kSmemBytes,
                   "the plan's shared memory is too small");
 
-    // A row keeps its first maximum while the sums of its probabilities stay below kLargestSum, or in float16, which holds no
-    // probability above 2^16, those of one tile.
+    // A row keeps its first maximum while its probabilities of a tile of keys sum to kLargestSum<Element> at most. Where they
+    // outgrow it, floats are still there to be divided, if they have registers of their own beside P.
     static constexpr bool kKeepsMaxima = Config::kKeepsMaxima;
-    static constexpr bool kNarrow = !kHoldsFloats<Element>;
-    static constexpr float kLargestSum = kNarrow ? 32768.0f : 1099511627776.0f;  // 2^40: far from what bfloat16 holds, as is O
     static_assert(!kKeepsMaxima || Config::kPositiveScale);
 
     // One buffer for V is not free for the next tile before O is done.
@@ -120,6 +121,8 @@ struct ForwardSm90 {
     static constexpr bool kWhole = Config::kPositiveScale && WholeTile<ScoreMod>::kExists && kHeadDimV <= 128 && !kBounded;
     using Whole = WholeTile<typename Either<kWhole, ScoreMod, NoScoreMod>::Type>;
     static constexpr bool kLinear = kWhole && Whole::kLinear && kKeepsMaxima;
+    // Three consumers have no such registers without overlap, or beside what ALiBi needs where all is visible.
+    static constexpr bool kDivides = kConsumers == 2 || (Config::kOverlap && !(kLinear && kSeesAll<Mask>));
     // Scores may grow from key to key by what a user's code does: who has gone back once takes maxima for the rest of a query
     // tile.
     static constexpr bool kAdapts = kKeepsMaxima && !Config::kFoldScale && !kWhole;
@@ -165,6 +168,10 @@ struct ForwardSm90 {
     }
 
     __device__ __forceinline__ const ForwardParams& params() const { return arguments.variant.base; }
+    // Known to the compiler where nothing is padded: it then drops what stores a part of a row.
+    __device__ __forceinline__ static int head_dim_v(const ForwardParams& p) {
+        return Config::kWholeRows ? kHeadDimV : p.head_dim_v;
+    }
     __device__ __forceinline__ unsigned barrier(int number) const { return base + kOffsetBarriers + 8 * number; }
     __device__ __forceinline__ unsigned tile_full(int stage) const { return barrier(stage); }
     __device__ __forceinline__ unsigned tile_empty(int stage) const { return barrier(kTileStages + stage); }
@@ -461,7 +468,8 @@ struct ForwardSm90 {
                 take_maximum(s, half);
                 if constexpr (kNearestFirst && kLinear) {
                     const int i = first_row(w) + s.row_at(half);
-                    rows[half].max += whole.template rise<kBlockN>(w.at, i, n * kBlockN, factor, kNarrow ? 8.0f : 80.0f);
+                    rows[half].max +=
+                        whole.template rise<kBlockN>(w.at, i, n * kBlockN, factor, kHoldsFloats<Element> ? 80.0f : 8.0f);
                 }
             }
         }
@@ -495,13 +503,22 @@ struct ForwardSm90 {
                 }
             }
         }
-        // After a tile without a look at its maxima: where sums have become too large, back to before it, whose sums were
-        // `before`, and with maxima this time. O belongs to the tiles before.
+        // After a tile without a look at its maxima, before which the sums were `before`: where they have grown too much, they,
+        // O, which belongs to the tiles before, and the probabilities are divided by a power of two. Where even floats do not
+        // hold these, back to before the tile, and with maxima this time.
         __device__ __forceinline__ void check_sums(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4], const Work& w,
                                                    const Tiles& tiles, int n, const float (&before)[2]) {
-            const float first = kNarrow ? before[0] : 0.0f, second = kNarrow ? before[1] : 0.0f;
-            const bool fits = rows[0].sum - first <= kLargestSum && rows[1].sum - second <= kLargestSum;
-            if (__all_sync(0xffffffffu, fits)) return;
+            const float larger = maximum(rows[0].sum - before[0], rows[1].sum - before[1]);
+            if (__all_sync(0xffffffffu, larger <= kLargestSum<Element>)) return;
+            if (kDivides && __all_sync(0xffffffffu, larger <= kLargestFloat)) {
+                const float shrink[2] = {rows[0].outgrow(s.row_maximum(0), factor), rows[1].outgrow(s.row_maximum(1), factor)};
+#pragma unroll
+                for (int x = 0; x < kBlockN / 2; x++) s[x] *= shrink[x % 4 / 2];
+#pragma unroll
+                for (int x = 0; x < kHeadDimV / 2; x++) o[x] *= shrink[x % 4 / 2];
+                pack(s, probabilities);
+                return;
+            }
             if constexpr (kAdapts) careful = true;
             recompute_scores(s, w, n);
             modify(s, w, tiles, n);
@@ -876,7 +893,7 @@ struct ForwardSm90 {
                 const int i = first_row(w) + o.row(2 * half);
                 const bool inside = i < w.at.seqlen_q;
                 if (threadIdx.x % 4 == 0 && inside) store_lse(p, w, i, result.lse_log2);
-                store_row<Element, Config::kVecOut>(o, half, result.factor, out + i * p.out_row, p.head_dim_v, inside);
+                store_row<Element, Config::kVecOut>(o, half, result.factor, out + i * p.out_row, head_dim_v(p), inside);
             }
         }
     };
@@ -974,8 +991,11 @@ struct ForwardSm90 {
             } else {
                 consumer.finish(consumer.rows);
             }
-            if constexpr (!Config::kPersistent) break;
-            tile = consumer.receive_tile(consumer.tile);
+            if constexpr (Config::kPersistent) {
+                tile = consumer.receive_tile(consumer.tile);
+            } else {
+                tile.m_block = opaque(-1);  // without a loop the compiler holds addresses throughout and spills
+            }
         }
     }
 
