@@ -175,7 +175,7 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
         constants |= {"kBiasStages": plan.bias_stages, "kQStages": t.q_stages}
         flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong, "kPersistent": t.persistent, "kLateWait": t.late_wait}
         flags |= {"kKeepsMaxima": t.keep_maxima, "kBounded": t.bounded, "kScalesFirst": t.scale_first}
-        flags |= {"kDrawsEarly": t.draws_early}
+        flags |= {"kDrawsEarly": t.draws_early, "kNearestFirst": t.nearest_first}
         flags["kWholeRows"] = p.head_dim_v == plan.head_dim_v
     arguments = "TmaArguments" if tma else "ForwardArguments"
     size = len(forward_struct(plan, attends).image)

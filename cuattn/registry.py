@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cuattn.fields import ITEMSIZE, Operand
 from cuattn.masks import And, BooleanMask, Full, SlidingWindow
 from cuattn.problem import Problem
-from cuattn.score_mods import Bias, SoftCap, UserMod
+from cuattn.score_mods import Alibi, Bias, SoftCap, UserMod
 from cuattn.tma import tma_bias, tma_obstacles
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ class Tiles:
     """forward_sm90: buffers for q; with two, the next query tile's has come before this one's is free"""
     keep_maxima: bool = False
     """forward_sm90: a row keeps the maximum of its first keys until its probabilities outgrow it, in bfloat16 by 2^40"""
+    nearest_first: bool = False
+    """forward_sm90: the keys next to a query tile are visited first, then those behind them, then those before them"""
     bounded: bool = False
     """forward_sm90: scores are so close to 0 that exponentials need no maximum"""
     late_wait: bool = True
@@ -164,6 +166,8 @@ def _weight_sm90(problem: Problem) -> int:
     """As `_weight`: what masks, modifications and layouts cost a loop that TMA feeds."""
     unstaged = any(isinstance(mod, Bias) for mod in problem.mods) and staged_bias(problem) is None
     mods = sum(1 + isinstance(mod, UserMod) for mod in problem.mods)
+    mods += max(0, len(problem.mods) - 1)  # what several keep in registers adds up
+    mods += 2 * (problem.packed and mods > 0 and max(problem.head_dim, problem.head_dim_v) <= 64)
     return 6 * (problem.dropout > 0) + 7 * (unstaged + isinstance(problem.mask, BooleanMask)) + mods
 
 
@@ -201,13 +205,23 @@ def _bounded(problem: Problem) -> bool:
     return mod.cap * math.log2(math.e) <= LARGEST_EXPONENT and 2.0**-30 <= problem.scale / mod.cap <= 1
 
 
+def _from_first_key(problem: Problem) -> bool:
+    """Whether queries see all keys to some last one."""
+    mask = problem.mask
+    return isinstance(mask, Full) or (isinstance(mask, SlidingWindow) and mask.left is None)
+
+
 def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     widest, weight = max(_dims_sm90(problem)), _weight_sm90(problem)
     tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
     keys, regular = _keys_of_a_tile(problem), not (problem.packed or problem.mask.tiled)
     shortest = min(problem.seqlen_k, problem.total_k) <= SHORTEST
+    bounded = _bounded(problem) and problem.head_dim_v <= 128
+    alone = problem.mods[0] if len(problem.mods) == 1 and widest <= 128 and _from_first_key(problem) else None
+    nearest = isinstance(alone, Alibi)  # its scores are the largest next to the diagonal, and mostly nowhere else
     # The others have no registers left for going back where probabilities outgrow the maximum that a row keeps.
-    keeps = not problem.mods and problem.scale > 0
+    keeps = not problem.mods or nearest or (isinstance(alone, UserMod) and widest > 64)
+    keeps = keeps and problem.scale > 0
     keeps = keeps and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
     if widest <= 64 and keys < SHORT:
         stages = 2 if staged_bias(problem) else 3  # two CTAs an SM
@@ -225,13 +239,14 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     # Beside more columns of out the compiler has no room for what a late wait lets it interleave.
     wide = problem.head_dim_v > 128
     scales_first = wide and weight == 0 and not keeps
-    waits_late, bounded = keeps or not wide, _bounded(problem) and not wide
+    waits_late = keeps or not wide
     tiles = [
         replace(
             t,
             late_wait=waits_late,
             scale_first=scales_first and t.overlap,
             keep_maxima=keeps,
+            nearest_first=keeps and nearest,
             bounded=bounded,
             draws_early=keys < SHORT and t.overlap and t.q_stages == 2,
         )

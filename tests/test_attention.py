@@ -11,7 +11,7 @@ import pytest
 import cuattn
 from cuattn import reference
 from cuattn.masks import Causal
-from cuattn.score_mods import SoftCap
+from cuattn.score_mods import Alibi, SoftCap
 from tests.cases import CORNERS, DTYPES, FEATURES, KINDS, LAYOUTS, MASKS, MODS, REGULAR, SMALL, Case
 from tests.tolerance import assert_close, limit, verify
 
@@ -147,6 +147,52 @@ def test_sizes_of_a_softcap(backend: Any, dtype: str, cap: float, end: int) -> N
         naive_lse = reference.forward(q, k, v, **options, dtype=np.float32)[1]
         assert_close("out", backend.get(out), exact, limit(exact, naive, DTYPES[dtype], dtype))
         assert_close("lse", backend.get(lse), exact_lse, limit(exact_lse, naive_lse, np.float32, "statistics", 1.0))
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 6.0])
+@pytest.mark.parametrize("causal", [False, True, "top-left"])
+@pytest.mark.parametrize(
+    ("seqlens", "num_heads", "head_dim"),
+    [
+        pytest.param((140, 390), 3, 64, id="short"),
+        pytest.param((390, 140), 3, 128, id="more-queries"),
+        pytest.param((300, 700), 4, 128, id="tiles"),
+        pytest.param((130, 2200), 54, 128, id="many-keys", marks=pytest.mark.slow),
+        pytest.param((150, 2200), 54, 64, id="three-warpgroups", marks=pytest.mark.slow),
+    ],
+)
+def test_sizes_of_alibi(
+    backend: Any, seqlens: tuple[int, int], num_heads: int, head_dim: int, causal: bool | str, magnitude: float
+) -> None:
+    """Slopes so steep that next to no key counts, so small that all do, and negative; small scores and large ones."""
+    rng, kind = np.random.default_rng(1), DTYPES["bfloat16"]
+    slopes = np.resize(np.array([0.7, 4.0, 0.01, -0.3, 0.0, 0.15, 1e-3], np.float32), num_heads)
+    q, k, v = (rng.standard_normal((1, n, num_heads, head_dim), np.float32) for n in (*seqlens, seqlens[1]))
+    q, k, v = (q * magnitude).astype(kind), (k * magnitude).astype(kind), v.astype(kind)
+    out, lse = cuattn.attention(*map(backend.put, (q, k, v)), alibi_slopes=backend.put(slopes), causal=causal, return_lse=True)
+    mask = Causal(top_left=causal == "top-left") if causal else cuattn.Full()
+    options: dict[str, Any] = {"scale": head_dim**-0.5, "mask": mask, "mods": (Alibi(slopes),)}
+    exact, exact_lse = reference.forward(q, k, v, **options)
+    naive = reference.forward(q, k, v, **options, dtype=kind)[0]
+    naive_lse = reference.forward(q, k, v, **options, dtype=np.float32)[1]
+    assert_close("out", backend.get(out), exact, limit(exact, naive, kind, "bfloat16"))
+    assert_close("lse", backend.get(lse), exact_lse, limit(exact_lse, naive_lse, np.float32, "statistics", 1.0))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sizes_of_user_scores(backend: Any, dtype: str, causal: bool) -> None:
+    """Scores that grow from key to key so fast that no tile's maximum serves the next one, and slowly, in different heads."""
+    rng, kind = np.random.default_rng(2), DTYPES[dtype]
+    q, k, v = (rng.standard_normal((1, n, 3, 128), np.float32).astype(kind) for n in (300, 700, 700))
+    mod = cuattn.UserMod("s + Real(h * h) * Real(0.25) * Real(j)")
+    out, lse = cuattn.attention(*map(backend.put, (q, k, v)), score_mod=mod, causal=causal, return_lse=True)
+    options: dict[str, Any] = {"scale": 128**-0.5, "mask": Causal() if causal else cuattn.Full(), "mods": (mod,)}
+    exact, exact_lse = reference.forward(q, k, v, **options)
+    naive = reference.forward(q, k, v, **options, dtype=kind)[0]
+    naive_lse = reference.forward(q, k, v, **options, dtype=np.float32)[1]
+    assert_close("out", backend.get(out), exact, limit(exact, naive, kind, dtype))
+    assert_close("lse", backend.get(lse), exact_lse, limit(exact_lse, naive_lse, np.float32, "statistics", 1.0))
 
 
 @pytest.mark.parametrize("function", ["exp", "exp2", "log", "log2", "tanh"])

@@ -159,14 +159,21 @@ struct Either<false, First, Second> {
 // Modifications that a loop may apply to a whole tile of raw products instead of `apply`, for one head and a positive scale.
 // Afterwards they are scores in units of which factor(), positive too, makes exponents of 2. For loops that the number of
 // instructions bounds.
+// kLinear: in a tile of which all keys lie on one side of the diagonal, exponents are linear in the column (`line`).
 template <class Mod>
 struct WholeTile {
-    static constexpr bool kExists = false;
+    static constexpr bool kExists = false, kLinear = false;
+};
+
+// What an exponent of 2 is besides a score times the factor: start[r] + step * columns, in row r of a thread, counted from the
+// thread's first column.
+struct Line {
+    float step, start[2];
 };
 
 template <class Tanh>
 struct WholeTile<SoftCap<float, Tanh>> {
-    static constexpr bool kExists = true;
+    static constexpr bool kExists = true, kLinear = false;
     float unit;  // makes four times the argument of tanh out of a product
 
     __device__ __forceinline__ static float factor(const SoftCap<float, Tanh>& mod, float) {
@@ -180,13 +187,14 @@ struct WholeTile<SoftCap<float, Tanh>> {
     // exponent is 0.
     template <class Tile>
     __device__ __forceinline__ void apply(Tile& s, const Coord&, int, int) const {
-        unsigned bits = 0;
+        unsigned bits[4] = {};  // four chains, or each operation waits for the last
 #pragma unroll
         for (int x = 0; x < Tile::kSize; x++) {
             s[x] *= unit;
-            bits |= __float_as_uint(s[x]);
+            bits[x / 2 % 4] |= __float_as_uint(s[x]);
         }
-        if (__all_sync(0xffffffffu, (bits & 0x40000000u) == 0)) {
+        const unsigned all = bits[0] | bits[1] | bits[2] | bits[3];
+        if (__all_sync(0xffffffffu, (all & 0x40000000u) == 0)) {
 #pragma unroll
             for (int x = 0; x < Tile::kSize; x++) {
                 const float y = s[x] * s[x];
@@ -213,6 +221,7 @@ struct BoundedTile<SoftCap<float, Tanh>, kScaledQueries> {
     using Mod = SoftCap<float, Tanh>;
     float linear, cubic;  // of the exponent in a scaled product: the least relative error (6.3e-5) to a quarter of the cap
     float unit;           // scales a product where queries are not scaled
+    float offset;         // what exponents are taken relative to, so that probabilities are small, but no less than 2^-100
 
     // Eight times the argument of tanh, by a product; and the power of two that is no less.
     __device__ __forceinline__ static float eighth(const Mod& mod, float scale) { return 8.0f * scale * mod.inverse; }
@@ -226,20 +235,22 @@ struct BoundedTile<SoftCap<float, Tanh>, kScaledQueries> {
     __device__ __forceinline__ static float most(const Mod& mod) { return mod.cap * static_cast<float>(kLog2e); }
     __device__ __forceinline__ static BoundedTile of(const Mod& mod, float scale) {
         const float x = rest(mod, scale);
-        return {0.124992081f * most(mod) * x, -0.000635126957f * most(mod) * (x * x * x), eighth(mod, scale)};
+        const float offset = min(most(mod), 100.0f - most(mod));
+        return {0.124992081f * most(mod) * x, -0.000635126957f * most(mod) * (x * x * x), eighth(mod, scale), offset};
     }
     // All of the warp's scaled products are below 2: the uppermost bits of their exponents are 0.
     template <class Tile>
     __device__ __forceinline__ bool within_reach(Tile& s) const {
-        unsigned bits = 0;
+        unsigned bits[4] = {};  // four chains, or each operation waits for the last
 #pragma unroll
         for (int x = 0; x < Tile::kSize; x++) {
             if constexpr (!kScaledQueries) s[x] *= unit;
-            bits |= __float_as_uint(s[x]);
+            bits[x / 2 % 4] |= __float_as_uint(s[x]);
         }
-        return __all_sync(0xffffffffu, (bits & 0x40000000u) == 0);
+        const unsigned all = bits[0] | bits[1] | bits[2] | bits[3];
+        return __all_sync(0xffffffffu, (all & 0x40000000u) == 0);
     }
-    __device__ __forceinline__ float exponent(float x) const { return x * (cubic * (x * x) + linear); }
+    __device__ __forceinline__ float exponent(float x) const { return x * (cubic * (x * x) + linear) - offset; }
     // bfloat16 rounds a score by four times the error of tanh_fast.
     template <class Tile>
     __device__ __forceinline__ void cap(Tile& s, bool near, const Mod& mod, float scale) const {
@@ -249,14 +260,14 @@ struct BoundedTile<SoftCap<float, Tanh>, kScaledQueries> {
         } else {
             const float argument = 0.125f * rest(mod, scale);
 #pragma unroll
-            for (int x = 0; x < Tile::kSize; x++) s[x] = most(mod) * tanh_fast(argument * s[x]);
+            for (int x = 0; x < Tile::kSize; x++) s[x] = most(mod) * tanh_fast(argument * s[x]) - offset;
         }
     }
 };
 
 template <class Slope>
 struct WholeTile<Alibi<float, Slope>> {
-    static constexpr bool kExists = true;
+    static constexpr bool kExists = true, kLinear = true;
     float slope;
 
     __device__ __forceinline__ static float factor(const Alibi<float, Slope>&, float scale) {
@@ -274,6 +285,32 @@ struct WholeTile<Alibi<float, Slope>> {
             const int i = row0 + Tile::row(x);
             s[x] -= slope * magnitude(distance<float>(i + at.seqlen_k - at.seqlen_q, column));
         }
+    }
+    // Whether all keys of kCols columns are before or after the diagonal of kRows rows, or on it; 0: neither.
+    template <int kRows, int kCols>
+    __device__ __forceinline__ static int side(const Coord& at, int row0, int col0) {
+        const int first = row0 + at.seqlen_k - at.seqlen_q;
+        return col0 + kCols - 1 <= first ? 1 : col0 >= first + kRows - 1 ? -1 : 0;
+    }
+    // By how much the score of row i with its nearest key may exceed those of kCols columns; to 2^most in probabilities.
+    template <int kCols>
+    __device__ __forceinline__ float rise(const Coord& at, int i, int col0, float factor, float most) const {
+        const int nearest = max(0, min(i + at.seqlen_k - at.seqlen_q, at.seqlen_k - 1));
+        const int columns = max(0, max(nearest - (col0 + kCols - 1), col0 - nearest));
+        return min(max(slope, 0.0f) * static_cast<float>(columns), most / factor);
+    }
+    // The line of a tile on one side, for rows with such maxima, by which exponents are diminished.
+    template <class Tile>
+    __device__ __forceinline__ Line line(int side, const Coord& at, int row0, int col0, float factor,
+                                         const float (&offset)[2]) const {
+        const float step = static_cast<float>(side) * slope * factor;
+        Line result = {step, {}};
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int i = row0 + Tile::row_at(r) + at.seqlen_k - at.seqlen_q;
+            result.start[r] = -step * distance<float>(i, col0 + Tile::col(0)) - offset[r];
+        }
+        return result;
     }
 };
 

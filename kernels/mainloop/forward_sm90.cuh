@@ -51,6 +51,11 @@ struct TmaArguments {
     ForwardArguments<Config> variant;
 };
 
+template <class Mask>
+constexpr bool kSeesAll = false;
+template <>
+constexpr bool kSeesAll<FullMask> = true;
+
 template <class Config>
 struct ForwardSm90 {
     using Element = typename Config::Element;
@@ -86,6 +91,8 @@ struct ForwardSm90 {
     // begins. Narrow O is done before the first of them.
     static constexpr int kEarly = Config::kScalesFirst ? kBlockN : kHeadDimV <= 64 ? 0 : kBlockN / 32 * 8;
     static constexpr int kEarlyCross = kBlockN / 16 * 8;
+    // Columns of bounded scores, likewise.
+    static constexpr int kEarlyBounded = kHeadDimV <= 64 ? kBlockN : kBlockN / 32 * 24;
     static constexpr int kTileStages = 3;  // of query tiles: the one being stored, the current and the next
     using TileSlot = RingSlot<kTileStages>;
     // A bias that TMA can load comes in tiles like K; kBiasStages 0: there is none, or it is read from global memory.
@@ -104,8 +111,7 @@ struct ForwardSm90 {
     // A row keeps its first maximum while its probabilities of a tile of keys sum to kLargestSum<Element> at most. Where they
     // outgrow it, floats are still there to be divided, if they have registers of their own beside P.
     static constexpr bool kKeepsMaxima = Config::kKeepsMaxima;
-    static constexpr bool kDivides = Config::kOverlap || kConsumers == 2;
-    static_assert(!kKeepsMaxima || Config::kFoldScale);
+    static_assert(!kKeepsMaxima || Config::kPositiveScale);
 
     // One buffer for V is not free for the next tile before O is done.
     static constexpr bool kLateWait = Config::kLateWait && kStages > 1;
@@ -114,6 +120,15 @@ struct ForwardSm90 {
     static constexpr bool kBounded = Config::kBounded;
     static constexpr bool kWhole = Config::kPositiveScale && WholeTile<ScoreMod>::kExists && kHeadDimV <= 128 && !kBounded;
     using Whole = WholeTile<typename Either<kWhole, ScoreMod, NoScoreMod>::Type>;
+    static constexpr bool kLinear = kWhole && Whole::kLinear && kKeepsMaxima;
+    // Three consumers have no such registers without overlap, or beside what ALiBi needs where all is visible.
+    static constexpr bool kDivides = kConsumers == 2 || (Config::kOverlap && !(kLinear && kSeesAll<Mask>));
+    // Scores may grow from key to key by what a user's code does: who has gone back once takes maxima for the rest of a query
+    // tile.
+    static constexpr bool kAdapts = kKeepsMaxima && !Config::kFoldScale && !kWhole;
+    // A query tile begins with the keys that are nearest to it, whose scores are the largest, and goes on behind them.
+    static constexpr bool kNearestFirst = Config::kNearestFirst;
+    static_assert(!kNearestFirst || !Mask::kTiled);
     // Heads to 64 have three consumers, in whose loop scaled products were faster.
     static constexpr bool kScalesQueries = kBounded && kHeadDim > 64;
     using Bounded = BoundedTile<typename Either<kBounded, ScoreMod, NoScoreMod>::Type, kScalesQueries>;
@@ -132,6 +147,25 @@ struct ForwardSm90 {
     const TmaArguments<Config>& arguments;
     char* smem;  // aligned
     unsigned base;
+
+    // The order of key tiles: the one that is visited first, which is near to all rows and of which each sees some keys, those
+    // behind it, and those before it.
+    struct Order {
+        Range blocks;
+        int first;
+        // Which tile comes in the place of tile n.
+        __device__ __forceinline__ int operator()(int n) const {
+            if constexpr (!kNearestFirst) return n;
+            const int block = n - blocks.start + first;
+            return block < blocks.stop ? block : block - blocks.stop + blocks.start;
+        }
+    };
+    __device__ __forceinline__ Order order(const Tiles& tiles, const Work& w) const {
+        if constexpr (!kNearestFirst) return {tiles.blocks, 0};
+        const int row0 = w.m_block * kBlockM, middle = row0 + kBlockM / 2 + w.at.seqlen_k - w.at.seqlen_q;
+        const int seen = arguments.variant.mask.kv_range(w.at, {row0, row0 + 1}).stop - 1;
+        return {tiles.blocks, max(tiles.blocks.start, min(min(middle, seen) / kBlockN, tiles.blocks.stop - 1))};
+    }
 
     __device__ __forceinline__ const ForwardParams& params() const { return arguments.variant.base; }
     // Known to the compiler where nothing is padded: it then drops what stores a part of a row.
@@ -235,7 +269,8 @@ struct ForwardSm90 {
                 bias.advance();
             }
         };
-        load_k(n);
+        const Order at = order(tiles, w);
+        load_k(at(n));
 #pragma unroll
         for (int wg = 0; wg < kConsumers; wg++) {
             mbarrier_wait(q_empty(q.stage, wg), q.parity ^ 1);
@@ -243,16 +278,16 @@ struct ForwardSm90 {
                         row_q + 64 * wg, w.at.head, batch);
         }
         q.advance();
-        load_bias(n);
+        load_bias(at(n));
         when_begun();
         for (int following = tiles.next(n + 1); following < tiles.blocks.stop; following = tiles.next(n + 1)) {
-            load_k(following);
-            load_bias(following);
-            load_v(n);
+            load_k(at(following));
+            load_bias(at(following));
+            load_v(at(n));
             n = following;
         }
         before_last();
-        load_v(n);
+        load_v(at(n));
     }
 
     // --------------------------------------------------------------------------------------------------------- consumers
@@ -275,6 +310,7 @@ struct ForwardSm90 {
         bool staged = false;      // the query tile before this one is still to be stored
         unsigned k_ended = 0;     // the next K was there when this was asked under the exponentials
         bool fresh = false;       // O holds that of the query tile before: its first product overwrites it
+        bool careful = false;     // this warp has gone back once in this query tile, and takes maxima now (kAdapts)
         Whole whole;
         Bounded bounded;
 
@@ -390,28 +426,21 @@ struct ForwardSm90 {
                 modify_scores<kFoldScale, true>(s, w.at, first_row(w), n * kBlockN, scale, mask, score_mod);
             }
         }
-        // Bounded scores, modified and masked, to probabilities in their place, with the sums.
-        __device__ __forceinline__ void cap_and_exponentiate(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n) {
+        // Raw products of bounded scores to probabilities as operands, and the sums.
+        template <int kEarly, class WhenFree>
+        __device__ __forceinline__ void cap_and_exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
+                                                             const Work& w, const Tiles& tiles, int n, WhenFree when_free) {
+            const float shrink[2] = {};
             const bool near = bounded.within_reach(s);
             if (near && tiles.full(kernel.arguments.variant.mask, w.at, n)) {
-                exponentiate_bounded(s, [&](float x) { return bounded.exponent(x); });
+                auto exponent = [&](float x, int, int) { return bounded.exponent(x); };
+                exponentiate_with<false, kEarly>(exponent, s, probabilities, shrink, w, n, when_free);
             } else {
                 bounded.cap(s, near, kernel.arguments.variant.score_mod, static_cast<float>(params().scale));
                 modify_with<true>(s, w, tiles, n, kernel.arguments.variant.score_mod);
-                exponentiate_bounded(s, [](float x) { return x; });
+                auto exponent = [](float x, int, int) { return x; };
+                exponentiate_with<false, kEarly>(exponent, s, probabilities, shrink, w, n, when_free);
             }
-            if constexpr (Config::kDropout) drop(s, w, n);
-        }
-        template <class Exponent>
-        __device__ __forceinline__ void exponentiate_bounded(WgmmaTile<kBlockN>& s, Exponent exponent) {
-            float sum[4] = {rows[0].sum, 0.0f, rows[1].sum, 0.0f};
-#pragma unroll
-            for (int x = 0; x < kBlockN / 2; x++) {
-                s[x] = exp2_fast(exponent(s[x]));
-                sum[x % 4] += s[x];
-            }
-            rows[0].sum = sum[0] + sum[1];
-            rows[1].sum = sum[2] + sum[3];
         }
         // Takes the maximum of a tile into a row; returns what O and the sums before it are to be multiplied with.
         __device__ __forceinline__ float take_maximum(WgmmaTile<kBlockN>& s, int half) {
@@ -429,6 +458,19 @@ struct ForwardSm90 {
                 const RowState<float> old = rows[half];
                 take_maximum(s, half);
                 if (old.max != negative_infinity<float>()) rows[half] = old;
+            }
+        }
+        // The maxima of a query tile's first keys. Where other keys are nearer to a row, their scores are expected to be
+        // larger.
+        __device__ __forceinline__ void take_first_maxima(WgmmaTile<kBlockN>& s, const Work& w, int n) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                take_maximum(s, half);
+                if constexpr (kNearestFirst && kLinear) {
+                    const int i = first_row(w) + s.row_at(half);
+                    rows[half].max +=
+                        whole.template rise<kBlockN>(w.at, i, n * kBlockN, factor, kHoldsFloats<Element> ? 80.0f : 8.0f);
+                }
             }
         }
         // S = Q K^T of a tile once more, by each warp for itself, with keys from global memory: their buffer has been released.
@@ -477,6 +519,7 @@ struct ForwardSm90 {
                 pack(s, probabilities);
                 return;
             }
+            if constexpr (kAdapts) careful = true;
             recompute_scores(s, w, n);
             modify(s, w, tiles, n);
             rows[0].sum = before[0], rows[1].sum = before[1];
@@ -490,6 +533,14 @@ struct ForwardSm90 {
         __device__ __forceinline__ void exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
                                                      const float (&shrink)[2], const Work& w, int n, WhenFree when_free) {
             const float offset[2] = {rows[0].offset(factor), rows[1].offset(factor)};
+            exponentiate_with<kShrink, kEarly>([&](float x, int e, int) { return x * factor - offset[e / 2]; }, s,
+                                               probabilities, shrink, w, n, when_free);
+        }
+        // `exponent(x, e, column)`: of a score, of row e / 2, so many columns after the thread's first.
+        template <bool kShrink, int kEarly, class Exponent, class WhenFree>
+        __device__ __forceinline__ void exponentiate_with(Exponent exponent, WgmmaTile<kBlockN>& s,
+                                                          unsigned (&probabilities)[kBlockN / 4], const float (&shrink)[2],
+                                                          const Work& w, int n, WhenFree when_free) {
             float sum[4] = {rows[0].sum, 0.0f, rows[1].sum, 0.0f};
             constexpr int kSteps = kBlockN / 8, kSizeO = kHeadDimV / 2, kEach = (kSizeO + kSteps - 1) / kSteps;
 #pragma unroll
@@ -502,7 +553,7 @@ struct ForwardSm90 {
                 if (u == kSteps) break;
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    s[4 * u + e] = exp2_fast(s[4 * u + e] * factor - offset[e / 2]);
+                    s[4 * u + e] = exp2_fast(exponent(s[4 * u + e], e, 8 * u + e % 2));
                     sum[e] += s[4 * u + e];
                 }
                 if (!Config::kDropout && u >= kEarly / 8) pack(s, probabilities, u);
@@ -517,6 +568,39 @@ struct ForwardSm90 {
                 drop(s, w, n);
                 pack(s, probabilities);
             }
+        }
+        // Raw products to probabilities as operands and the sums, where rows keep their maxima.
+        template <int kEarly, class WhenFree>
+        __device__ __forceinline__ void keep_and_exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
+                                                              const Work& w, const Tiles& tiles, int n, WhenFree when_free) {
+            const float before[2] = {rows[0].sum, rows[1].sum}, shrink[2] = {};
+            if (kAdapts && careful) {
+                modify(s, w, tiles, n);
+                const float shrink[2] = {take_maximum(s, 0), take_maximum(s, 1)};
+                when_free(0.0f);
+                exponentiate<true>(s, probabilities, shrink, w, n, [](float) {});
+                return;
+            }
+            if constexpr (kLinear) {
+                const int row0 = first_row(w), col0 = n * kBlockN;
+                int side = Whole::template side<64, kBlockN>(w.at, row0, col0);
+                if (!tiles.full(kernel.arguments.variant.mask, w.at, n) || unset()) side = 0;
+                if (side == 0) {
+                    modify(s, w, tiles, n);
+                    if (unset()) set_maxima(s);
+                }
+                const float offset[2] = {rows[0].offset(factor), rows[1].offset(factor)};
+                const Line line = whole.template line<WgmmaTile<kBlockN>>(side, w.at, row0, col0, factor, offset);
+                auto exponent = [&](float x, int e, int column) {
+                    return x * factor + (static_cast<float>(column) * line.step + line.start[e / 2]);
+                };
+                exponentiate_with<false, kEarly>(exponent, s, probabilities, shrink, w, n, when_free);
+            } else {
+                modify(s, w, tiles, n);
+                if (unset()) set_maxima(s);
+                exponentiate<false, kEarly>(s, probabilities, shrink, w, n, when_free);
+            }
+            check_sums(s, probabilities, w, tiles, n, before);
         }
         __device__ __forceinline__ void drop(WgmmaTile<kBlockN>& s, const Work& w, int n) const {
             drop_probabilities<kBlockN % 32 == 0>(s, w.at, first_row(w), n * kBlockN, params().seed,
@@ -544,34 +628,42 @@ struct ForwardSm90 {
         struct Visit {
             Work w;
             Tiles tiles;
+            Order order;
             int n, stop, before, after;
             __device__ __forceinline__ bool any() const { return n < stop; }
         };
         __device__ __forceinline__ Visit visit(const Work& w) const {
             const Mask& mask = kernel.arguments.variant.mask;
             Tiles tiles = Tiles::of(params(), mask, w);
+            const Order order = kernel.order(tiles, w);
             const int start = tiles.next(tiles.blocks.start), stop = tiles.blocks.stop;
             // From here on only this warpgroup's rows matter, of which some always exist as far as covers() is asked.
             tiles.rows = {first_row(w), max(min(first_row(w) + 64, w.at.seqlen_q), first_row(w) + 1)};
             if constexpr (Mask::kTiled || Config::kPingPong) {  // who takes turns takes as many as the others
-                return {w, tiles, start, stop, 0, 0};
+                return {w, tiles, order, start, stop, 0, 0};
+            } else if constexpr (kNearestFirst) {  // what one of them does not see lies anywhere
+                const bool exists = tiles.rows.start < w.at.seqlen_q && start < stop;
+                return exists ? Visit{w, tiles, order, start, stop, 0, 0}
+                              : Visit{w, tiles, order, stop, stop, max(stop - start, 0), 0};
             } else {
                 Range own = mask.kv_range(w.at, tiles.rows);
                 own = {max(own.start / kBlockN, start), min((own.stop + kBlockN - 1) / kBlockN, stop)};
-                if (start >= stop) return {w, tiles, start, stop, 0, 0};
-                if (own.start >= own.stop || tiles.rows.start >= w.at.seqlen_q) return {w, tiles, stop, stop, stop - start, 0};
-                return {w, tiles, own.start, own.stop, own.start - start, stop - own.stop};
+                if (start >= stop) return {w, tiles, order, start, stop, 0, 0};
+                if (own.start >= own.stop || tiles.rows.start >= w.at.seqlen_q)
+                    return {w, tiles, order, stop, stop, stop - start, 0};
+                return {w, tiles, order, own.start, own.stop, own.start - start, stop - own.stop};
             }
         }
         __device__ __forceinline__ void reset() {
 #pragma unroll
             for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
-            rows[0] = rows[1] = RowState<float>(), fresh = false;
+            rows[0] = rows[1] = RowState<float>(), fresh = careful = false;
         }
 
         // Scores and probabilities of a query tile's first keys, with nothing else in flight.
         __device__ __forceinline__ void begin(const Visit& at) {
             float shrink[2];
+            const int n = at.order(at.n);
             wait_k();
             wgmma_pin(s.data);
             wgmma_fence();
@@ -580,15 +672,14 @@ struct ForwardSm90 {
             wgmma_pin(s.data);
             release_k();
             if constexpr (kBounded) {
-                cap_and_exponentiate(s, at.w, at.tiles, at.n);
-                pack(s, probabilities);
+                cap_and_exponentiate<0>(s, probabilities, at.w, at.tiles, n, [](float) {});
             } else {
-                modify(s, at.w, at.tiles, at.n);
-                shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+                modify(s, at.w, at.tiles, n);
+                take_first_maxima(s, at.w, n);
                 if constexpr (kScalesFirst) owed[0] = owed[1] = 1.0f;  // O is 0
-                exponentiate<false>(s, probabilities, shrink, at.w, at.n, [](float) {});
+                exponentiate<false>(s, probabilities, shrink, at.w, n, [](float) {});
             }
-            wait_v(v, at.w, at.n, false);
+            wait_v(v, at.w, n, false);
             k_ended = 0;
         }
         // O times `owed`, before the next product adds to it.
@@ -606,6 +697,7 @@ struct ForwardSm90 {
         template <bool kCross, class Meanwhile>
         __device__ __forceinline__ void step(const Visit& at, int skipped, Meanwhile meanwhile) {
             float shrink[2];
+            const int n = at.order(at.n);
             if constexpr (kCross) wait_q();
             mbarrier_wait_unless(kCross ? 0 : k_ended, kernel.k_full(k.stage), k.parity);
             take_turn();
@@ -647,36 +739,30 @@ struct ForwardSm90 {
                 if constexpr (kCross) {  // This V has come; the next may need the buffer that O still reads.
                     mbarrier_wait(kernel.v_full(v.stage), v.parity ^ (sum < 0.0f ? 1 : 0));
                 } else if constexpr (kLateWait || kScalesFirst) {
-                    wait_v(next_v(), at.w, at.n, sum < 0.0f);
+                    wait_v(next_v(), at.w, n, sum < 0.0f);
                 }
                 take_output();
             };
-            if constexpr (kCross) rows[0] = rows[1] = RowState<float>();
-            if constexpr (!kBounded) modify(s, at.w, at.tiles, at.n);
+            if constexpr (kCross) rows[0] = rows[1] = RowState<float>(), careful = false;
+            if constexpr (!kBounded && (kCross || !kKeepsMaxima)) modify(s, at.w, at.tiles, n);
             if constexpr (kBounded) {
-                cap_and_exponentiate(s, at.w, at.tiles, at.n);
-                wait_and_take_output(rows[0].sum + rows[1].sum);
-                pack(s, probabilities);
+                cap_and_exponentiate<kEarlyBounded>(s, probabilities, at.w, at.tiles, n, wait_and_take_output);
             } else if constexpr (kCross) {
-                shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
-                exponentiate<false, kEarlyCross>(s, probabilities, shrink, at.w, at.n, wait_and_take_output);
-            } else if constexpr (kKeepsMaxima || kScalesFirst) {
-                if constexpr (kScalesFirst) {
-                    owed[0] = take_maximum(s, 0), owed[1] = take_maximum(s, 1);
-                } else if (unset()) {
-                    set_maxima(s);
-                }
-                const float before[2] = {rows[0].sum, rows[1].sum};
-                exponentiate<false, kEarly>(s, probabilities, shrink, at.w, at.n, wait_and_take_output);
-                if constexpr (kKeepsMaxima) check_sums(s, probabilities, at.w, at.tiles, at.n, before);
+                take_first_maxima(s, at.w, n);
+                exponentiate<false, kEarlyCross>(s, probabilities, shrink, at.w, n, wait_and_take_output);
+            } else if constexpr (kKeepsMaxima) {
+                keep_and_exponentiate<kEarly>(s, probabilities, at.w, at.tiles, n, wait_and_take_output);
+            } else if constexpr (kScalesFirst) {
+                owed[0] = take_maximum(s, 0), owed[1] = take_maximum(s, 1);
+                exponentiate<false, kEarly>(s, probabilities, shrink, at.w, n, wait_and_take_output);
             } else {
                 shrink[0] = take_maximum(s, 0);  // the dependency, so that the second row's maximum hides the latency of it
-                if constexpr (kLateWait) wait_v(next_v(), at.w, at.n, shrink[0] < 0.0f);
+                if constexpr (kLateWait) wait_v(next_v(), at.w, n, shrink[0] < 0.0f);
                 shrink[1] = take_maximum(s, 1);
                 take_output();
-                exponentiate<true>(s, probabilities, shrink, at.w, at.n, [](float) {});
+                exponentiate<true>(s, probabilities, shrink, at.w, n, [](float) {});
             }
-            if constexpr (kCross || !(kLateWait || kScalesFirst)) wait_v(v, at.w, at.n, false);
+            if constexpr (kCross || !(kLateWait || kScalesFirst)) wait_v(v, at.w, n, false);
         }
         // The output of the last keys.
         __device__ __forceinline__ void drain() {
@@ -691,6 +777,7 @@ struct ForwardSm90 {
         __device__ __forceinline__ void visit_serially(Visit& at) {
             for (; at.any(); at.n = at.tiles.next(at.n + 1)) {
                 float shrink[2];
+                const int n = at.order(at.n);
                 wait_k();
                 take_turn();
                 wgmma_pin(s.data);
@@ -701,23 +788,19 @@ struct ForwardSm90 {
                 wgmma_pin(s.data);
                 release_k();
                 if constexpr (kBounded) {
-                    cap_and_exponentiate(s, at.w, at.tiles, at.n);
-                    pack(s, probabilities);
-                    wait_v(v, at.w, at.n, false);
+                    cap_and_exponentiate<0>(s, probabilities, at.w, at.tiles, n, [](float) {});
+                    wait_v(v, at.w, n, false);
                     drain();
                     continue;
                 }
-                modify(s, at.w, at.tiles, at.n);
                 if constexpr (kKeepsMaxima) {
-                    if (unset()) set_maxima(s);
-                    const float before[2] = {rows[0].sum, rows[1].sum};
-                    exponentiate<false>(s, probabilities, shrink, at.w, at.n, [](float) {});
-                    check_sums(s, probabilities, at.w, at.tiles, at.n, before);
+                    keep_and_exponentiate<0>(s, probabilities, at.w, at.tiles, n, [](float) {});
                 } else {
+                    modify(s, at.w, at.tiles, n);
                     shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
-                    exponentiate<true>(s, probabilities, shrink, at.w, at.n, [](float) {});
+                    exponentiate<true>(s, probabilities, shrink, at.w, n, [](float) {});
                 }
-                wait_v(v, at.w, at.n, false);
+                wait_v(v, at.w, n, false);
                 drain();
             }
         }
@@ -794,8 +877,8 @@ struct ForwardSm90 {
                                                                        RowState<float> row) const {
             row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 1);
             row.sum += __shfl_xor_sync(0xffffffffu, row.sum, 2);
-            if constexpr (kBounded) row.max = row.sum == 0.0f ? row.max : 0.0f;
-            const float top = row.max == negative_infinity<float>() ? row.max : row.max * factor;
+            float top = row.max == negative_infinity<float>() ? row.max : row.max * factor;
+            if constexpr (kBounded) top = row.sum == 0.0f ? negative_infinity<float>() : bounded.offset;
             return finish_output_row<Config>(p, head, top, row.sum);
         }
         // Stores the output of a query tile, whose rows' statistics are `state`.

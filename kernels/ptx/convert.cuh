@@ -21,6 +21,12 @@ __device__ __forceinline__ unsigned pack_pair<__nv_bfloat16>(float low, float hi
     return r;
 }
 
+// Whether every float is near an element: float16 ends at 65504.
+template <class Element>
+constexpr bool kHoldsFloats = true;
+template <>
+constexpr bool kHoldsFloats<__half> = false;
+
 // And back.
 template <class Element>
 __device__ __forceinline__ float2 unpack_pair(unsigned pair);
