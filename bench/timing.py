@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -120,8 +121,9 @@ def measure(contenders: Sequence[Contender], rounds: int, report: Callable[[str]
         except Exception as error:
             report(f"  ! {contender.name}: {first_line(error)}")
     samples: dict[str, list[float]] = {contender.name: [] for contender, _, _ in ready}
-    for _ in range(rounds):
-        for contender, calls, host in ready:
+    for turn in range(rounds):
+        # NOTE: in another order each time. A GPU at its power limit is faster for a while after one that needed less of it.
+        for contender, calls, host in random.Random(turn).sample(ready, len(ready)):
             samples[contender.name].append(gpu_round(contender, calls, 1.5 * calls * host + 50))
     return {name: Timing.of(values) for name, values in samples.items()}
 

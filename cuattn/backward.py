@@ -668,7 +668,7 @@ L2_BYTES = 32 << 20
 
 MOST_FEW_ROWS = 4096
 """Queries of a causal call up to which tiles of 64 rows were no slower than of 96, at 64 columns."""
-LONG_RUNS = ((512, 4, 4), (4096, 1, 2))
+LONG_RUNS = ((512, 4, 4), (2048, 1, 2))
 """At 64 columns, up to so many keys: key tiles that a CTA takes one after the other without a mask, and under a causal one."""
 NARROW_WINDOW = 256
 """Keys of a window up to which its few query tiles do not repay what a CTA costs before and after them. A CTA then has one

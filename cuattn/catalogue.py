@@ -125,6 +125,8 @@ def problems(everything: bool) -> Iterator[Problem]:
                 yield problem_of(dtype, precision, dims, seqlens=(512, 512), heads=(96, 96))
                 yield problem_of(dtype, precision, dims, seqlens=(512, 512), **short)
                 yield problem_of(dtype, precision, dims, seqlens=(1000, 1000), **short)
+                for mask in (None, short["mask"]):  # a CTA for each query tile
+                    yield problem_of(dtype, precision, dims, mask=mask, seqlens=(1000, 1000), heads=(4, 4))
             for options in (features[0], features[1], features[5], features[8]):
                 yield problem_of(dtype, precision, (128, 128), seqlens=(1000, 1000), **{**short, **options})
 

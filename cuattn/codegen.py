@@ -176,6 +176,7 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
         flags |= {"kOverlap": t.overlap, "kPingPong": t.ping_pong, "kPersistent": t.persistent, "kLateWait": t.late_wait}
         flags |= {"kKeepsMaxima": t.keep_maxima, "kBounded": t.bounded, "kScalesFirst": t.scale_first}
         flags |= {"kDrawsEarly": t.draws_early}
+        flags["kWholeRows"] = p.head_dim_v == plan.head_dim_v
     arguments = "TmaArguments" if tma else "ForwardArguments"
     size = len(forward_struct(plan, attends).image)
     return _translation_unit(plan, kernel, arguments, size, types, constants, flags, attends)
@@ -348,7 +349,6 @@ def _decode_unit(plan: DecodePlan, kernel: str, threads: int, smem_bytes: int) -
         caches = [p.operand(name) for name in ("k_cache", "v_cache")]
         flags["kNarrows"] = p.cache_dtype in CACHE_DTYPES and p.dtype == "bfloat16"
         flags["kParted"] = plan.max_parts > 0
-        flags["kOnce"] = plan.m_blocks <= 1
         flags["kAlike"] = len({op.strides for op in caches if op is not None}) == 1
     arguments = "DecodeArguments"
     if attends and plan.alone:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from cuattn.fields import ITEMSIZE
 from cuattn.problem import Problem
-from cuattn.registry import BIAS_STAGES, FORWARD, SHORT, Device, KernelSpec, Tiles, staged_bias
+from cuattn.registry import BIAS_STAGES, FORWARD, SHORT, SHORTEST, Device, KernelSpec, Tiles, staged_bias
 
 SECTION_BYTES = 32 << 20
 """Of keys and values that stay in L2 (50 MB on sm_90) beside what passes through it."""
@@ -71,8 +71,10 @@ class Plan:
         p = self.problem
         bytes_kv = ITEMSIZE[p.dtype] * min(p.seqlen_k, p.total_k) * (p.head_dim + p.head_dim_v)
         most = min(SECTION_BYTES // max(1, bytes_kv) * p.group, p.num_heads * (p.batch + p.packed))
-        if min(p.seqlen_k, p.total_k) <= SHORT:
-            most = min(most, self.device.num_sms * self.tiles.min_blocks // (2 * max(1, self.m_blocks)))
+        keys = min(p.seqlen_k, p.total_k)
+        if keys <= SHORT:
+            places = self.device.num_sms * self.tiles.min_blocks // (4 if keys <= SHORTEST else 2)
+            most = min(most, places // max(1, self.m_blocks))
         return max(1, most)
 
     @property

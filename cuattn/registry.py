@@ -67,7 +67,7 @@ class Tiles:
     q_stages: int = 1
     """forward_sm90: buffers for q; with two, the next query tile's has come before this one's is free"""
     keep_maxima: bool = False
-    """forward_sm90: a row keeps the maximum of its first keys until a sum exceeds 2^40, which bfloat16 probabilities may"""
+    """forward_sm90: a row keeps the maximum of its first keys until its probabilities outgrow it, in bfloat16 by 2^40"""
     bounded: bool = False
     """forward_sm90: scores are so close to 0 that exponentials need no maximum"""
     late_wait: bool = True
@@ -206,12 +206,12 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
     keys, regular = _keys_of_a_tile(problem), not (problem.packed or problem.mask.tiled)
     shortest = min(problem.seqlen_k, problem.total_k) <= SHORTEST
-    # Where a sum exceeds what a row that keeps its maximum may hold, only bfloat16 is far from its own limit. The others have
-    # no registers left for going back.
-    keeps = problem.dtype == "bfloat16" and not problem.mods and problem.scale > 0
+    # The others have no registers left for going back where probabilities outgrow the maximum that a row keeps.
+    keeps = not problem.mods and problem.scale > 0
     keeps = keeps and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
     if widest <= 64 and keys < SHORT:
-        tiles.insert(0, Tiles(128, 64, 2, 12, 2, 2, persistent=True, overlap=False))
+        stages = 2 if staged_bias(problem) else 3  # two CTAs an SM
+        tiles.insert(0, Tiles(128, 64, stages, 12, 2, 2, persistent=True, overlap=False, q_stages=2))
     if 64 < widest <= 128 and keys >= LONG and regular:
         tiles.insert(0, Tiles(128, 176, 2, 12, persistent=True, max_weight=0))
     if 64 < widest <= 128 and shortest and regular and keeps and _fills_sm90(problem, device, 192):

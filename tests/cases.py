@@ -677,7 +677,8 @@ def _corner_options() -> Iterator[Case]:
         yield Case("bfloat16", "ieee", 3, 130, 150, 45, 45, *dims, mask=mask)
     for d, seqlen_q, heads in ((64, 130, 45), (128, 130, 45), (256, 130, 45), (128, 190, 90)):
         # The same where maxima grow: 190 rows fill a tile of 192.
-        yield Case("bfloat16", "ieee", 3, seqlen_q, 170, heads, heads, d, mask="causal", growth=40.0)
+        for dtype in ("float16", "bfloat16"):
+            yield Case(dtype, "ieee", 3, seqlen_q, 170, heads, heads, d, mask="causal", growth=40.0)
     for dtype, precision in KINDS:
         split = Case(dtype, precision, 1, 1, 5003, 2, 1, 64)
         yield split

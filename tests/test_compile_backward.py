@@ -120,6 +120,26 @@ def test_tiles_of_64_columns(seqlen: int, causal: bool, lengths: bool, determini
     assert (plan.tiles.block_m, plan.tiles.bulk) == (rows, bulk)
 
 
+@pytest.mark.parametrize(
+    ("dims", "causal", "deterministic", "sections", "buffers"),
+    [
+        ((128, 128), False, False, (1, 0), 2),
+        ((128, 128), True, False, (1, 9), 2),
+        ((128, 128), True, True, (9, 0), 1),
+        ((192, 128), False, False, (1, 0), 1),
+        ((64, 64), False, False, (9, 0), 2),
+    ],
+)
+def test_who_runs_side_by_side(
+    dims: tuple[int, int], causal: bool, deterministic: bool, sections: tuple[int, int], buffers: int
+) -> None:
+    """Pairs of a section, and of the last one where it differs: those that wait for each other take turns."""
+    mask = SlidingWindow(None, 0) if causal else None
+    problem = problem_of("bfloat16", dims=dims, mask=mask, seqlens=(4096, 4096))
+    plan = make_backward_plan(backward_problem_of(problem, deterministic), DEVICES["sm_90a"])
+    assert ((plan.section, plan.last_section), plan.tiles.dq_buffers) == (sections, buffers)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(
     ("left", "right", "dims"), [(128, 0, (64, 64)), (64, 64, (40, 64)), (129, 0, (64, 64)), (128, 0, (64, 72))]

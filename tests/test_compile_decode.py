@@ -37,12 +37,6 @@ def test_of_equal_lengths_no_item_is_shared_where_that_leaves_few_idle() -> None
     assert make_decode_plan(decode_problem_of(batch=37), device).teams == device.num_sms * 2 // 8
 
 
-def test_keys_that_several_row_tiles_read_stay_in_l2() -> None:
-    for tokens, once in ((1, True), (8, True), (9, False)):  # of eight heads a group, in tiles of 64 rows
-        plan = make_decode_plan(decode_problem_of(batch=2, seqlen_q=tokens), DEVICES["sm_90a"])
-        assert f"kOnce = {str(once).lower()};" in decode_units(plan)["decode"].source
-
-
 def test_one_sequence_is_dealt_out_to_all_multiprocessors() -> None:
     device = DEVICES["sm_90a"]
     plan = make_decode_plan(decode_problem_of(batch=1, heads=(64, 8)), device)

@@ -132,22 +132,33 @@ struct SeenRows {
 // the rest is the same for all tiles: one run of instructions, in which exponentials and the arithmetic of others overlap.
 // stats.lse_of(r) and delta_of(r) give four rows from the thread's row r on.
 template <class Tile, class Mask>
-__device__ __forceinline__ void hide_scores(Tile& s, Tile& dp, const Coord& at, int row0, int col0, const Mask& mask) {
+__device__ __forceinline__ void hide(Tile& sums, float by, const Coord& at, int row0, int col0, const Mask& mask) {
     const auto rows = SeenRows<Tile, Mask>::of(mask, at, opaque(row0), col0);
 #pragma unroll
     for (int x = 0; x < Tile::kSize; x++) {
-        if (!rows.show(x)) s[x] = negative_infinity<float>(), dp[x] = 0;  // which may be anything, not finite even
+        if (!rows.show(x)) sums[x] = by;
     }
 }
 template <class Tile, class Stats>
-__device__ __forceinline__ void plain_gradients(Tile& s, Tile& dp, float factor, const Stats& stats) {
+__device__ __forceinline__ void plain_exponents(Tile& s, float factor, const Stats& stats) {
     constexpr int kGroup = 4 * Tile::kSize / Tile::kThreadRows;  // elements of four rows
 #pragma unroll
     for (int x = 0; x < Tile::kSize; x += kGroup) {
         const auto lse = stats.lse_of(Tile::thread_row(x));
 #pragma unroll
-        for (int e = x; e < x + kGroup; e++) s[e] = exp2_fast(s[e] * factor - lse.row[Tile::thread_row(e) % 4]);
+        for (int e = x; e < x + kGroup; e++) s[e] = s[e] * factor - lse.row[Tile::thread_row(e) % 4];
     }
+}
+// Of elements [kFirst, kStop). kSpared of eight are left to the units that add and multiply, which wait for the exponentials of
+// the others.
+template <int kFirst, int kStop, int kSpared, class Tile>
+__device__ __forceinline__ void plain_probabilities(Tile& s) {
+#pragma unroll
+    for (int x = kFirst; x < kStop; x++) s[x] = x % 8 < kSpared ? exp2_cubic(s[x]) : exp2_fast(s[x]);
+}
+template <class Tile, class Stats>
+__device__ __forceinline__ void plain_gradients(Tile& s, Tile& dp, const Stats& stats) {
+    constexpr int kGroup = 4 * Tile::kSize / Tile::kThreadRows;
 #pragma unroll
     for (int x = 0; x < Tile::kSize; x += kGroup) {
         const auto delta = stats.delta_of(Tile::thread_row(x));

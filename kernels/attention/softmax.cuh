@@ -2,6 +2,7 @@
 // Scores arrive in the unit `s * factor = log2 of the unnormalised probability`; factor is scale * log2(e), or log2(e) where
 // the scale has been applied already.
 #pragma once
+#include "ptx/convert.cuh"
 #include "ptx/math.cuh"
 
 namespace cuattn {
@@ -9,6 +10,14 @@ namespace cuattn {
 // A row keeps an old maximum until the new one exceeds it by this much (in log2): probabilities stay below 2^8, which loses
 // nothing in a floating-point sum, and most tiles then leave the accumulated output as it is.
 constexpr float kRescaleThreshold = 8.0f;
+
+// What a thread's probabilities of one row and one tile of keys may sum to, relative to the maximum of earlier keys: none of
+// them then leaves the range of Element. bfloat16 has that of float32, of which O needs its part; float16 ends at 2^16.
+template <class Element>
+constexpr float kLargestSum = 1099511627776.0f;  // 2^40
+template <>
+constexpr float kLargestSum<__half> = 32768.0f;
+constexpr float kLargestFloat = 1.2676506e30f;  // 2^100: sums of such probabilities are far from a float's limit
 
 template <class Real>
 struct RowState {
@@ -30,6 +39,15 @@ struct RowState {
         max = maximum(max, top);
         // Without a key so far, exp2(-inf - 0) = 0.
         const Real shrink = exp2_fast(before * factor - offset(factor));
+        sum *= shrink;
+        return shrink;
+    }
+    // After probabilities relative to an old maximum, of which `top` is the row's largest, below 2^127: brings them below 1.
+    // Returns the power of two that they, and earlier outputs, are to be multiplied with.
+    __device__ __forceinline__ float outgrow(float top, float factor) {
+        const int exponent = ::max((__float_as_int(top) >> 23) - 126, 0);
+        const float shrink = __int_as_float((127 - exponent) << 23);
+        max += static_cast<float>(exponent) / factor;
         sum *= shrink;
         return shrink;
     }

@@ -120,8 +120,8 @@ struct BackwardSm90 {
         int head_kv, padding;
     };
     // Where only the mask is between products and exponentials: P and dS in one pass, whose exponentials hide the rest of it.
-    // (kWide) products start from the row statistics: S from -lse / factor, dP from -delta. They are read while the tensor cores
-    // are busy with the tile before.
+    // (kWide) products start from the row statistics: S from -lse / factor, dP from -delta. They are read while the tensor
+    // cores are busy with the tile before.
     static constexpr bool kPlain = Config::kSeeded && !kWide;
     static constexpr bool kEarly = Config::kEarly && !kPlain, kSeeded = Config::kSeeded && !kPlain;
     static_assert(!kSeeded || (kEarly && !Config::kStageBias && !kFewLeft));
@@ -696,11 +696,6 @@ struct BackwardSm90 {
         __device__ __forceinline__ void differentiate(Scores& s, Scores& dp) {
             const ForwardParams& p = params();
             const StatsReader stats = kernel.read_stats(slot.stage);
-            if constexpr (kPlain) {
-                if (!full) hide_scores(s, dp, at, first_query(), first_key(), mask());
-                plain_gradients(s, dp, factor, stats);
-                return;
-            }
             const float scale = static_cast<float>(p.scale), dropout_scale = static_cast<float>(p.dropout_scale);
             const auto& score_mod = staged_mod();
             sums.clear_tile();
@@ -712,6 +707,21 @@ struct BackwardSm90 {
                                               sums, p.seed, p.dropout_threshold, dropout_scale);
             }
             gather_sums();
+        }
+        // The same where only the mask is between products and exponentials, in two parts: before dP is there, with kSoon of
+        // the exponentials, and after. Of eight of the others kSpared do without the MUFU: at 64 columns, where more slowed
+        // down what takes several key tiles.
+        static constexpr int kSoon = Scores::kSize / 2;
+        static constexpr int kSpared = kKeyCols <= 64 && !kRuns && !Config::kDeterministic ? 2 : 0;
+        __device__ __forceinline__ void begin_plain(Scores& s) const {
+            if (!full) hide(s, negative_infinity<float>(), at, first_query(), first_key(), mask());
+            plain_exponents(s, factor, kernel.read_stats(slot.stage));
+            plain_probabilities<0, kSoon, 0>(s);
+        }
+        __device__ __forceinline__ void finish_plain(Scores& s, Scores& dp) const {
+            if (!full) hide(dp, 0, at, first_query(), first_key(), mask());  // which may be anything, not finite even
+            plain_probabilities<kSoon, Scores::kSize, kSpared>(s);
+            plain_gradients(s, dp, kernel.read_stats(slot.stage));
         }
         // What the bias receives from this tile.
         __device__ __forceinline__ void gather_sums() {
@@ -730,9 +740,7 @@ struct BackwardSm90 {
             const auto& score_mod = staged_mod();
             const StatsReader reader = kernel.read_stats(slot.stage);
             constexpr bool kKept = kStatsAhead || kStatsUnder;
-            const auto stats = [&](int r) {
-                return Stats{kSeeded ? 0.0f : kKept ? lse[kKept ? r : 0] : reader.lse(r), 0.0f};
-            };
+            const auto stats = [&](int r) { return Stats{kSeeded ? 0.0f : kKept ? lse[kKept ? r : 0] : reader.lse(r), 0.0f}; };
             if (full) {
                 score_probabilities<Config, false>(s, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
                                                    sums);
@@ -827,6 +835,15 @@ struct BackwardSm90 {
                 wgmma_wait_group<1>();
                 wgmma_pin(s.data);
                 find_probabilities(s);
+            } else if constexpr (kPlain) {
+                wgmma_wait_group<1>();
+                wgmma_pin(s.data);
+                begin_plain(s);
+                wgmma_pin(s.data);
+                wgmma_wait_group<0>();
+                wgmma_pin(dp.data);
+                finish_plain(s, dp);
+                pack_operand<Element>(ds_operand, dp);
             } else {
                 wgmma_wait_group<0>();
                 wgmma_pin(s.data);

@@ -64,9 +64,9 @@ struct Decode {
     // A thread copies the same rows of K and V.
     static constexpr int kLanes = lesser(copy_lanes(KTile::kCopyCols / vec_of<Cache>(Config::kVecK)),
                                          copy_lanes(VTile::kCopyCols / vec_of<Cache>(Config::kVecV)));
-    using QRows = TileRows<kThreads, Config::kVecQ, kLanes, false, false, QLoaded>;
-    using KRows = TileRows<kThreads, Config::kVecK, kLanes, Config::kWholeRows, Config::kOnce, KTile>;
-    using VRows = TileRows<kThreads, Config::kVecV, kLanes, Config::kWholeRows, Config::kOnce, VTile>;
+    using QRows = TileRows<kThreads, Config::kVecQ, kLanes, false, QLoaded>;
+    using KRows = TileRows<kThreads, Config::kVecK, kLanes, Config::kWholeRows, KTile>;
+    using VRows = TileRows<kThreads, Config::kVecV, kLanes, Config::kWholeRows, VTile>;
     static constexpr int kTileBytes = KTile::kBytes + VTile::kBytes, kStageBytes = kTiles * kTileBytes;
     static constexpr int kPitch = kHeadDimV + 8;  // of the staged outputs: pairs of four rows lie in different banks
     static_assert(QTile::kBytes + kStages * kStageBytes <= Config::kSmemBytes, "the plan's shared memory is too small");

@@ -101,9 +101,10 @@ struct ForwardSm90 {
     static_assert(kOffsetBarriers + 8 * kBarriers + QTile::kAlignment <= Config::kSmemBytes,
                   "the plan's shared memory is too small");
 
-    // A row keeps its first maximum while the sums of its probabilities stay below kLargestSum.
+    // A row keeps its first maximum while its probabilities of a tile of keys sum to kLargestSum<Element> at most. Where they
+    // outgrow it, floats are still there to be divided, if they have registers of their own beside P.
     static constexpr bool kKeepsMaxima = Config::kKeepsMaxima;
-    static constexpr float kLargestSum = 1099511627776.0f;  // 2^40: far from what bfloat16 holds, and so is O
+    static constexpr bool kDivides = Config::kOverlap || kConsumers == 2;
     static_assert(!kKeepsMaxima || Config::kFoldScale);
 
     // One buffer for V is not free for the next tile before O is done.
@@ -133,6 +134,10 @@ struct ForwardSm90 {
     unsigned base;
 
     __device__ __forceinline__ const ForwardParams& params() const { return arguments.variant.base; }
+    // Known to the compiler where nothing is padded: it then drops what stores a part of a row.
+    __device__ __forceinline__ static int head_dim_v(const ForwardParams& p) {
+        return Config::kWholeRows ? kHeadDimV : p.head_dim_v;
+    }
     __device__ __forceinline__ unsigned barrier(int number) const { return base + kOffsetBarriers + 8 * number; }
     __device__ __forceinline__ unsigned tile_full(int stage) const { return barrier(stage); }
     __device__ __forceinline__ unsigned tile_empty(int stage) const { return barrier(kTileStages + stage); }
@@ -456,12 +461,22 @@ struct ForwardSm90 {
                 }
             }
         }
-        // After a tile without a look at its maxima: where sums have become too large, back to before it, whose sums were
-        // `before`, and with maxima this time. O belongs to the tiles before.
+        // After a tile without a look at its maxima, before which the sums were `before`: where they have grown too much, they,
+        // O, which belongs to the tiles before, and the probabilities are divided by a power of two. Where even floats do not
+        // hold these, back to before the tile, and with maxima this time.
         __device__ __forceinline__ void check_sums(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4], const Work& w,
                                                    const Tiles& tiles, int n, const float (&before)[2]) {
-            const bool fits = rows[0].sum <= kLargestSum && rows[1].sum <= kLargestSum;
-            if (__all_sync(0xffffffffu, fits)) return;
+            const float larger = maximum(rows[0].sum - before[0], rows[1].sum - before[1]);
+            if (__all_sync(0xffffffffu, larger <= kLargestSum<Element>)) return;
+            if (kDivides && __all_sync(0xffffffffu, larger <= kLargestFloat)) {
+                const float shrink[2] = {rows[0].outgrow(s.row_maximum(0), factor), rows[1].outgrow(s.row_maximum(1), factor)};
+#pragma unroll
+                for (int x = 0; x < kBlockN / 2; x++) s[x] *= shrink[x % 4 / 2];
+#pragma unroll
+                for (int x = 0; x < kHeadDimV / 2; x++) o[x] *= shrink[x % 4 / 2];
+                pack(s, probabilities);
+                return;
+            }
             recompute_scores(s, w, n);
             modify(s, w, tiles, n);
             rows[0].sum = before[0], rows[1].sum = before[1];
@@ -795,7 +810,7 @@ struct ForwardSm90 {
                 const int i = first_row(w) + o.row(2 * half);
                 const bool inside = i < w.at.seqlen_q;
                 if (threadIdx.x % 4 == 0 && inside) store_lse(p, w, i, result.lse_log2);
-                store_row<Element, Config::kVecOut>(o, half, result.factor, out + i * p.out_row, p.head_dim_v, inside);
+                store_row<Element, Config::kVecOut>(o, half, result.factor, out + i * p.out_row, head_dim_v(p), inside);
             }
         }
     };
@@ -893,8 +908,11 @@ struct ForwardSm90 {
             } else {
                 consumer.finish(consumer.rows);
             }
-            if constexpr (!Config::kPersistent) break;
-            tile = consumer.receive_tile(consumer.tile);
+            if constexpr (Config::kPersistent) {
+                tile = consumer.receive_tile(consumer.tile);
+            } else {
+                tile.m_block = opaque(-1);  // without a loop the compiler holds addresses throughout and spills
+            }
         }
     }
 

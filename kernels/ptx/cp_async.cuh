@@ -16,15 +16,6 @@ __device__ __forceinline__ void cp_async(unsigned smem, const void* gmem, int va
     }
 }
 
-// The same, 16 bytes, of what is not read again: the first to leave L2.
-__device__ __forceinline__ void cp_async_once(unsigned smem, const void* gmem, int valid) {
-    unsigned long long policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(smem), "l"(gmem), "r"(valid),
-                 "l"(policy)
-                 : "memory");
-}
-
 template <int kBytes>
 __device__ __forceinline__ void cp_async(unsigned smem, const void* gmem) {
     if constexpr (kBytes == 16) {

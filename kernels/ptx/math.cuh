@@ -39,6 +39,18 @@ __device__ __forceinline__ double exp2_fast(double x) {
     return x < -1022.0 ? 0.0 : y;
 }
 
+// 2^x for what is rounded to 16 bits, without the MUFU: x = n + f with |f| <= 1/2, a cubic that differs from 2^f by 8e-5 of it
+// at most (least in the largest difference), and n added to the exponent. Below 2^-126 it is 0; of NaN it is not finite.
+__device__ __forceinline__ float exp2_cubic(float x) {
+    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const float shifted = x + kShift, f = x - (shifted - kShift);
+    float y = fmaf(5.517167931e-2f, f, 2.426111685e-1f);
+    y = fmaf(y, f, 6.932609878e-1f);
+    y = fmaf(y, f, 9.999280708e-1f);
+    y = __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
+    return x < -126.0f ? 0.0f : y;
+}
+
 // tanh x (one MUFU, relative error 2^-11; PTX ISA 9.7.3.22).
 __device__ __forceinline__ float tanh_fast(float x) {
     float y;

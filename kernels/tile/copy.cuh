@@ -69,8 +69,8 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile:
 }
 
 // Loads of a tile whose rows lie anywhere: kLanes threads side by side copy one row, those of a thread are kStep apart. kWhole:
-// rows have as many elements as the tile has columns. kOnce: they are not read again soon.
-template <int kThreads, int kVecBytes, int kLanes, bool kWhole, bool kOnce, class Tile>
+// rows have as many elements as the tile has columns.
+template <int kThreads, int kVecBytes, int kLanes, bool kWhole, class Tile>
 struct TileRows {
     using Element = typename Tile::Element;
     static constexpr int kSize = static_cast<int>(sizeof(Element)), kVec = vec_of<Element>(kVecBytes);
@@ -98,12 +98,7 @@ struct TileRows {
                 const int valid = !exists ? 0 : kWhole ? kVecBytes : max(0, min(kVecBytes, (cols - at) * kSize));
                 const unsigned to =
                     kUniform ? start + Tile::shift(step * kStep, panel * kSpan) : smem_address(tile.at(row(step), at));
-                const Element* from = kWhole || valid > 0 ? source + panel * kSpan : source;
-                if constexpr (kOnce && kVecBytes == 16) {
-                    cp_async_once(to, from, valid);
-                } else {
-                    cp_async<kVecBytes>(to, from, valid);
-                }
+                cp_async<kVecBytes>(to, kWhole || valid > 0 ? source + panel * kSpan : source, valid);
             } else {
                 *tile.at(row(step), at) = exists && at < cols ? source[panel * kSpan] : Element(0.0f);
             }
