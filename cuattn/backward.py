@@ -464,7 +464,7 @@ class BackwardPlan:
             size * self.dq_splits * self.dq_elements,
             4 * self.dq_elements // (self.tiles.block_m * self.head_dim) if self.takes_turns else 0,
             ITEMSIZE[self.sum_dtype] * sums,
-            stats_bytes(p) * self.partial_rows,
+            0 if self.in_one_pass and p.operand("sinks") is None else stats_bytes(p) * self.partial_rows,
             size * partial * p.head_dim,
             size * partial * p.head_dim_v,
             4 * self.map_batches * self.map_heads * self.m_blocks * 2 * self.map_words,
@@ -804,7 +804,6 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     if problem.mods and not _early(problem):
         weight += 4 + 4 * any(isinstance(mod, Bias) for mod in problem.mods)
     weight += 2 * any(isinstance(mod, UserMod) for mod in problem.mods)
-    weight += 2 * (backward.deterministic and weight > 0)  # the doormen, beside what is heavy already
     dim, dim_v = round_up(problem.head_dim, 64), round_up(problem.head_dim_v, 64)
     widest = max(dim, dim_v)
     weight += problem.packed and problem.mask.tiled and widest == 64  # of 96 rows, tile map and sequence together spill
@@ -818,6 +817,7 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
         tiles = (*(t for t in tiles if not (tight and t.block_m == 48)), *_SM90[256])
     band = isinstance(problem.mask, Full) or (isinstance(problem.mask, SlidingWindow) and window is None)
     bare = band and not own_lengths and _early(problem) and not problem.mods
+    weight += 2 * (backward.deterministic and weight > 0 and not bare)  # the doormen, beside what is heavy already
     run = _long_run(problem, device) if bare and widest == 64 and not backward.deterministic else 0
     # The copy engine waits for additions to dq instead of the consumers. At 64 columns it costs more than it hides where they
     # spread by themselves, and at 256 there is no shared memory left to stage them.
@@ -828,7 +828,7 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     # are few.
     plain = not (problem.packed or problem.mods or backward.deterministic)
     few = window is not None or (plain and isinstance(problem.mask, SlidingWindow) and problem.seqlen_q <= MOST_FEW_ROWS)
-    rows = 128 if run > 0 or (bare and weight == 0) else 64 if few else 96
+    rows = 128 if run > 0 or (bare and (weight == 0 or backward.deterministic)) else 64 if few else 96
     runs = run > 1 or (narrow and widest == 64 and not backward.deterministic)
     seeded = bare and widest != 192
     stores = bare and widest <= 128 and dim_v <= dim and problem.head_dim % 8 == problem.head_dim_v % 8 == 0
@@ -855,15 +855,16 @@ def _in_one_pass(problem: Problem) -> bool:
     """Whether backward_window_sm90 serves what backward_sm90 does."""
     p, t, window = problem, _IN_ONE_PASS, _window(problem)
     plain = not p.mods and p.scale > 0 and p.dropout == 0 and max(p.head_dim, p.head_dim_v) <= 64
+    plain = plain and not tma_obstacles("out", p.operand("out"), p.vectors[3])
     return plain and window is not None and window <= min(NARROW_WINDOW, (HELD_TILES - 1) * t.block_n + 1)
 
 
 def window_smem_bytes(tiles: Tiles) -> int:
     """kernels/mainloop/backward_window_sm90.cuh, which asserts that it suffices."""
     tile = 2 * 64 * tiles.block_m
-    stage = 2 * tile + 8 * tiles.block_m
+    stage = 3 * tile + 8 * tiles.block_m
     barriers = 3 * WINDOW_SLOTS + 4 * tiles.stages + 4
-    return 2 * WINDOW_SLOTS * tile + tiles.stages * stage + 2 * HELD_TILES * tile + 32 + 8 * barriers + 1024
+    return 2 * WINDOW_SLOTS * tile + tiles.stages * stage + 2 * HELD_TILES * tile + 80 + 8 * barriers + 1024
 
 
 def _sm90_gemm(problem: Problem) -> Gemm:

@@ -192,8 +192,8 @@ COMBINE_THREADS = 128
 
 def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
     """By role, in launch order: magnitude and split (if inputs become pairs of fp16 numbers), tile_map (if the mask needs one),
-    prepare, sinks (if there are), backward, convert (unless dq is written in one pass), combine (if CTAs shared queries), bias
-    (unless there is none, or it is stored as it comes).
+    prepare, backward, sinks (if there are), convert, combine (if CTAs shared queries), bias (unless there is none, or it is
+    stored as it comes). In one pass there is neither prepare nor convert.
     """
     p, bias = plan.problem, plan.backward.bias
     result = {}
@@ -208,10 +208,11 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
         size = len(forward_struct(plan, False).image)
         flags = {"kOneChunk": True, "kSplit": False}
         result["tile_map"] = _translation_unit(plan, "tile_map", "ForwardArguments", size, {}, constants, flags, False)
-    result["prepare"] = _backward_unit(plan, "backward_prepare", PREPARE_THREADS, 0)
+    if not plan.in_one_pass:
+        result["prepare"] = _backward_unit(plan, "backward_prepare", PREPARE_THREADS, 0)
+    result["backward"] = _backward_unit(plan, plan.kernel, plan.threads, plan.smem_bytes)
     if p.operand("sinks") is not None:
         result["sinks"] = _backward_unit(plan, "backward_sinks", SINKS_THREADS, 0)
-    result["backward"] = _backward_unit(plan, plan.kernel, plan.threads, plan.smem_bytes)
     if not plan.in_one_pass:
         staged = plan.tiles.block_m * (plan.head_dim * ITEMSIZE[p.dtype] + 16)
         result["convert"] = _backward_unit(plan, "backward_convert", plan.slab_threads, staged)
@@ -278,7 +279,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
     if attends:
         if plan.uses_tma:
             flags |= {"kEarly": plan.early, "kBulkDq": plan.tiles.bulk, "kRuns": plan.tiles.runs, "kSendDs": plan.sends_ds}
-            flags |= {"kSeeded": plan.tiles.seeded, "kStoreTma": bool(plan.tma_gradients)}
+            flags |= {"kSeeded": plan.tiles.seeded, "kStoreTma": bool(plan.tma_gradients), "kInOnePass": plan.in_one_pass}
         arguments = "BackwardTmaArguments" if plan.uses_tma else "BackwardArguments"
         return _translation_unit(plan, kernel, arguments, size, types, constants, flags, True)
     sinks = p.operand("sinks")

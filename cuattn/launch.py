@@ -223,11 +223,13 @@ def _backward_variant(plan: BackwardPlan, attends: bool) -> list[Field]:
 
 def _backward_maps(plan: BackwardPlan) -> list[TensorMap]:
     """Of q, k, v and dout, of dk and dv where the copy engine stores them, of a staged bias and of what its gradient goes
-    to, in whole tiles, panels of 128 bytes or, where a warp stores them, of 16 rows.
+    to, of out where the kernel finds delta itself, in whole tiles, panels of 128 bytes or, where a warp stores them, of 16
+    rows.
     """
     dout = plan.backward.dout._replace(slot=plan.backward.slot("dout"))
     m = plan.tiles.block_m
     arrays = [(dout, m), *((array, WARP_ROWS) for array in plan.tma_gradients), (plan.tma_bias, m), (plan.tma_bias_sums, m)]
+    arrays += [(plan.problem.operand("out"), m)] if plan.in_one_pass else []
     ours = [TensorMap(array, (128 // ITEMSIZE[array.dtype], rows, 1, 1)) for array, rows in arrays if array is not None]
     return [*_tensor_maps(plan, m), *ours]
 

@@ -107,6 +107,7 @@ def test_what_hopper_does_not_serve_says_so(options: dict[str, Any], reason: str
         (4096, True, True, False, 64, False),
         (4097, True, True, False, 96, False),
         (4096, True, True, True, 96, True),
+        (4096, True, False, True, 128, True),
     ],
 )
 def test_tiles_of_64_columns(seqlen: int, causal: bool, lengths: bool, deterministic: bool, rows: int, bulk: bool) -> None:
@@ -145,14 +146,19 @@ def test_who_runs_side_by_side(
     ("left", "right", "dims"), [(128, 0, (64, 64)), (64, 64, (40, 64)), (129, 0, (64, 64)), (128, 0, (64, 72))]
 )
 def test_windows_in_one_pass(left: int, right: int, dims: tuple[int, int], deterministic: bool, tmp_path: Path) -> None:
-    """Of 129 keys and 64 columns at most; no sums of dq, which the workspace would hold and a kernel would convert."""
+    """Of 129 keys and 64 columns at most; no row statistics that another kernel finds, and no sums of dq, which the workspace
+    would hold and a kernel would convert.
+    """
     problem = problem_of("bfloat16", dims=dims, mask=SlidingWindow(left, right))
     plan = make_backward_plan(backward_problem_of(problem, deterministic), DEVICES["sm_90a"])
     served = left + right < 129 and max(dims) <= 64
     assert (plan.kernel == "backward_window_sm90") == plan.in_one_pass == served
-    assert ("convert" not in backward_units(plan)) == (plan.zeroed == 0) == served
+    assert (list(backward_units(plan)) == ["backward"]) == (sum(plan.workspace) == 0) == served
     cubin = jit.build(backward_units(plan)["backward"].source, "sm_90a")
     assert not complaints(cubin.log) and (not served or "HGMMA" in sass(cubin.image, tmp_path))
+    *others, _ = problem.vectors
+    misaligned = replace(problem, vectors=(*others, 8))  # out, which the copy engine brings to find delta
+    assert not make_backward_plan(backward_problem_of(misaligned, deterministic), DEVICES["sm_90a"]).in_one_pass
 
 
 def test_shared_memory_fits() -> None:

@@ -33,7 +33,7 @@
 //             add it to memory; wait dK
 // (kEarly)    where P needs no dP: issue S, dP; wait S; P; issue dV; wait dP; dS, which thus runs under dV; ...; row statistics
 //             of the next tile are read before dq is added: behind the additions they would wait in the same queue
-// Order       deterministic: a key tile adds to dq of a query tile after all key tiles before it have. CTAs start in that
+// Order       deterministic: a key tile adds to dq of a query tile after all key tiles behind it have. CTAs start in that
 //             order, so none waits for one that has not started. With kBulkDq the consumers hand dq over in shared memory, and
 //             a doorman adds it when its turn comes while they go on; turn then says that there is room for the next tile.
 //             Without, turn lets them add themselves, and handed says that they have
@@ -99,8 +99,6 @@ struct BackwardSm90 {
     using StatsReader = typename StatsRows::Reader;
     using Sums = ModSums<Config, Scores>;
     using Slot = RingSlot<kStages>;
-    // Deterministic: key tiles add to a query tile's dq in their order. All begin with the last query tiles, which under a
-    // causal mask they share, so that none waits for long.
     using Tiles = QueryTiles<Mask, kBlockM, kBlockN, Config::kDeterministic>;
     static_assert(Sums::kKind != kBiasRows && !(kWide && Sums::kKind == kBiasColumns));
     static constexpr bool kBiasTiles = BackwardTmaArguments<Config>::kBiasTiles, kBiasRow = Config::kBiasRow;
@@ -210,16 +208,22 @@ struct BackwardSm90 {
 
     struct Share {
         int pair, n;
+        bool descending;  // from the last query tile to the first
     };
     struct Work {
         Coord at;  // head: the first of the group
         Sequence seq;
         int head_kv, n, stop, q_split;  // key tiles [n, stop)
+        bool descending;
 
         // Pairs of KV heads (and parts of their queries) and sequences form sections whose queries and sums of dq fit into L2
         // together. Within a section, key tiles that run side by side belong to different pairs, and the first ones, which
         // under a causal mask are the longest, go first. The last section may have a size of its own, for what runs last should
         // end at the same time; before it, the first one takes what does not fill one.
+        // Deterministic: the last ones go first. Under a causal mask each then comes to a query tile as much later than the one
+        // before it, whose turn it is first, as a tile takes: none waits for long. But in the last section, whose longest tiles
+        // would end one by one, the first ones go first; there all walk from the last query tile, which under a causal mask
+        // they share, to the first.
         __device__ __forceinline__ static Share share_of(const ForwardParams& p, const BackwardParams& g) {
             const int run = kRuns ? g.run : 1;
             const int index = static_cast<int>(cta_index()), shares = (g.n_blocks + run - 1) / run;
@@ -229,13 +233,17 @@ struct BackwardSm90 {
             const int end = ((index + missing * shares) / (p.section * shares) + 1) * p.section - missing;
             const bool last = end > before;
             const int first = last ? before : max(0, end - p.section), size = last ? g.last_section : end - first;
-            const int rest = index - first * shares;
-            return {first + rest % size, rest / size * run};
+            const int rest = index - first * shares, place = rest / size;
+            // Parts of the queries add to the same tiles, so all of them must go the same way.
+            const bool descending = Config::kDeterministic && (first + size == pairs || g.q_splits > 1);
+            return {first + rest % size, (Config::kDeterministic && !descending ? shares - 1 - place : place) * run,
+                    descending};
         }
         // `sequence`: with kAllTokens, the one that the key tile belongs to.
         __device__ __forceinline__ static Work of(const ForwardParams& p, const BackwardParams& g, int sequence) {
-            auto [pair, n] = share_of(p, g);
+            auto [pair, n, descending] = share_of(p, g);
             Work w;
+            w.descending = descending;
             w.n = n, w.stop = n + (kRuns ? g.run : 1);
             w.q_split = pair % g.q_splits;
             pair /= g.q_splits;
@@ -277,7 +285,7 @@ struct BackwardSm90 {
         } while (kRuns && ++n < w.last());
     }
     __device__ __forceinline__ Tiles tiles_of(const Work& w, int n) const {
-        return Tiles::of(params(), grads(), arguments.variant.mask, w.at, n);
+        return Tiles::of(params(), grads(), arguments.variant.mask, w.at, n, w.descending);
     }
 
     // ---------------------------------------------------------------------------------------------------------- producers
@@ -377,12 +385,18 @@ struct BackwardSm90 {
         publish(0, -1, false, 0);
     }
 
-    // Key tiles before this one that visit a query tile: their number, found by all lanes of a warp.
+    // Key tiles that add to a query tile before this one: their number, found by all lanes of a warp.
     __device__ __forceinline__ int tiles_before(const Work& w, Place here) const {
+        if constexpr (Mask::kBand) {  // which a query tile sees from one to another
+            const Range rows{here.m * kBlockM, min((here.m + 1) * kBlockM, w.at.seqlen_q)};
+            const Range keys = arguments.variant.mask.kv_range(w.at, rows);
+            return w.descending ? w.n - keys.start / kBlockN : (keys.stop + kBlockN - 1) / kBlockN - 1 - w.n;
+        }
+        const int first = w.descending ? 0 : w.n + 1, stop = w.descending ? w.n : (w.at.seqlen_k + kBlockN - 1) / kBlockN;
         int count = 0;
-        for (int start = 0; start < w.n; start += 32) {
+        for (int start = first; start < stop; start += 32) {
             const int other = start + lane_index();
-            count += __popc(__ballot_sync(0xffffffffu, other < w.n && tiles_of(w, other).visits(here)));
+            count += __popc(__ballot_sync(0xffffffffu, other < stop && tiles_of(w, other).visits(here)));
         }
         return count;
     }

@@ -12,14 +12,15 @@
 //                                                 shared memory, where all three write it
 // Roles       consumers: warpgroups 0 to 2, key tiles n with n % 3 = warpgroup
 //             loader: one thread of warp 12 issues all tile loads
-//             guide: warp 13 brings the row statistics
-// Memory      kKeySlots x sK | kKeySlots x sV | kStages x sQ | kStages x sdO | 2 x 3 x sdS | kStages x row statistics | Targets
-// |
-//             barriers
+//             guides: warps 13 and 14 find the row statistics, delta = rowsum(dO o O) - dlse from the tiles, of half the rows
+//             each; so nothing runs before this kernel
+// Memory      kKeySlots x sK | kKeySlots x sV | kStages x sQ | kStages x sdO | kStages x sO | 2 x 3 x sdS |
+//             kStages x row statistics | Targets | barriers
 // Barriers    name                       arrives                                           count   waits
-//             full (k, v, q, do)         the loader, and the bytes                         1       consumers
-//             stats_full                 the guide                                         32      consumers
-//             empty                      one lane of each consumer warp                    12      the loader, the guide
+//             full (k, v, q)             the loader, and the bytes                         1       consumers
+//             do_full (with O)           likewise                                          2       consumers, the guides
+//             stats_full                 the guides                                        64      consumers
+//             empty                      one lane of each consumer warp                    12      the loader
 //             ds_full                    likewise                                          12      who multiplies dq
 //             ds_empty                   one lane of each warp that multiplied dq          4       consumers
 //             kv_empty                   one lane of each warp that used the tile last,
@@ -33,6 +34,8 @@
 #include "mainloop/ring.cuh"
 #include "mainloop/stats_tile.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/opaque.cuh"
+#include "ptx/shared_memory.cuh"
 #include "ptx/special_registers.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/panel_tile.cuh"
@@ -58,12 +61,19 @@ struct BackwardWindowSm90 {
     using Slot = RingSlot<kStages>;
     using DsSlot = RingSlot<2>;
 
-    // Where gradients go: of the first head of the group, and of the first rows of the sequence.
+    // Where gradients go and statistics come from: of the first head of the group, and of the first rows of the sequence. And
+    // what the guides have no registers for.
     struct alignas(16) Targets {
         Element *dq, *dk, *dv;
+        const float *lse, *dlse;
+        Stats* row_stats;
+        long long head_rows;  // between two heads of row_stats
+        unsigned rows;        // queries of the sequence
+        unsigned stop, last;  // as in Work, in rows
     };
     static constexpr int kOffsetV = kKeySlots * Tile::kBytes, kOffsetQ = kOffsetV + kKeySlots * Tile::kBytes;
-    static constexpr int kOffsetDo = kOffsetQ + kStages * Tile::kBytes, kOffsetDs = kOffsetDo + kStages * Tile::kBytes;
+    static constexpr int kOffsetDo = kOffsetQ + kStages * Tile::kBytes, kOffsetOut = kOffsetDo + kStages * Tile::kBytes;
+    static constexpr int kOffsetDs = kOffsetOut + kStages * Tile::kBytes;
     static constexpr int kOffsetStats = kOffsetDs + 2 * kHeld * Tile::kBytes;
     static constexpr int kOffsetTargets = kOffsetStats + kStages * StatsRows::kBytes;
     static constexpr int kOffsetBarriers = kOffsetTargets + static_cast<int>(sizeof(Targets));
@@ -149,29 +159,55 @@ struct BackwardWindowSm90 {
                            row, w.at.head + head, batch);
                 Tile::load(base + kOffsetDo + slot.stage * Tile::kBytes, arguments.maps[kBackwardMapDout], do_full(slot.stage),
                            0, row, w.at.head + head, batch);
+                Tile::load(base + kOffsetOut + slot.stage * Tile::kBytes, arguments.maps[arguments.kMapOut],
+                           do_full(slot.stage), 0, row, w.at.head + head, batch);
                 slot.advance();
                 if (head == 0 && m < w.stop) load_keys(w, m);
             }
         }
     }
-    __device__ __forceinline__ void guide() const {
-        const Work w = work();
-        const int lane = lane_index();
-        const Stats* const from = static_cast<const Stats*>(grads().row_stats) + w.seq.row + w.at.head * w.seq.head_rows;
+    // Sum of the products of a row of two tiles, from the first 16 bytes of the row. Lanes of rows that follow one another read
+    // different banks.
+    __device__ __forceinline__ static float row_product(unsigned own, unsigned other) {
+        float sums[2] = {0, 0};  // or each product would wait for the last
+#pragma unroll
+        for (int unit = 0; unit < 8; unit++) {
+            const float4 x = ld_shared_v4(own ^ 16 * unit), y = ld_shared_v4(other ^ 16 * unit);
+            const float pairs[4] = {x.x, x.y, x.z, x.w}, others[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                const float2 a = unpack_pair<Element>(__float_as_uint(pairs[n]));
+                const float2 b = unpack_pair<Element>(__float_as_uint(others[n]));
+                sums[0] = fmaf(a.x, b.x, sums[0]), sums[1] = fmaf(a.y, b.y, sums[1]);
+            }
+        }
+        return sums[0] + sums[1];
+    }
+    // number: of two. What it overwrites was read before the loader had room for dO.
+    __device__ __forceinline__ void guide(int number) const {
+        const BackwardParams& g = grads();
+        const Targets& own = targets();
         Slot slot;
-        for (int m = w.first; m < w.last; m++) {
-            for (int head = 0; head < params().group; head++) {
-                const int row = m * kRows + lane;
-                Stats own[kRows / 32];
-#pragma unroll
-                for (int x = 0; x < kRows / 32; x++) {
-                    own[x] = row + 32 * x < w.at.seqlen_q ? from[head * w.seq.head_rows + row + 32 * x] : Stats::nothing();
-                }
-                mbarrier_wait(empty(slot.stage), slot.parity ^ 1);
-                float* to = stats(slot.stage) + StatsRows::place(lane);
-#pragma unroll
-                for (int x = 0; x < kRows / 32; x++) to[32 * x] = own[x].lse, to[32 * x + kRows] = own[x].delta;
+        // NOTE: unsigned, which takes half the registers where products have 64 bits.
+        for (unsigned row = work().first * kRows + lane_index() + 32 * number; row < own.last; row += kRows) {
+            for (unsigned head = 0; head < static_cast<unsigned>(params().group); head++) {
+                float lse = negative_infinity<float>();
+                const bool exists = row < own.rows;
+                if (exists) lse = own.lse[head * g.lse_head + row * g.lse_row];
+                mbarrier_wait(do_full(slot.stage), slot.parity);
+                // NOTE: opaque, or the addresses of its units, and what else follows from a lane's row, are kept in registers.
+                const unsigned place = opaque(row) % kRows;
+                const unsigned first = opaque(base + kOffsetDo + slot.stage * Tile::kBytes + place * 128 + place % 8 * 16);
+                float delta = row_product(first, first + kOffsetOut - kOffsetDo);
+                in_order();  // or dlse waits in registers
+                if (exists && g.dlse != nullptr) delta -= own.dlse[head * g.dlse_head + row * g.dlse_row];
+                const Stats found = lse == negative_infinity<float>() ? Stats::nothing() : Stats::of(lse, delta);
+                float* const to = stats(slot.stage) + StatsRows::place(place);
+                to[0] = found.lse, to[kRows] = found.delta;
                 mbarrier_arrive(stats_full(slot.stage));
+                if constexpr (Config::kSinks) {  // whose kernel reads them
+                    if (exists && row < own.stop) own.row_stats[head * own.head_rows + row] = found;
+                }
                 slot.advance();
             }
         }
@@ -181,12 +217,11 @@ struct BackwardWindowSm90 {
 
     // The window, asked of keys that may lie before the first one.
     struct Inside {
-        static constexpr bool kTiled = false;
+        static constexpr bool kBand = true, kHasStart = true;
         const Mask& mask;
 
-        __device__ __forceinline__ bool keep(const Coord& at, int i, int j) const {
-            const unsigned width = mask.hi(at) - mask.lo(at);
-            return j >= 0 && static_cast<unsigned>(j - i - mask.lo(at)) <= width;
+        __device__ __forceinline__ Range column(const Coord& at, int j) const {
+            return j < 0 ? Range{kLastRow, kLastRow} : mask.column(at, j);
         }
     };
 
@@ -237,20 +272,26 @@ struct BackwardWindowSm90 {
                 bar_sync(kClearBarrier + wg, 128);
             }
         }
-        __device__ __forceinline__ void differentiate(Scores& s, Scores& dp) const {
-            const Coord& at = w.at;
-            const auto stats = StatsRows::read(kernel.stats(slot.stage));
-            const Range rows{m * kRows, min((m + 1) * kRows, at.seqlen_q)}, keys{first_key(), first_key() + kRows};
-            const Inside inside{kernel.mask()};
+        // Whether all queries of the tile see all keys.
+        __device__ __forceinline__ bool full() const {
+            const Range rows{m * kRows, min((m + 1) * kRows, w.at.seqlen_q)}, keys{first_key(), first_key() + kRows};
+            return keys.start >= 0 && keys.stop <= w.at.seqlen_k && kernel.mask().covers(w.at, rows, keys);
+        }
+        template <bool kChecked>
+        __device__ __forceinline__ void find_probabilities(Scores& s) const {
+            const auto reader = StatsRows::read(kernel.stats(slot.stage));
+            const auto stats = [&](int r) { return Stats{reader.lse(r), 0.0f}; };
             Sums sums;
-            const auto& score_mod = kernel.arguments.variant.score_mod;
-            if (keys.start >= 0 && keys.stop <= at.seqlen_k && kernel.mask().covers(at, rows, keys)) {
-                score_gradients<Config, false>(s, dp, at, rows.start, keys.start, 1.0f, factor, inside, score_mod, stats, sums,
-                                               0ull, 0, 1.0f);
-            } else {
-                score_gradients<Config, true>(s, dp, at, rows.start, keys.start, 1.0f, factor, inside, score_mod, stats, sums,
-                                              0ull, 0, 1.0f);
-            }
+            score_probabilities<Config, kChecked>(s, w.at, m * kRows, first_key(), 1.0f, factor, Inside{kernel.mask()},
+                                                  kernel.arguments.variant.score_mod, stats, sums);
+        }
+        template <bool kChecked>
+        __device__ __forceinline__ void find_gradients(Scores& dp, Scores& p) const {
+            const auto reader = StatsRows::read(kernel.stats(slot.stage));
+            const auto stats = [&](int r) { return Stats{0.0f, reader.delta(r)}; };
+            Sums sums;
+            probability_gradients<Config, kChecked>(dp, p, w.at, m * kRows, first_key(), Inside{kernel.mask()},
+                                                    kernel.arguments.variant.score_mod, stats, sums);
         }
 
         // One query tile of one head against this warpgroup's key tile.
@@ -271,19 +312,27 @@ struct BackwardWindowSm90 {
             wgmma_fence();
             wgmma_qk<Element, 64, Tile, Tile>(dp, Tile::k_major(v), Tile::k_major(dout));
             mbarrier_wait(kernel.stats_full(stage), slot.parity);
-            wgmma_wait_group<0>();
+            const bool all = full();
+            wgmma_wait_group<1>();
             wgmma_pin(s.data);
-            wgmma_pin(dp.data);
-            differentiate(s, dp);
-            pack_operand<Element>(ds_operand, dp);
+            if (all) {
+                find_probabilities<false>(s);
+            } else {
+                find_probabilities<true>(s);
+            }
             pack_operand<Element>(p_operand, s);
             wgmma_pin(p_operand);
-            wgmma_pin(ds_operand);
             wgmma_pin(dv.data);
-            wgmma_pin(dk.data);
             wgmma_fence();
             wgmma_pv<Element, Tile>(dv, p_operand, Tile::mn_major(dout));
-            wgmma_pv<Element, Tile>(dk, ds_operand, Tile::mn_major(q));
+            wgmma_wait_group<1>();
+            wgmma_pin(dp.data);
+            if (all) {
+                find_gradients<false>(dp, s);
+            } else {
+                find_gradients<true>(dp, s);
+            }
+            pack_operand<Element>(ds_operand, dp);
             const bool whole = m < w.stop;
             const unsigned ds = start + kOffsetDs + ds_slot.stage * kHeld * Tile::kBytes;
             if (whole) {
@@ -293,6 +342,10 @@ struct BackwardWindowSm90 {
                 __syncwarp();
                 if (leads()) mbarrier_arrive(kernel.ds_full(ds_slot.stage));
             }
+            wgmma_pin(ds_operand);
+            wgmma_pin(dk.data);
+            wgmma_fence();
+            wgmma_pv<Element, Tile>(dk, ds_operand, Tile::mn_major(q));
             wgmma_wait_group<0>();
             wgmma_pin(dv.data);
             wgmma_pin(dk.data);
@@ -394,6 +447,12 @@ struct BackwardWindowSm90 {
         if constexpr (kForeignRows) {
             for (int head = 0; head < p.group; head++) {
                 clear_rows(to.dq + head * g.dq_head, g.dq_row, p.head_dim, w.at.seqlen_q, w.seq.rows_q, w.run, shares);
+                if constexpr (Config::kSinks) {
+                    for (int i = w.at.seqlen_q + w.run * kConsumerThreads + static_cast<int>(threadIdx.x); i < w.seq.rows_q;
+                         i += shares * kConsumerThreads) {
+                        to.row_stats[head * to.head_rows + i] = Stats::nothing();
+                    }
+                }
             }
         }
     }
@@ -411,8 +470,8 @@ struct BackwardWindowSm90 {
             }
             for (int stage = 0; stage < kStages; stage++) {
                 mbarrier_init(q_full(stage), 1);
-                mbarrier_init(do_full(stage), 1);
-                mbarrier_init(stats_full(stage), 32);
+                mbarrier_init(do_full(stage), 2);
+                mbarrier_init(stats_full(stage), 64);
                 mbarrier_init(empty(stage), 4 * kHeld);
             }
             for (int buffer = 0; buffer < 2; buffer++) {
@@ -427,12 +486,20 @@ struct BackwardWindowSm90 {
                 static_cast<Element*>(g.dk) + w.at.batch * g.dk_batch + w.head_kv * g.dk_head + w.seq.token_k * g.dk_row;
             targets().dv =
                 static_cast<Element*>(g.dv) + w.at.batch * g.dv_batch + w.head_kv * g.dv_head + w.seq.token_k * g.dv_row;
+            const int batch = Config::kPacked ? 0 : w.at.batch;
+            targets().lse =
+                static_cast<const float*>(g.lse) + batch * g.lse_batch + w.at.head * g.lse_head + w.seq.token_q * g.lse_row;
+            targets().dlse =
+                static_cast<const float*>(g.dlse) + batch * g.dlse_batch + w.at.head * g.dlse_head + w.seq.token_q * g.dlse_row;
+            targets().row_stats = static_cast<Stats*>(g.row_stats) + w.seq.row + w.at.head * w.seq.head_rows;
+            targets().head_rows = w.seq.head_rows, targets().rows = w.at.seqlen_q;
+            targets().stop = w.stop * kRows, targets().last = w.last * kRows;
         }
         __syncthreads();
         if (wg == kHeld) {
             setmaxnreg_dec<kProducerRegisters>();
             if (warp == 4 * kHeld && elect_sync()) load_tiles();
-            if (warp == 4 * kHeld + 1) guide();
+            if (warp == 4 * kHeld + 1 || warp == 4 * kHeld + 2) guide(warp - 4 * kHeld - 1);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
             Consumer consumer{*this, w, wg};

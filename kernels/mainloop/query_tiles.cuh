@@ -11,18 +11,20 @@ struct Place {
     int head, m;
 };
 
-// The query tiles that a key tile's CTA visits, over all query heads of its KV head. kDescending: those of a head from the last
-// to the first; places count as if it were the other way round.
-template <class Mask, int kBlockM, int kBlockN, bool kDescending = false>
+// The query tiles that a key tile's CTA visits, over all query heads of its KV head. kEither: those of a head maybe from the
+// last to the first; places count as if it were the other way round.
+template <class Mask, int kBlockM, int kBlockN, bool kEither = false>
 struct QueryTiles {
     int first, count, heads, step;  // first query tile, tiles per head, heads, tiles from one visit to the next
     int n;
+    bool descending;
     const unsigned* map;  // of the sequence
     int map_row, map_head, head0, map_words;
 
     __device__ __forceinline__ static QueryTiles of(const ForwardParams& p, const BackwardParams& g, const Mask& mask,
-                                                    const Coord& at, int n) {
+                                                    const Coord& at, int n, bool descending = false) {
         QueryTiles tiles;
+        tiles.descending = descending;
         tiles.n = n, tiles.step = g.q_splits, tiles.first = 0, tiles.count = 0;
         const Range keys{n * kBlockN, min((n + 1) * kBlockN, at.seqlen_k)};
         if (keys.start < keys.stop && at.seqlen_q > 0) {
@@ -40,7 +42,7 @@ struct QueryTiles {
         return tiles;
     }
     __device__ __forceinline__ Place at(Place place) const {
-        return kDescending ? Place{place.head, 2 * first + count - 1 - place.m} : place;
+        return kEither && descending ? Place{place.head, 2 * first + count - 1 - place.m} : place;
     }
     __device__ __forceinline__ bool visits(Place place) const {
         return place.m >= first && place.m < first + count && (!Mask::kTiled || bit(place, 0));
