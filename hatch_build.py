@@ -1,4 +1,4 @@
-"""Build hook: the wheel's copy of kernels/ lacks comments and needless blanks, a third of its size; the repository has them."""
+"""Build hook: the wheel's copy of kernels/ lacks comments and most spaces, a third of its size; the repository has them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-def bare(line: str) -> str:
-    """A line of CUDA without its comment and the blanks that mean nothing."""
-    code = line.split("//")[0].strip()
-    return code if code.startswith("#") or '"' in code else re.sub(r" *([,;{}()?]|&&|\|\||(?<=[\w)\]] )=) *", r"\1", code)
+def shortened(line: str) -> str:
+    """A line of C++ without the spaces around its punctuation; one with a string or for the preprocessor as it is."""
+    return line if line[:1] == "#" or line[-1:] == "\\" or '"' in line else re.sub(r" *([{}();,]) *", r"\1", line)
 
 
 class KernelsWithoutComments(BuildHookInterface):  # type: ignore[type-arg]
@@ -25,7 +24,7 @@ class KernelsWithoutComments(BuildHookInterface):  # type: ignore[type-arg]
         self._folder = tempfile.TemporaryDirectory()
         root, copy = Path(self.root) / "kernels", Path(self._folder.name)
         for source in root.rglob("*.cu*"):
-            code = (bare(line) for line in source.read_text(encoding="utf-8").splitlines())
+            code = (shortened(line.split("//")[0].strip()) for line in source.read_text(encoding="utf-8").splitlines())
             target = copy / source.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text("".join(f"{line}\n" for line in code if line), encoding="utf-8")

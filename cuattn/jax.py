@@ -338,7 +338,7 @@ def _attend_forward(signature: Signature, *primals: Any) -> Any:
         if wanted and not can and jnp.issubdtype(x.dtype, jnp.floating):
             raise NotImplementedError(f"{name}: has no gradient here; wrap it in jax.lax.stop_gradient")
     both = signature._replace(options=tuple(call.Options(*signature.options)._replace(return_lse=True)))
-    out, lse = _batchable(_Forward(both, program.avals))(*flat)
+    out, lse = _final(_batchable(_Forward(both, program.avals)))(*flat)
     results = (out, lse) if call.Options(*signature.options).return_lse else (out,)
     return results, (tuple(flat), out, lse, _Static(perturbed))
 
@@ -354,8 +354,19 @@ def _attend_backward(signature: Signature, saved: Any, cotangents: Any) -> Any:
     extra = {"out": out, "lse": lse, "dout": dout} | ({} if zero[1] else {"dlse": dlse})
     avals = (*forward.avals, *map(_Aval.of, extra.values()))
     program = _Backward(signature, avals, tuple(extra), forward.wanted(perturbed.value))
-    gradients = dict(zip(program.targets, _batchable(program)(*flat, *extra.values()), strict=True))
+    gradients = dict(zip(program.targets, _final(_batchable(program))(*flat, *extra.values()), strict=True))
     return tuple(gradients.get(n) if want else None for n, want in enumerate(perturbed.value))
+
+
+def _final(function: Any) -> Any:
+    """A function whose derivative is refused by its name instead of XLA's."""
+    final = jax.custom_jvp(function)
+
+    @final.defjvp  # type: ignore[untyped-decorator]
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError("cuattn: a gradient of attention cannot be differentiated again (double backward)")
+
+    return final
 
 
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)

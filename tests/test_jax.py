@@ -374,6 +374,20 @@ def test_wrong_use_names_the_argument_and_the_way_out() -> None:
         adapter.attention(np.zeros((1, 2, 1, 8)), jnp.zeros((1, 2, 1, 8)), jnp.zeros((1, 2, 1, 8)))
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.vmap], ids=["eager", "jit", "vmap"])
+def test_a_second_derivative_is_refused_by_name(wrap: Any) -> None:
+    q, k, v = (x[None] for x in qkv())
+
+    def once(q: Array) -> Array:
+        return jax.grad(lambda q: wrap(adapter.attention)(q, k, v).sum())(q).sum()
+
+    first = q if wrap is jax.vmap else q[0]
+    k, v = (k, v) if wrap is jax.vmap else (k[0], v[0])
+    assert jnp.isfinite(once(first))
+    with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
+        jax.grad(once)(first)
+
+
 def test_lengths_that_the_host_sees_are_checked_when_the_program_runs() -> None:
     q, k, v = qkv()
     if jax.default_backend() != "cpu":
