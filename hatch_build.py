@@ -11,8 +11,11 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 def shortened(line: str) -> str:
-    """A line of C++ without the spaces around its punctuation; one with a string or for the preprocessor as it is."""
-    return line if line[:1] == "#" or line[-1:] == "\\" or '"' in line else re.sub(r" *([{}();,]) *", r"\1", line)
+    """A line of C++ without the spaces that mean nothing; one with a string or for the preprocessor as it is."""
+    if line[:1] == "#" or line[-1:] == "\\" or '"' in line:
+        return line
+    line = re.sub(r" *([{}()\[\];,?]|&&|\|\||(?<=[\w)\]] )=) *", r"\1", line)
+    return re.sub(r"(?<=[\w)\]]) ([*/%&|:<>]|<<|>>|[=!<>*/%&|]=) (?=[\w(])", r"\1", line)
 
 
 class KernelsWithoutComments(BuildHookInterface):  # type: ignore[type-arg]
