@@ -87,13 +87,14 @@ def test_empty_rows_are_zero(backend: Any, dtype: str) -> None:
         verify(case, out, lse)
 
 
-def test_padding_never_reaches_a_result(backend: Any) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_padding_never_reaches_a_result(backend: Any, dtype: str) -> None:
     """Bitwise the same whatever the padding holds."""
-    case = Case("float16", batch=4, sequences="lens", mask="causal", layout="contiguous")
+    case = Case(dtype, batch=4, sequences="lens", mask="causal", layout="contiguous")
     arguments = case.arguments()
     results = []
     for value in (0.0, np.inf, np.nan):
-        filled = {n: np.where(np.isnan(arguments[n]), np.float16(value), arguments[n]) for n in "qkv"}
+        filled = {n: np.where(np.isnan(arguments[n]), arguments[n].dtype.type(value), arguments[n]) for n in "qkv"}
         call = {n: backend.put(x) if isinstance(x, np.ndarray) else x for n, x in {**arguments, **filled}.items()}
         results.append([backend.get(x).tobytes() for x in cuattn.attention(**call, return_lse=True)])
     assert results[0] == results[1] == results[2]

@@ -509,8 +509,9 @@ struct ForwardSm90 {
         __device__ __forceinline__ void check_sums(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4], const Work& w,
                                                    const Tiles& tiles, int n, const float (&before)[2]) {
             const float larger = maximum(rows[0].sum - before[0], rows[1].sum - before[1]);
-            if (__all_sync(0xffffffffu, larger <= kLargestSum<Element>)) return;
-            if (kDivides && __all_sync(0xffffffffu, larger <= kLargestFloat)) {
+            // NOTE: NaN fits: it is what a row past its sequence's end may sum to, which must not change others of its warp.
+            if (__all_sync(0xffffffffu, !(larger > kLargestSum<Element>))) return;
+            if (kDivides && __all_sync(0xffffffffu, !(larger > kLargestFloat))) {
                 const float shrink[2] = {rows[0].outgrow(s.row_maximum(0), factor), rows[1].outgrow(s.row_maximum(1), factor)};
 #pragma unroll
                 for (int x = 0; x < kBlockN / 2; x++) s[x] *= shrink[x % 4 / 2];
