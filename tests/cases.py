@@ -648,6 +648,7 @@ def _corner_edges() -> Iterator[Case]:
         yield replace(base, magnitude=large, mask="causal", mods=("alibi",))
         if dtype in ("float16", "bfloat16"):
             yield replace(base, growth=40.0)
+            yield replace(base, growth=40.0, seqlen_q=300, seqlen_k=500, head_dim=128, dropout=0.5)
             yield replace(base, growth=40.0, seqlen_q=300, seqlen_k=500, mask="causal")
             yield replace(base, growth=40.0, seqlen_q=300, seqlen_k=500, mask="window", head_dim=128)
         for nonfinite in ("nan q", "nan k", "nan v", "inf q", "inf k", "inf v"):

@@ -85,6 +85,19 @@ def test_sizes_do_not_reach_the_source() -> None:
     assert len(sources) == 1
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_who_keeps_first_maxima(dtype: str) -> None:
+    """float16 not where dropout hides from the division what a sum counts, nor in wide or packed calls."""
+    for dropout, dims, keeps in (
+        (0.0, (128, 128), True),
+        (0.3, (128, 128), dtype == "bfloat16"),
+        (0.0, (256, 256), dtype == "bfloat16"),
+        (0.0, (192, 192), False),
+    ):
+        plan = make_plan(problem_of(dtype, dims=dims, dropout=dropout), DEVICES["sm_90a"])
+        assert plan.kernel == "forward_sm90" and plan.tiles.keep_maxima == keeps
+
+
 @pytest.mark.parametrize(
     ("dtype", "mods", "bounded"),
     [
