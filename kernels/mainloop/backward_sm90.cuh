@@ -122,7 +122,7 @@ struct BackwardSm90 {
     // cores are busy with the tile before.
     static constexpr bool kPlain = Config::kSeeded && !kWide;
     static constexpr bool kEarly = Config::kEarly && !kPlain, kSeeded = Config::kSeeded && !kPlain;
-    static_assert(!kSeeded || (kEarly && !Config::kStageBias && !kFewLeft));
+    static_assert(!kSeeded || (kWide && kEarly && !Config::kStageBias && !kFewLeft));
     // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that a bias needs.
     static constexpr bool kStatsAhead =
         kEarly && !kSeeded && !kFewLeft && kScoreRows <= (Config::kStageBias && kKeyCols > 64 ? 32 : 64);
@@ -440,12 +440,10 @@ struct BackwardSm90 {
                 at.head += here.head;
                 const long long slab = Slab::number(params(), grads(), w.seq, at, here.m);
                 unsigned* const counter = grads().turns + slab;
-                if constexpr (Config::kDeterministic) {
-                    const unsigned before = tiles_before(w, here);
-                    while (count_acquire(counter) < before) {
-                    }
-                    __syncwarp();
+                const unsigned before = tiles_before(w, here);
+                while (count_acquire(counter) < before) {
                 }
+                __syncwarp();
                 if (!Config::kBulkDq && leads) mbarrier_arrive(turn(stage));
                 mbarrier_wait(handed(stage), slot.parity);
                 if (leads) {
@@ -455,9 +453,9 @@ struct BackwardSm90 {
                                                  4 * kConsumers * kDqWarpBytes);
                         cp_async_bulk_wait_read();
                         mbarrier_arrive(turn(stage ^ 1));
-                        if (Config::kDeterministic) cp_async_bulk_wait();
+                        cp_async_bulk_wait();
                     }
-                    if constexpr (Config::kDeterministic) count_release(counter);
+                    count_release(counter);
                 }
                 __syncwarp();
             }
@@ -535,7 +533,7 @@ struct BackwardSm90 {
         }
         // kind: 0 of lse, 1 of delta.
         __device__ __forceinline__ void start_from(Scores& sums, int stage, int kind) const {
-            const unsigned first = (kWide ? wg * kScoreRows * 4 : 0) + threadIdx.x % 4 * 16;
+            const unsigned first = wg * kScoreRows * 4 + threadIdx.x % 4 * 16;
             const unsigned own = kernel.base + kOffsetStats + stage * StatsRows::kBytes + kind * kBlockM * 4 + first;
 #pragma unroll
             for (int r = 0; r < Scores::kThreadRows; r += 4) {
@@ -941,7 +939,6 @@ struct BackwardSm90 {
             Slot next = slot;
             next.advance();
             const int head = read_visit(next);
-            if constexpr (kSeeded && kKeyCols <= 64) start_from(seeds_s, next.stage, 0);
             if constexpr (kDoormen) await_turn();
             float* const to = kCourier ? nullptr : dq_target();
 #pragma unroll
@@ -960,12 +957,11 @@ struct BackwardSm90 {
                 add_dq(to, dq.half, DqSums::kHalf, start);
             }
             if constexpr (kDoormen) hand_over();
-            if constexpr (kSeeded && kKeyCols > 64) start_from(seeds_s, next.stage, 0);  // registers are short before
-            if constexpr (kSeeded && kKeyCols <= 64) start_from(seeds_dp, next.stage, 1);
+            if constexpr (kSeeded) start_from(seeds_s, next.stage, 0);  // registers are short before
             wgmma_wait_group<0>();
             wgmma_pin(dk.data);
             if constexpr (!kWide) wgmma_pin(ds_operand);
-            if constexpr (kSeeded && kKeyCols > 64) start_from(seeds_dp, next.stage, 1);
+            if constexpr (kSeeded) start_from(seeds_dp, next.stage, 1);
             if (leads()) mbarrier_arrive(kernel.q_empty(stage));
             slot = next;
             return head;
@@ -1160,7 +1156,11 @@ struct BackwardSm90 {
             if (w.n >= w.last()) return;
             if (warp == 4 * kConsumers && elect_sync()) load_tiles();
             if (warp == 4 * kConsumers + 1) guide();
-            if (kDoormen && warp >= 4 * kConsumers + 2) kDoors ? add_part(warp % 2) : keep_order(warp % 2);
+            if constexpr (kDoors) {
+                if (warp >= 4 * kConsumers + 2) add_part(warp % 2);
+            } else if constexpr (Config::kDeterministic) {
+                if (warp >= 4 * kConsumers + 2) keep_order(warp % 2);
+            }
             if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();

@@ -5,9 +5,9 @@
 // Roles       consumers: kConsumers warpgroups, 64 query rows each; S, P and O stay in their registers
 //             producer: the last warpgroup, of which one thread issues all loads
 // Registers   a CTA's share is 65536 / kMinBlocks; the producer hands all but kProducerRegisters over
-// Memory      kQStages x sQ (kConsumers x 64 x D) | kStages x sK (kBlockN x D) | kStages x sV (kBlockN x Dv) | kBiasStages x
-// bias
-//             tile (kBlockM x kBlockN) | query tiles | barriers; D, Dv and the columns of a bias tile padded to 64
+// Memory      kQStages x sQ (kConsumers x 64 x D) | kStages x sK (kBlockN x D) | kStages x sV (kBlockN x Dv) |
+//             kBiasStages x bias tile (kBlockM x kBlockN) | query tiles | barriers; D, Dv and the columns of a bias tile padded
+//             to 64
 // Barriers    name                  arrives                         count            waits
 //             full (q of a          the producer, and the bytes     1                consumers
 //               warpgroup, k, v)
@@ -24,7 +24,7 @@
 //             after the exponentials. Without kOverlap, O of a tile follows its softmax, which needs fewer registers.
 // Maxima      with kKeepsMaxima, a row's maximum is that of the first tile in which it sees a key, unless sums grow too large:
 //             after the release of K come the first exponentials, the wait for O and the other exponentials. With kBounded
-//             there are none, and O is waited for when S has become P.
+//             there are none, and O is waited for when three quarters of S have become P, to 64 columns all of it.
 // Output      with kStagesOutput, what a query tile gives lies where its Q was until the next one's second products are under
 //             way, and is stored then; else it is stored at once.
 #pragma once

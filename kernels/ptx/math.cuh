@@ -40,7 +40,8 @@ __device__ __forceinline__ double exp2_fast(double x) {
 }
 
 // 2^x for what is rounded to 16 bits, without the MUFU: x = n + f with |f| <= 1/2, a cubic that differs from 2^f by 8e-5 of it
-// at most (least in the largest difference), and n added to the exponent. Below 2^-126 it is 0; of NaN it is not finite.
+// at most (least in the largest difference), and n added to the exponent. Below 2^-126 it is 0; of NaN it may be
+// the largest float.
 __device__ __forceinline__ float exp2_cubic(float x) {
     constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     const float shifted = x + kShift, f = x - (shifted - kShift);
