@@ -140,6 +140,8 @@ struct BackwardSm90 {
     static constexpr bool kCourier =
         Config::kBulkDq && (Config::kDeterministic || ((Config::kSeeded || kStatsUnder || kAlternate) && !kRuns));
     static constexpr bool kDoormen = kCourier || Config::kDeterministic;
+    // Delta is read before dv is issued, or it would come late, behind what the tensor cores read from shared memory.
+    static constexpr bool kDeltaAhead = kAlternate && !(Config::kPacked || Config::kLens);
     // Without an order each of the two adds what one warpgroup left, as soon as it is there.
     static constexpr bool kDoors = kCourier && !Config::kDeterministic;
     // With two buffers of dq a warpgroup leaves that of a tile while the one before is being added.
@@ -523,6 +525,7 @@ struct BackwardSm90 {
         float lse[kStatsAhead || kStatsUnder ? Scores::kThreadRows : 1];
         // Of the tile to come, from its row statistics.
         Scores seeds_s, seeds_dp;
+        typename StatsReader::Four delta[kDeltaAhead ? Scores::kThreadRows / 4 : 1];
         WgmmaTile<kKeyCols> dk;
         WgmmaTile<kValueCols> dv;
         Sums sums;
@@ -548,8 +551,16 @@ struct BackwardSm90 {
         }
         __device__ __forceinline__ void read_lse(int stage) {
             const StatsReader stats = kernel.read_stats(stage);
+            if constexpr (kAlternate) {
 #pragma unroll
-            for (int r = 0; r < Scores::kThreadRows; r++) lse[r] = stats.lse(r);
+                for (int r = 0; r < Scores::kThreadRows; r += 4) {
+                    const auto four = stats.lse_of(r);
+                    lse[r] = four.row[0], lse[r + 1] = four.row[1], lse[r + 2] = four.row[2], lse[r + 3] = four.row[3];
+                }
+            } else {
+#pragma unroll
+                for (int r = 0; r < Scores::kThreadRows; r++) lse[r] = stats.lse(r);
+            }
         }
         // kind: 0 of lse, 1 of delta.
         __device__ __forceinline__ void start_from(Scores& sums, int stage, int kind) const {
@@ -785,7 +796,9 @@ struct BackwardSm90 {
             const auto& score_mod = staged_mod();
             sums.clear_tile();
             const StatsReader reader = kernel.read_stats(slot.stage);
-            const auto stats = [&](int r) { return Stats{0.0f, kSeeded ? 0.0f : reader.delta(r)}; };
+            const auto stats = [&](int r) {
+                return Stats{0.0f, kSeeded ? 0.0f : kDeltaAhead ? delta[r / 4].row[r % 4] : reader.delta(r)};
+            };
             if (full) {
                 probability_gradients<Config, false>(dp, p, at, first_query(), first_key(), mask(), score_mod, stats, sums);
             } else {
@@ -911,6 +924,11 @@ struct BackwardSm90 {
                 pack_operand<Element>(ds_operand, dp);
             }
             pack_operand<Element>(p_operand, s);
+            if constexpr (kDeltaAhead) {
+                const StatsReader stats = kernel.read_stats(stage);
+#pragma unroll
+                for (int x = 0; x < Scores::kThreadRows / 4; x++) delta[x] = stats.delta_of(4 * x);
+            }
             if constexpr (!kEarly && !kWide) store_panel(ds + group * DsTile::kPanelBytes, ds_operand);
             const unsigned p = start + kOffsetP + stage * DsTile::kBytes;
             if constexpr (kWide) {
