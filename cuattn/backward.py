@@ -34,7 +34,7 @@ POINTERS = (
     "split_dout",
 )
 """The first words of BackwardParams; the gradients of the parameters of user code take the slots after."""
-ZEROED = ("dq_sum", "turns", "bias_sum")
+ZEROED = ("turns", "dq_sum", "bias_sum")
 """Parts of the workspace that kernels add to."""
 SPLIT = ("split_q", "split_k", "split_v", "split_dout", "magnitudes")
 WORKSPACE = (*ZEROED, "row_stats", "partial_dk", "partial_dv", "tile_map", *SPLIT)
@@ -354,6 +354,47 @@ class BackwardPlan:
         return min(max(1, in_cache, -(-2 * self.device.num_sms // self.shares)), max(1, pairs))
 
     @property
+    def chained(self) -> bool:
+        """Whether the kernel and the one after it may be in place before the one ahead is done."""
+        return self.kernel == SM90
+
+    @property
+    def around(self) -> bool:
+        """backward_sm90: whether its CTAs may also do what prepares and converts (kernels/mainloop/backward_around.cuh)."""
+        p, backward = self.problem, self.backward
+        whole = p.vectors[3] == backward.vector_dout == 16 and p.head_dim_v % 8 == 0
+        plain = not (self.own_lengths or backward.deterministic) and self.q_splits == 1 and self.bias_kind is NO_BIAS
+        return self.kernel == SM90 and whole and plain
+
+    @property
+    def pairs(self) -> int:
+        """Of KV heads and sequences."""
+        return self.problem.num_heads_kv * self.batches
+
+    @property
+    def ahead(self) -> int:
+        """backward_sm90: pairs that backward_prepare.cu does, and from each CTA to the pair that it prepares."""
+        return self._apart(PREPARED_AHEAD) if self.around else self.pairs
+
+    @property
+    def behind(self) -> int:
+        """backward_sm90: pairs that backward_convert.cu does, and from each CTA to the pair that it converts."""
+        full = isinstance(self.problem.mask, Full)
+        return self._apart((3 if full else 6) * self.device.num_sms // 2) if self.around else self.pairs
+
+    def _apart(self, ctas: int) -> int:
+        """Pairs between two, so that all CTAs of the one have at least so many fewer than any of the other before them."""
+        shares, last = self.shares, self.last_section
+        if shares == 1:
+            return min(ctas, self.pairs)
+        apart = max(self.section, last)
+        if last:
+            return min(apart + -(-ctas // shares), self.pairs)
+        while apart < self.pairs and apart + (apart // self.section - 1) * self.section * (shares - 1) < ctas:
+            apart += 1
+        return min(apart, self.pairs)
+
+    @property
     def all_tokens(self) -> bool:
         """backward_sm90: key tiles are numbered over all packed sequences."""
         return self.kernel == SM90 and self.problem.packed and not self.tiles.runs
@@ -460,9 +501,10 @@ class BackwardPlan:
         partial = self.q_splits * self.rows_kv if self.q_splits > 1 else 0
         splits, *rest = self.sum_shape
         sums = splits * rest[0] * rest[1] * rest[2] * rest[3]
+        slabs = self.dq_elements // (self.tiles.block_m * self.head_dim)
         sizes = (
+            4 * slabs if self.takes_turns else 4 * 2 * self.pairs if self.around else 0,
             size * self.dq_splits * self.dq_elements,
-            4 * self.dq_elements // (self.tiles.block_m * self.head_dim) if self.takes_turns else 0,
             ITEMSIZE[self.sum_dtype] * sums,
             0 if self.in_one_pass and p.operand("sinks") is None else stats_bytes(p) * self.partial_rows,
             size * partial * p.head_dim,
@@ -481,9 +523,21 @@ class BackwardPlan:
 
     @property
     def zeroed(self) -> int:
-        """Bytes at the start of the workspace that kernels add to; backward_prepare.cu clears them."""
-        sizes = self.workspace[: len(ZEROED)]
-        return sum(sizes[:-1] if self.writes_bias else sizes)
+        """Bytes at the start of the workspace that kernels add to and backward_prepare.cu clears."""
+        turns, dq_sum, bias_sum = self.workspace[: len(ZEROED)]
+        if self.ahead < self.pairs:
+            dq_sum = ITEMSIZE[self.problem.real] * self.dq_elements // self.pairs * self.ahead
+        return turns + dq_sum + bias_sum * (not self.writes_bias)
+
+    @property
+    def prepared_rows(self) -> int:
+        """Of out and dout, whose statistics backward_prepare.cu finds."""
+        return self.partial_rows // self.pairs * self.ahead if self.ahead < self.pairs else self.partial_rows
+
+    @property
+    def converted_tiles(self) -> int:
+        """Query tiles of dq that backward_convert.cu converts."""
+        return self.m_blocks * self.problem.group * self.behind
 
     def _split_workspace(self) -> tuple[int, ...]:
         if not self.split_inputs:
@@ -499,6 +553,8 @@ class BackwardPlan:
         extras += f", bias by {self.bias_kind.name}" * (self.bias_kind is not NO_BIAS)
         instead = f" instead of {SM90}: {'; '.join(self.declined)}" * (bool(self.declined) and self.device.arch == "sm_90a")
         extras += ", inputs as fp16 pairs" * self.split_inputs
+        if self.ahead < self.pairs or self.behind < self.pairs:
+            extras += f", {self.pairs} pairs of which {self.ahead} prepared before and {self.behind} converted after"
         return (
             f"Plan({self.kernel} for {self.device.arch}: {self.gemm.cuda}, {t.block_m}x{t.block_n} x{t.stages}, "
             f"d{self.head_dim}/{self.head_dim_v}, {self.threads} threads, {self.smem_bytes} B shared, "
@@ -662,6 +718,8 @@ WINDOW_SM90 = "backward_window_sm90"
 PRODUCER_THREADS = 128
 WARP_ROWS = 16
 """Keys whose dk and dv a warp stores at once."""
+PREPARED_AHEAD = 16
+"""CTAs that must have started since the last of those that prepare what one needs: they take a few microseconds."""
 L2_BYTES = 32 << 20
 """Of an H200's 50 MB, what may be counted on."""
 

@@ -280,8 +280,10 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         if plan.uses_tma:
             flags |= {"kEarly": plan.early, "kBulkDq": plan.tiles.bulk, "kRuns": plan.tiles.runs, "kSendDs": plan.sends_ds}
             flags |= {"kSeeded": plan.tiles.seeded, "kStoreTma": bool(plan.tma_gradients), "kInOnePass": plan.in_one_pass}
+            flags["kAround"] = plan.around
         arguments = "BackwardTmaArguments" if plan.uses_tma else "BackwardArguments"
-        return _translation_unit(plan, kernel, arguments, size, types, constants, flags, True)
+        unit = _translation_unit(plan, kernel, arguments, size, types, constants, flags, True)
+        return unit._replace(chained=plan.chained)
     sinks = p.operand("sinks")
     types = {**types, "Sink": CTYPES[sinks.dtype if sinks else p.real]}
     common = {"Element": CTYPES[p.dtype], "Real": "cuattn::Real", "Mask": "FullMask", "ScoreMod": "NoScoreMod"}
@@ -291,7 +293,8 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
     }
     lens = p.operand("q_lens") is not None or p.operand("kv_lens") is not None
     flags = {"kPacked": p.packed, "kLens": lens} | {name: flags[name] for name in NEEDS[kernel] if name in flags}
-    return _source(kernel, "BackwardArguments", size, CTYPES[p.real], (), types, constants, flags)
+    unit = _source(kernel, "BackwardArguments", size, CTYPES[p.real], (), types, constants, flags)
+    return unit._replace(chained=plan.chained and kernel == "backward_convert")
 
 
 def _bias_in_pairs(plan: BackwardPlan) -> bool:

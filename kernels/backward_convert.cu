@@ -3,6 +3,7 @@
 #include "attention/mask.cuh"
 #include "attention/score_mod.cuh"
 #include "mainloop/slab.cuh"
+#include "ptx/griddepcontrol.cuh"
 #include "tile/copy.cuh"
 #include "tile/warp_half.cuh"
 #include "tile/warp_simt.cuh"
@@ -23,7 +24,9 @@ __device__ __forceinline__ void backward_convert(const BackwardArguments<Config>
     static_assert(Tile::kBytes <= Config::kSmemBytes, "the plan's shared memory is too small");
     const ForwardParams& p = arguments.base;
     const BackwardParams& g = arguments.grad;
-    unsigned index = gridDim.x - 1 - blockIdx.x;  // the last sums are still in L2
+    wait_for_grids_ahead();
+    // The last sums are still in L2; others may have been converted already.
+    unsigned index = static_cast<unsigned>(g.batches) * p.num_heads * p.m_blocks - 1 - blockIdx.x;
     const int m = static_cast<int>(index % p.m_blocks);
     index /= p.m_blocks;
     Coord at{0, 0, 0, 0};

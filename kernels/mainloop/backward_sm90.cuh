@@ -42,11 +42,13 @@
 #include "attention/row_stats.cuh"
 #include "attention/scores.cuh"
 #include "attention/seqlen.cuh"
+#include "mainloop/backward_around.cuh"
 #include "mainloop/backward_maps.cuh"
 #include "mainloop/query_tiles.cuh"
 #include "mainloop/ring.cuh"
 #include "mainloop/slab.cuh"
 #include "mainloop/stats_tile.cuh"
+#include "ptx/griddepcontrol.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/shared_memory.cuh"
 #include "ptx/special_registers.cuh"
@@ -158,6 +160,11 @@ struct BackwardSm90 {
     static constexpr int kBarriers = 6 + 7 * kStages;
     static constexpr int kOffsetSequence = kOffsetBarriers + 8 * kBarriers;
     static_assert(kOffsetSequence + 8 <= Config::kSmemBytes, "the plan's shared memory is too small");
+    // What surrounds this kernel is done by itself. Who adds dq says when it is there: the doormen, or each consumer warp.
+    static constexpr bool kAround = Config::kAround;
+    using Around = BackwardAround<Config, kConsumerThreads, kDoors ? 2 : 4 * kConsumers>;
+    static_assert(!kAround || (!Config::kPacked && !Config::kLens && !Config::kDeterministic && !Config::kQuerySplit));
+    static_assert(!kAround || Around::Tile::kBytes <= (kWide ? 4 : 2) * DsTile::kBytes);
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
@@ -354,6 +361,7 @@ struct BackwardSm90 {
             if (lane == 0) visit(0).slab = first_row;
             __syncwarp();
         }
+        await_prepared();
         const long long slabs = Slab::number(p, g, w.seq, w.at, 0);
         for_places(w, [&](const Tiles& tiles, Place here) {
             const int row = here.m * kBlockM + lane;
@@ -410,6 +418,7 @@ struct BackwardSm90 {
         const Work w = work();
         const bool leads = lane_index() == 0;
         Slot slot;
+        if (leads) await_prepared();
         if (leads) mbarrier_arrive(turn(group));
         for_places(w, [&](const Tiles&, Place here) {
             Coord at = w.at;
@@ -426,7 +435,13 @@ struct BackwardSm90 {
             __syncwarp();
             slot.advance();
         });
-        if (leads) cp_async_bulk_wait_read();  // shared memory is this CTA's no longer than that
+        if (!leads) return;
+        if constexpr (kAround) {
+            cp_async_bulk_wait();
+            tell_added();
+        } else {
+            cp_async_bulk_wait_read();  // shared memory is this CTA's no longer than that
+        }
     }
     // Two warps, or what follows an addition, until it is known to be done and has been told, would hold up the next.
     __device__ __forceinline__ void keep_order(int stage) const {
@@ -1105,6 +1120,10 @@ struct BackwardSm90 {
 
     __device__ __forceinline__ void consume(int wg) const {
         const ForwardParams& p = params();
+        do_around();
+        if constexpr (kAround && Config::kBulkDq && !kCourier) {
+            if (Consumer::leads()) await_prepared();
+        }
         Consumer consumer{*this, wg};
         consumer.factor = score_factor();
         const Work w = work();
@@ -1115,10 +1134,58 @@ struct BackwardSm90 {
         if constexpr ((Config::kBulkDq && !kCourier) || kSendSums || Config::kStoreTma) {
             if (Consumer::leads()) cp_async_bulk_wait();
         }
+        if constexpr (kAround && !kDoors) {
+            __syncwarp();
+            if (Consumer::leads()) tell_added();
+        }
         if constexpr (kForeignRows && !Config::kQuerySplit) {
             // NOTE: worked out again, or it would live in registers that the loop needs.
             const Work again = work();
             for (int n = again.n; n < again.stop && n < grads().n_blocks; n++) store_padding(again, n);
+        }
+    }
+
+    // -------------------------------------------------------------------------------------------------------------- around
+
+    __device__ __forceinline__ Around around() const {
+        const BackwardParams& g = grads();
+        const Share own = Work::share_of(params(), g);
+        const int run = kRuns ? g.run : 1;
+        return {params(), g, own.pair, own.n / run, (g.n_blocks + run - 1) / run};
+    }
+    // Of the consumers with what they do for the pair ahead; without sequences to find, nobody else needs its place.
+    __device__ __forceinline__ unsigned prepared() const { return base + kOffsetSequence; }
+    __device__ __forceinline__ void do_around() const {
+        if constexpr (kAround) {
+            const Around around = this->around();
+            around.run(smem + kOffsetDs, kDsBarrier);
+            __syncwarp();
+            if (Consumer::leads()) mbarrier_arrive(prepared());
+            bar_sync(kDsBarrier, kConsumerThreads);  // shared memory is for dS again
+        }
+    }
+    __device__ __forceinline__ void tell_prepared() const {
+        if constexpr (kAround) {
+            const Around around = this->around();
+            if (!around.prepares() || lane_index() != 0) return;
+            mbarrier_wait(prepared(), 0);
+            fence_proxy_async_global();
+            count_release(around.ready(around.pair + grads().ahead));
+        }
+    }
+    // Until row statistics and sums of this CTA's pair may be read and added to.
+    __device__ __forceinline__ void await_prepared() const {
+        if constexpr (kAround) {
+            const Around around = this->around();
+            if (around.pair >= grads().ahead) count_wait(around.ready(around.pair), around.shares);
+            fence_proxy_async_global();
+        }
+    }
+    // One thread, for those whose additions are done before it comes here.
+    __device__ __forceinline__ void tell_added() const {
+        if constexpr (kAround) {
+            const Around around = this->around();
+            count_release(around.added(around.pair));
         }
     }
 
@@ -1141,8 +1208,10 @@ struct BackwardSm90 {
                 mbarrier_init(q_empty(stage), 4 * kConsumers);
                 mbarrier_init(do_empty(stage), 4 * kConsumers);
             }
+            if constexpr (kAround) mbarrier_init(prepared(), 4 * kConsumers);
             fence_mbarrier_init();
         }
+        admit_grid_behind();
         if constexpr (kAllTokens) {
             if (warp == 0) {
                 const int found = sequence_at(params(), Work::share_of(params(), grads()).n);
@@ -1153,9 +1222,11 @@ struct BackwardSm90 {
         if (wg == kConsumers) {
             setmaxnreg_dec<kProducerRegisters>();
             const Work w = work();
+            if (warp != 4 * kConsumers) wait_for_grids_ahead();  // whose results no tile is
             if (w.n >= w.last()) return;
             if (warp == 4 * kConsumers && elect_sync()) load_tiles();
             if (warp == 4 * kConsumers + 1) guide();
+            if (kAround && warp == 4 * kConsumers + 2) tell_prepared();
             if constexpr (kDoors) {
                 if (warp >= 4 * kConsumers + 2) add_part(warp % 2);
             } else if constexpr (Config::kDeterministic) {
@@ -1164,6 +1235,7 @@ struct BackwardSm90 {
             if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
+            wait_for_grids_ahead();
             consume(wg);
         }
     }

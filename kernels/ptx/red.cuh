@@ -29,6 +29,10 @@ __device__ __forceinline__ unsigned count_acquire(const unsigned* counter) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
     return count;
 }
+// Waits for a sum of at least `least`, without haste.
+__device__ __forceinline__ void count_wait(const unsigned* counter, unsigned least) {
+    while (count_acquire(counter) < least) __nanosleep(100);
+}
 
 // The same, and what was there before: what other threads wrote before they counted is visible afterwards.
 __device__ __forceinline__ unsigned long long count_and_order(unsigned long long* counter) {
