@@ -227,9 +227,12 @@ _SPLIT_NEEDS = ("kHeadDim", "kHeadDimV", "kVecQ", "kVecK", "kVecV", "kVecDout", 
 NEEDS = {
     "magnitude": _SPLIT_NEEDS,
     "split": _SPLIT_NEEDS,
-    "backward_prepare": ("kPrepareLanes", "kVecOut", "kVecDout", "kTf32"),
+    "backward_prepare": ("kPrepareLanes", "kVecOut", "kVecDout", "kTf32", "kChained"),
     "backward_sinks": ("Sink",),
-    "backward_convert": ("Gemm", "kHeadDim", "kBlockM", "kBlockN", "kSlabThreads", "kVecDq", "kVectorRed", "kWarpSlabs"),
+    "backward_convert": (
+        *("Gemm", "kHeadDim", "kBlockM", "kBlockN", "kSlabThreads", "kVecDq", "kVectorRed", "kWarpSlabs"),
+        *("kAround", "kChained"),
+    ),
     "backward_combine": (),
     "backward_bias": ("BiasElement", "BiasTarget", "kBiasKind", "kWide"),
 }
@@ -274,13 +277,14 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         "kStageBias": plan.staged_bias is not None,
         "kBiasRow": plan.staged_bias is not None and one_row(plan.staged_bias),
         "kWide": bias_is_wide(plan),
+        "kAround": plan.around,
+        "kChained": plan.chained,
     }
     size = len(backward_struct(plan, plan.launches[0], attends).image)
     if attends:
         if plan.uses_tma:
             flags |= {"kEarly": plan.early, "kBulkDq": plan.tiles.bulk, "kRuns": plan.tiles.runs, "kSendDs": plan.sends_ds}
             flags |= {"kSeeded": plan.tiles.seeded, "kStoreTma": bool(plan.tma_gradients), "kInOnePass": plan.in_one_pass}
-            flags["kAround"] = plan.around
         arguments = "BackwardTmaArguments" if plan.uses_tma else "BackwardArguments"
         unit = _translation_unit(plan, kernel, arguments, size, types, constants, flags, True)
         return unit._replace(chained=plan.chained)

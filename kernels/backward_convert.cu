@@ -2,6 +2,7 @@
 // query tile, head and batch, with the threads that added to dq_sum. The sums of several splits are added in order.
 #include "attention/mask.cuh"
 #include "attention/score_mod.cuh"
+#include "mainloop/backward_around.cuh"
 #include "mainloop/slab.cuh"
 #include "ptx/griddepcontrol.cuh"
 #include "tile/copy.cuh"
@@ -24,9 +25,16 @@ __device__ __forceinline__ void backward_convert(const BackwardArguments<Config>
     static_assert(Tile::kBytes <= Config::kSmemBytes, "the plan's shared memory is too small");
     const ForwardParams& p = arguments.base;
     const BackwardParams& g = arguments.grad;
-    wait_for_grids_ahead();
-    // The last sums are still in L2; others may have been converted already.
-    unsigned index = static_cast<unsigned>(g.batches) * p.num_heads * p.m_blocks - 1 - blockIdx.x;
+    unsigned index;
+    if constexpr (Config::kAround) {  // the last pairs, of which these are the first whose sums are there
+        index = static_cast<unsigned>(g.batches) * p.num_heads * p.m_blocks - gridDim.x + blockIdx.x;
+        const AroundCounters counters{g};
+        if (threadIdx.x == 0) counters.await_added(static_cast<int>(index / p.m_blocks / p.group), Config::kSlabThreads / 32);
+        __syncthreads();
+    } else {
+        if constexpr (Config::kChained) wait_for_grids_ahead();
+        index = gridDim.x - 1 - blockIdx.x;  // the last sums are still in L2
+    }
     const int m = static_cast<int>(index % p.m_blocks);
     index /= p.m_blocks;
     Coord at{0, 0, 0, 0};
@@ -62,6 +70,7 @@ __device__ __forceinline__ void backward_convert(const BackwardArguments<Config>
             dq[(from + x / p.head_dim) * g.dq_row + x % p.head_dim] = Element(0.0f);
         }
     }
+    if constexpr (Config::kAround) wait_for_grids_ahead();  // that the next kernel may not begin before them
 }
 
 }  // namespace cuattn

@@ -17,7 +17,7 @@ __device__ __forceinline__ void backward_prepare(const BackwardArguments<Config>
     using Sum = typename Kernel::Sum;
     const ForwardParams& p = arguments.base;
     const BackwardParams& g = arguments.grad;
-    admit_grid_behind();
+    if constexpr (Config::kChained) admit_grid_behind();
     constexpr int kRowsAtOnce = Config::kThreads / Kernel::kLanes;
     uint4* const cleared = static_cast<uint4*>(g.turns != nullptr ? static_cast<void*>(g.turns) : g.dq_sum);
     for (long long n = static_cast<long long>(blockIdx.x) * Config::kThreads + threadIdx.x; n < g.zeroed;

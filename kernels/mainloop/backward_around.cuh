@@ -5,9 +5,11 @@
 // A CTA that takes key tiles of a pair (KV head, batch), one of `shares`, does the same share of two other pairs' query tiles:
 //     pair + ahead    finds row statistics and clears dq_sum, then counts in ready[pair + ahead]
 //     pair - behind   waits until all have counted in added[pair - behind], and converts dq
-// It waits for ready[pair] before it reads statistics or adds dq, and counts in added[pair] when its additions are done.
-// backward_prepare.cu does the first `ahead` pairs and clears the counters, backward_convert.cu does the last `behind`. Plans see
-// to it that all CTAs waited for have a lower index, so none waits for one that has not started.
+// It waits for ready[pair] before it reads statistics or adds dq; each of its consumer warps counts in added[pair], or has
+// somebody count, when its additions are done. backward_prepare.cu does the first `ahead` pairs and clears the counters,
+// backward_convert.cu does the last `behind`, of which it waits for the additions alone: while the last CTAs of this kernel
+// run, it has the other multiprocessors. Plans see to it that all CTAs waited for have a lower index, so none waits for one
+// that has not started.
 #pragma once
 #include "attention/coord.cuh"
 #include "mainloop/row_products.cuh"
@@ -18,8 +20,19 @@
 
 namespace cuattn {
 
-// kConsumerThreads: the first of a CTA. kCounts: of a CTA in added[pair].
-template <class Config, int kConsumerThreads, int kCounts>
+struct AroundCounters {
+    const BackwardParams& g;
+
+    __device__ __forceinline__ int pairs() const { return g.batches * g.heads_kv; }
+    __device__ __forceinline__ int shares() const { return (g.n_blocks + g.run - 1) / g.run; }
+    __device__ __forceinline__ unsigned* ready(int pair) const { return g.turns + pair; }
+    __device__ __forceinline__ unsigned* added(int pair) const { return g.turns + pairs() + pair; }
+    __device__ __forceinline__ void await_ready(int pair) const { count_wait(ready(pair), shares()); }
+    __device__ __forceinline__ void await_added(int pair, int warps) const { count_wait(added(pair), shares() * warps); }
+};
+
+// kConsumerThreads: the first of a CTA.
+template <class Config, int kConsumerThreads>
 struct BackwardAround {
     using Element = typename Config::Element;
     using Rows = RowProducts<Config>;
@@ -32,12 +45,10 @@ struct BackwardAround {
 
     const ForwardParams& p;
     const BackwardParams& g;
-    int pair, place, shares;
+    int pair, place;
 
-    __device__ __forceinline__ int pairs() const { return g.batches * g.heads_kv; }
-    __device__ __forceinline__ unsigned* ready(int of) const { return g.turns + of; }
-    __device__ __forceinline__ unsigned* added(int of) const { return g.turns + pairs() + of; }
-    __device__ __forceinline__ bool prepares() const { return pair + g.ahead < pairs(); }
+    __device__ __forceinline__ AroundCounters counters() const { return {g}; }
+    __device__ __forceinline__ bool prepares() const { return pair + g.ahead < counters().pairs(); }
     __device__ __forceinline__ bool converts() const { return pair >= g.behind; }
 
     // Of another pair's query tile.
@@ -77,8 +88,7 @@ struct BackwardAround {
                 const int col = piece * kSpan + lane() * Rows::kVec;
                 const bool inside = exists && col < p.head_dim_v;
                 const uint4 nothing = make_uint4(0, 0, 0, 0);
-                loaded.dout[step][piece] =
-                    inside ? *reinterpret_cast<const uint4*>(dout + i * g.dout_row + col) : nothing;
+                loaded.dout[step][piece] = inside ? *reinterpret_cast<const uint4*>(dout + i * g.dout_row + col) : nothing;
                 loaded.out[step][piece] = inside ? *reinterpret_cast<const uint4*>(out + i * p.out_row + col) : nothing;
             }
             loaded.lse[step] = exists && lane() == 0 ? lse[i * g.lse_row] : negative_infinity<float>();
@@ -105,14 +115,14 @@ struct BackwardAround {
 
     // By all consumers. shared: of Tile::kBytes.
     __device__ __forceinline__ void run(void* shared, int barrier) const {
-        const int tiles = p.m_blocks * p.group;
+        const int tiles = p.m_blocks * p.group, shares = counters().shares();
         const Tile tile{static_cast<Element*>(shared)};
         const float scale = static_cast<float>(p.scale);
         for (int t = place; t < tiles; t += shares) {
             Loaded loaded;
             if (prepares()) load(loaded, where(pair + g.ahead, t));
             if (converts()) {
-                if (t == place) count_wait(added(pair - g.behind), shares * kCounts);
+                if (t == place) counters().await_added(pair - g.behind, kConsumerThreads / 32);
                 const Where at = where(pair - g.behind, t);
                 typename Slab::Sums sums;
 #pragma unroll

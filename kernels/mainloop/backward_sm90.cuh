@@ -160,9 +160,8 @@ struct BackwardSm90 {
     static constexpr int kBarriers = 6 + 7 * kStages;
     static constexpr int kOffsetSequence = kOffsetBarriers + 8 * kBarriers;
     static_assert(kOffsetSequence + 8 <= Config::kSmemBytes, "the plan's shared memory is too small");
-    // What surrounds this kernel is done by itself. Who adds dq says when it is there: the doormen, or each consumer warp.
     static constexpr bool kAround = Config::kAround;
-    using Around = BackwardAround<Config, kConsumerThreads, kDoors ? 2 : 4 * kConsumers>;
+    using Around = BackwardAround<Config, kConsumerThreads>;
     static_assert(!kAround || (!Config::kPacked && !Config::kLens && !Config::kDeterministic && !Config::kQuerySplit));
     static_assert(!kAround || Around::Tile::kBytes <= (kWide ? 4 : 2) * DsTile::kBytes);
 
@@ -438,7 +437,7 @@ struct BackwardSm90 {
         if (!leads) return;
         if constexpr (kAround) {
             cp_async_bulk_wait();
-            tell_added();
+            tell_added(4);
         } else {
             cp_async_bulk_wait_read();  // shared memory is this CTA's no longer than that
         }
@@ -1136,7 +1135,7 @@ struct BackwardSm90 {
         }
         if constexpr (kAround && !kDoors) {
             __syncwarp();
-            if (Consumer::leads()) tell_added();
+            if (Consumer::leads()) tell_added(1);
         }
         if constexpr (kForeignRows && !Config::kQuerySplit) {
             // NOTE: worked out again, or it would live in registers that the loop needs.
@@ -1150,8 +1149,7 @@ struct BackwardSm90 {
     __device__ __forceinline__ Around around() const {
         const BackwardParams& g = grads();
         const Share own = Work::share_of(params(), g);
-        const int run = kRuns ? g.run : 1;
-        return {params(), g, own.pair, own.n / run, (g.n_blocks + run - 1) / run};
+        return {params(), g, own.pair, own.n / g.run};
     }
     // Of the consumers with what they do for the pair ahead; without sequences to find, nobody else needs its place.
     __device__ __forceinline__ unsigned prepared() const { return base + kOffsetSequence; }
@@ -1170,22 +1168,22 @@ struct BackwardSm90 {
             if (!around.prepares() || lane_index() != 0) return;
             mbarrier_wait(prepared(), 0);
             fence_proxy_async_global();
-            count_release(around.ready(around.pair + grads().ahead));
+            count_release(around.counters().ready(around.pair + grads().ahead));
         }
     }
     // Until row statistics and sums of this CTA's pair may be read and added to.
     __device__ __forceinline__ void await_prepared() const {
         if constexpr (kAround) {
             const Around around = this->around();
-            if (around.pair >= grads().ahead) count_wait(around.ready(around.pair), around.shares);
+            if (around.pair >= grads().ahead) around.counters().await_ready(around.pair);
             fence_proxy_async_global();
         }
     }
-    // One thread, for those whose additions are done before it comes here.
-    __device__ __forceinline__ void tell_added() const {
+    // One thread, for so many warps whose additions are done before it comes here.
+    __device__ __forceinline__ void tell_added(int warps) const {
         if constexpr (kAround) {
             const Around around = this->around();
-            count_release(around.added(around.pair));
+            count_release(around.counters().added(around.pair), warps);
         }
     }
 
@@ -1211,7 +1209,6 @@ struct BackwardSm90 {
             if constexpr (kAround) mbarrier_init(prepared(), 4 * kConsumers);
             fence_mbarrier_init();
         }
-        admit_grid_behind();
         if constexpr (kAllTokens) {
             if (warp == 0) {
                 const int found = sequence_at(params(), Work::share_of(params(), grads()).n);
@@ -1236,6 +1233,7 @@ struct BackwardSm90 {
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
             wait_for_grids_ahead();
+            admit_grid_behind();  // which may read what the one ahead has written
             consume(wg);
         }
     }

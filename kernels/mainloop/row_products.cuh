@@ -1,5 +1,5 @@
-// delta = rowsum(dout o out): what a row of the backward needs besides its scores. kPrepareLanes lanes take a row, 16 bytes each
-// at a time.
+// delta = rowsum(dout o out): what a row of the backward needs besides its scores. kPrepareLanes lanes take a row, 16 bytes
+// each at a time.
 #pragma once
 #include "attention/row_stats.cuh"
 #include "ptx/convert.cuh"
