@@ -360,7 +360,7 @@ class BackwardPlan:
 
     @property
     def around(self) -> bool:
-        """backward_sm90: whether its CTAs may also do what prepares and converts (kernels/mainloop/backward_around.cuh)."""
+        """backward_sm90: whether pairs are cleared and converted while it runs (kernels/mainloop/backward_around.cuh)."""
         p, backward = self.problem, self.backward
         whole = p.vectors[3] == backward.vector_dout == 16 and p.head_dim_v % 8 == 0
         plain = not (self.own_lengths or backward.deterministic) and self.q_splits == 1 and self.bias_kind is NO_BIAS
@@ -373,14 +373,13 @@ class BackwardPlan:
 
     @property
     def ahead(self) -> int:
-        """backward_sm90: pairs that backward_prepare.cu does, and from each CTA to the pair that it prepares."""
+        """backward_sm90: pairs that backward_prepare.cu clears, and from each CTA to the pair that it clears."""
         return self._apart(PREPARED_AHEAD) if self.around else self.pairs
 
     @property
-    def behind(self) -> int:
-        """backward_sm90: pairs that backward_convert.cu does, and from each CTA to the pair that it converts."""
-        full = isinstance(self.problem.mask, Full)
-        return self._apart((3 if full else 6) * self.device.num_sms // 2) if self.around else self.pairs
+    def prepares_ahead(self) -> bool:
+        """backward_sm90: whether its CTAs also find row statistics of the pair that they clear."""
+        return self.ahead < self.pairs
 
     def _apart(self, ctas: int) -> int:
         """Pairs between two, so that all CTAs of the one have at least so many fewer than any of the other before them."""
@@ -532,12 +531,7 @@ class BackwardPlan:
     @property
     def prepared_rows(self) -> int:
         """Of out and dout, whose statistics backward_prepare.cu finds."""
-        return self.partial_rows // self.pairs * self.ahead if self.ahead < self.pairs else self.partial_rows
-
-    @property
-    def converted_tiles(self) -> int:
-        """Query tiles of dq that backward_convert.cu converts."""
-        return self.m_blocks * self.problem.group * self.behind
+        return self.partial_rows // self.pairs * self.ahead if self.prepares_ahead else self.partial_rows
 
     def _split_workspace(self) -> tuple[int, ...]:
         if not self.split_inputs:
@@ -553,8 +547,7 @@ class BackwardPlan:
         extras += f", bias by {self.bias_kind.name}" * (self.bias_kind is not NO_BIAS)
         instead = f" instead of {SM90}: {'; '.join(self.declined)}" * (bool(self.declined) and self.device.arch == "sm_90a")
         extras += ", inputs as fp16 pairs" * self.split_inputs
-        if self.ahead < self.pairs or self.behind < self.pairs:
-            extras += f", {self.pairs} pairs of which {self.ahead} prepared before and {self.behind} converted after"
+        extras += f", {self.ahead} of {self.pairs} pairs cleared before" * self.around
         return (
             f"Plan({self.kernel} for {self.device.arch}: {self.gemm.cuda}, {t.block_m}x{t.block_n} x{t.stages}, "
             f"d{self.head_dim}/{self.head_dim_v}, {self.threads} threads, {self.smem_bytes} B shared, "

@@ -727,7 +727,7 @@ def _backward_launches(plan: BackwardPlan, position: Mapping[int, int]) -> list[
         "tile_map": plan.map_batches * plan.map_heads * plan.m_blocks * plan.map_words,
         "prepare": -(-plan.prepared_rows * plan.prepare_lanes // PREPARE_THREADS),
         "sinks": p.num_heads,
-        "convert": plan.converted_tiles,
+        "convert": plan.m_blocks * p.num_heads * plan.batches,
         "combine": -(-plan.rows_kv * 32 // COMBINE_THREADS),
         "bias": plan.bias_units if bias_is_wide(plan) else -(-plan.bias_units // BIAS_THREADS),
     }

@@ -203,7 +203,7 @@ def _backward_fields(
         *sum_strides,
     ]
     ints = [plan.key_tiles, plan.q_splits, plan.dq_splits, plan.run, plan.last_section]
-    ints += [plan.ahead, plan.behind, *launch, *shape]
+    ints += [plan.ahead, *launch, *shape]
     return [("q", n) for n in longs] + [("i4x", n) for n in ints]
 
 

@@ -26,8 +26,8 @@ __device__ __forceinline__ void backward_convert(const BackwardArguments<Config>
     const ForwardParams& p = arguments.base;
     const BackwardParams& g = arguments.grad;
     unsigned index;
-    if constexpr (Config::kAround) {  // the last pairs, of which these are the first whose sums are there
-        index = static_cast<unsigned>(g.batches) * p.num_heads * p.m_blocks - gridDim.x + blockIdx.x;
+    if constexpr (Config::kAround) {
+        index = blockIdx.x;  // the first sums are there first
         const AroundCounters counters{g};
         if (threadIdx.x == 0) counters.await_added(static_cast<int>(index / p.m_blocks / p.group), Config::kSlabThreads / 32);
         __syncthreads();

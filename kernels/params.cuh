@@ -98,8 +98,7 @@ struct BackwardParams {
     alignas(8) int run;           // backward_sm90: key tiles that a CTA takes one after the other
     alignas(8) int last_section;  // backward_sm90: pairs in the last section, 0 for as many as in the others
     alignas(8) int ahead;         // see mainloop/backward_around.cuh
-    alignas(8) int behind;
-    alignas(8) int first_batch;  // of this launch, and heads and batches that it covers
+    alignas(8) int first_batch;   // of this launch, and heads and batches that it covers
     alignas(8) int first_head_kv;
     alignas(8) int batches;
     alignas(8) int heads_kv;

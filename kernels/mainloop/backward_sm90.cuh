@@ -163,7 +163,6 @@ struct BackwardSm90 {
     static constexpr bool kAround = Config::kAround;
     using Around = BackwardAround<Config, kConsumerThreads>;
     static_assert(!kAround || (!Config::kPacked && !Config::kLens && !Config::kDeterministic && !Config::kQuerySplit));
-    static_assert(!kAround || Around::Tile::kBytes <= (kWide ? 4 : 2) * DsTile::kBytes);
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
@@ -1119,7 +1118,7 @@ struct BackwardSm90 {
 
     __device__ __forceinline__ void consume(int wg) const {
         const ForwardParams& p = params();
-        do_around();
+        prepare_ahead();
         if constexpr (kAround && Config::kBulkDq && !kCourier) {
             if (Consumer::leads()) await_prepared();
         }
@@ -1151,24 +1150,27 @@ struct BackwardSm90 {
         const Share own = Work::share_of(params(), g);
         return {params(), g, own.pair, own.n / g.run};
     }
-    // Of the consumers with what they do for the pair ahead; without sequences to find, nobody else needs its place.
+    // Of the consumers with statistics of the pair ahead; without sequences to find, nobody else needs its place.
     __device__ __forceinline__ unsigned prepared() const { return base + kOffsetSequence; }
-    __device__ __forceinline__ void do_around() const {
+    __device__ __forceinline__ void prepare_ahead() const {
         if constexpr (kAround) {
             const Around around = this->around();
-            around.run(smem + kOffsetDs, kDsBarrier);
+            if (!around.prepares()) return;
+            around.prepare();
             __syncwarp();
             if (Consumer::leads()) mbarrier_arrive(prepared());
-            bar_sync(kDsBarrier, kConsumerThreads);  // shared memory is for dS again
         }
     }
-    __device__ __forceinline__ void tell_prepared() const {
+    // By one of two warps.
+    __device__ __forceinline__ void clear_ahead(int warp) const {
         if constexpr (kAround) {
             const Around around = this->around();
-            if (!around.prepares() || lane_index() != 0) return;
-            mbarrier_wait(prepared(), 0);
+            if (!around.clears()) return;
+            around.clear(warp);
+            if (around.prepares()) mbarrier_wait(prepared(), 0);
             fence_proxy_async_global();
-            count_release(around.counters().ready(around.pair + grads().ahead));
+            __syncwarp();
+            if (lane_index() == 0) count_release(around.counters().ready(around.next()));
         }
     }
     // Until row statistics and sums of this CTA's pair may be read and added to.
@@ -1223,7 +1225,7 @@ struct BackwardSm90 {
             if (w.n >= w.last()) return;
             if (warp == 4 * kConsumers && elect_sync()) load_tiles();
             if (warp == 4 * kConsumers + 1) guide();
-            if (kAround && warp == 4 * kConsumers + 2) tell_prepared();
+            if (warp >= 4 * kConsumers + 2) clear_ahead(warp % 2);
             if constexpr (kDoors) {
                 if (warp >= 4 * kConsumers + 2) add_part(warp % 2);
             } else if constexpr (Config::kDeterministic) {
