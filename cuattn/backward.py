@@ -330,6 +330,17 @@ class BackwardPlan:
         return self.kernel == SM90 and self.backward.deterministic
 
     @property
+    def chained(self) -> bool:
+        """Whether the kernel may be in place before backward_prepare.cu is done, and backward_convert.cu before it is."""
+        return self.kernel == SM90
+
+    @property
+    def counts_pairs(self) -> bool:
+        """backward_sm90: whether backward_convert.cu waits for the sums of a KV head and batch, not for the whole kernel."""
+        splits = self.q_splits > 1 or self.tiles.runs
+        return self.chained and not (splits or self.problem.packed or self.backward.deterministic)
+
+    @property
     def section(self) -> int:
         """backward_sm90: pairs of sequences and KV heads whose key tiles take turns. Beyond 64 columns equal key tiles of one
         pair side by side read queries and add dq where they are in L2 still.
@@ -352,46 +363,6 @@ class BackwardPlan:
         in_cache = L2_BYTES // max(1, row * queries * p.group)
         pairs = self.q_splits * p.num_heads_kv * (1 if self.all_tokens else self.batches)
         return min(max(1, in_cache, -(-2 * self.device.num_sms // self.shares)), max(1, pairs))
-
-    @property
-    def chained(self) -> bool:
-        """Whether the kernel and the one after it may be in place before the one ahead is done."""
-        return self.kernel == SM90
-
-    @property
-    def around(self) -> bool:
-        """backward_sm90: whether pairs are cleared and converted while it runs (kernels/mainloop/backward_around.cuh)."""
-        p, backward = self.problem, self.backward
-        whole = p.vectors[3] == backward.vector_dout == 16 and p.head_dim_v % 8 == 0
-        plain = not (self.own_lengths or backward.deterministic) and self.q_splits == 1 and self.bias_kind is NO_BIAS
-        return self.kernel == SM90 and whole and plain
-
-    @property
-    def pairs(self) -> int:
-        """Of KV heads and sequences."""
-        return self.problem.num_heads_kv * self.batches
-
-    @property
-    def ahead(self) -> int:
-        """backward_sm90: pairs that backward_prepare.cu clears, and from each CTA to the pair that it clears."""
-        return self._apart(PREPARED_AHEAD) if self.around else self.pairs
-
-    @property
-    def prepares_ahead(self) -> bool:
-        """backward_sm90: whether its CTAs also find row statistics of the pair that they clear."""
-        return self.ahead < self.pairs
-
-    def _apart(self, ctas: int) -> int:
-        """Pairs between two, so that all CTAs of the one have at least so many fewer than any of the other before them."""
-        shares, last = self.shares, self.last_section
-        if shares == 1:
-            return min(ctas, self.pairs)
-        apart = max(self.section, last)
-        if last:
-            return min(apart + -(-ctas // shares), self.pairs)
-        while apart < self.pairs and apart + (apart // self.section - 1) * self.section * (shares - 1) < ctas:
-            apart += 1
-        return min(apart, self.pairs)
 
     @property
     def all_tokens(self) -> bool:
@@ -500,9 +471,9 @@ class BackwardPlan:
         partial = self.q_splits * self.rows_kv if self.q_splits > 1 else 0
         splits, *rest = self.sum_shape
         sums = splits * rest[0] * rest[1] * rest[2] * rest[3]
-        slabs = self.dq_elements // (self.tiles.block_m * self.head_dim)
+        slabs, pairs = self.dq_elements // (self.tiles.block_m * self.head_dim), p.num_heads_kv * self.batches
         sizes = (
-            4 * slabs if self.takes_turns else 4 * 2 * self.pairs if self.around else 0,
+            4 * slabs if self.takes_turns else 4 * pairs if self.counts_pairs else 0,
             size * self.dq_splits * self.dq_elements,
             ITEMSIZE[self.sum_dtype] * sums,
             0 if self.in_one_pass and p.operand("sinks") is None else stats_bytes(p) * self.partial_rows,
@@ -522,16 +493,9 @@ class BackwardPlan:
 
     @property
     def zeroed(self) -> int:
-        """Bytes at the start of the workspace that kernels add to and backward_prepare.cu clears."""
-        turns, dq_sum, bias_sum = self.workspace[: len(ZEROED)]
-        if self.ahead < self.pairs:
-            dq_sum = ITEMSIZE[self.problem.real] * self.dq_elements // self.pairs * self.ahead
-        return turns + dq_sum + bias_sum * (not self.writes_bias)
-
-    @property
-    def prepared_rows(self) -> int:
-        """Of out and dout, whose statistics backward_prepare.cu finds."""
-        return self.partial_rows // self.pairs * self.ahead if self.prepares_ahead else self.partial_rows
+        """Bytes at the start of the workspace that kernels add to; backward_prepare.cu clears them."""
+        sizes = self.workspace[: len(ZEROED)]
+        return sum(sizes[:-1] if self.writes_bias else sizes)
 
     def _split_workspace(self) -> tuple[int, ...]:
         if not self.split_inputs:
@@ -547,7 +511,6 @@ class BackwardPlan:
         extras += f", bias by {self.bias_kind.name}" * (self.bias_kind is not NO_BIAS)
         instead = f" instead of {SM90}: {'; '.join(self.declined)}" * (bool(self.declined) and self.device.arch == "sm_90a")
         extras += ", inputs as fp16 pairs" * self.split_inputs
-        extras += f", {self.ahead} of {self.pairs} pairs cleared before" * self.around
         return (
             f"Plan({self.kernel} for {self.device.arch}: {self.gemm.cuda}, {t.block_m}x{t.block_n} x{t.stages}, "
             f"d{self.head_dim}/{self.head_dim_v}, {self.threads} threads, {self.smem_bytes} B shared, "
@@ -711,8 +674,6 @@ WINDOW_SM90 = "backward_window_sm90"
 PRODUCER_THREADS = 128
 WARP_ROWS = 16
 """Keys whose dk and dv a warp stores at once."""
-PREPARED_AHEAD = 16
-"""CTAs that must have started since the last of those that prepare what one needs: they take a few microseconds."""
 L2_BYTES = 32 << 20
 """Of an H200's 50 MB, what may be counted on."""
 

@@ -231,7 +231,7 @@ NEEDS = {
     "backward_sinks": ("Sink",),
     "backward_convert": (
         *("Gemm", "kHeadDim", "kBlockM", "kBlockN", "kSlabThreads", "kVecDq", "kVectorRed", "kWarpSlabs"),
-        *("kAround", "kChained"),
+        *("kChained", "kCountPairs"),
     ),
     "backward_combine": (),
     "backward_bias": ("BiasElement", "BiasTarget", "kBiasKind", "kWide"),
@@ -250,7 +250,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         theirs = (16, 16, 16, p.vectors[3], 16)  # the workspace is aligned
     vectors = (*theirs, *ours)
     constants = {
-        **_constants(plan, threads, smem_bytes, plan.tiles.min_blocks if attends else 1),
+        **_constants(plan, threads, smem_bytes, plan.tiles.min_blocks if attends else _residents(plan, kernel)),
         "kSlabThreads": plan.slab_threads,
         "kPrepareLanes": plan.prepare_lanes,
         "kDqBuffers": plan.tiles.dq_buffers,
@@ -277,8 +277,8 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         "kStageBias": plan.staged_bias is not None,
         "kBiasRow": plan.staged_bias is not None and one_row(plan.staged_bias),
         "kWide": bias_is_wide(plan),
-        "kAround": plan.around,
         "kChained": plan.chained,
+        "kCountPairs": plan.counts_pairs,
     }
     size = len(backward_struct(plan, plan.launches[0], attends).image)
     if attends:
@@ -299,6 +299,14 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
     flags = {"kPacked": p.packed, "kLens": lens} | {name: flags[name] for name in NEEDS[kernel] if name in flags}
     unit = _source(kernel, "BackwardArguments", size, CTYPES[p.real], (), types, constants, flags)
     return unit._replace(chained=plan.chained and kernel == "backward_convert")
+
+
+def _residents(plan: BackwardPlan, kernel: str) -> int:
+    """CTAs on a multiprocessor, of which memory needs several for its rate, though a thread holds a whole share of a slab."""
+    if kernel != "backward_convert" or not plan.uses_tma:
+        return 1
+    sums = plan.tiles.block_m * plan.head_dim // plan.slab_threads
+    return 65536 // (plan.slab_threads * (sums + 16))
 
 
 def _bias_in_pairs(plan: BackwardPlan) -> bool:

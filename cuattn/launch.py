@@ -198,12 +198,10 @@ def _backward_fields(
         plan.slabs,
         plan.dq_elements,
         plan.zeroed // 16,
-        plan.prepared_rows,
         *contiguous_strides(shape),
         *sum_strides,
     ]
-    ints = [plan.key_tiles, plan.q_splits, plan.dq_splits, plan.run, plan.last_section]
-    ints += [plan.ahead, *launch, *shape]
+    ints = [plan.key_tiles, plan.q_splits, plan.dq_splits, plan.run, plan.last_section, *launch, *shape]
     return [("q", n) for n in longs] + [("i4x", n) for n in ints]
 
 

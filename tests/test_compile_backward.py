@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cuattn import jit
-from cuattn.backward import CELLS, COLUMNS, COPIES, PREPARED_AHEAD, STORE, BackwardPlan, BiasKind, make_backward_plan
+from cuattn.backward import CELLS, COLUMNS, COPIES, STORE, BiasKind, make_backward_plan
 from cuattn.catalogue import COMMON_DIMS, backward_plans, backward_problem_of, problem_of, view
 from cuattn.codegen import backward_units
 from cuattn.launch import backward_struct
@@ -209,66 +209,33 @@ def test_the_copy_engine_brings_whole_tiles(dims: tuple[int, int]) -> None:
     assert boxes == [(64, n, 1, 1) for n in rows]
 
 
-def places(plan: BackwardPlan) -> dict[tuple[int, int], int]:
-    """Of a pair of KV head and batch and a place among its CTAs, which CTA of backward_sm90 that is: as `share_of` there."""
-    shares, pairs, section = plan.shares, plan.pairs, plan.section
-    before = pairs - plan.last_section
-    missing = -before % section
-    found = {}
-    for index in range(pairs * shares):
-        end = ((index + missing * shares) // (section * shares) + 1) * section - missing
-        last = end > before
-        first = before if last else max(0, end - section)
-        size = plan.last_section if last else end - first
-        rest = index - first * shares
-        found[first + rest % size, rest // size] = index
-    return found
-
-
-@pytest.mark.parametrize("mask", [Full(), SlidingWindow(None, 0), SlidingWindow(300, 0)], ids=["full", "causal", "window"])
-@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize(
-    ("seqlen", "heads"), [(128, 64), (512, 64), (1000, 48), (2048, 32), (4096, 32), (4096, 7), (16384, 16), (40000, 8)]
-)
-def test_ctas_wait_for_earlier_ones(dim: int, mask: Mask, seqlen: int, heads: int) -> None:
-    """Whoever prepares what a CTA reads, and whoever adds to what it converts, has a lower index: CTAs start in this order. Nor
-    does one wait for those that have started only just before.
-    """
-    problem = problem_of("bfloat16", dims=(dim, dim), mask=mask, seqlens=(seqlen, seqlen), heads=(heads, heads))
-    plan = make_backward_plan(backward_problem_of(problem), DEVICES["sm_90a"])
-    assert plan.around and plan.pairs == 4 * heads and 0 < plan.ahead <= plan.behind <= plan.pairs
-    index = places(plan)
-    assert sorted(index.values()) == list(range(plan.grid(4, heads)))
-    of = [[index[pair, place] for place in range(plan.shares)] for pair in range(plan.pairs)]
-    for apart, least in ((plan.ahead, PREPARED_AHEAD), (plan.behind, plan.device.num_sms)):
-        assert all(max(of[pair - apart]) + least <= min(of[pair]) for pair in range(apart, plan.pairs))
-
-
-@pytest.mark.parametrize(
-    ("options", "around"),
+    ("options", "counted"),
     [
         ({}, True),
         ({"dims": (192, 128)}, True),
         ({"dims": (72, 72)}, True),
-        ({"extras": ("sinks",)}, True),
-        ({"mods": (KEYS,)}, False),
+        ({"extras": ("sinks", "kv_lens")}, True),
+        ({"mods": (PAIRS,)}, True),
         ({"packed": True}, False),
-        ({"extras": ("kv_lens",)}, False),
+        ({"deterministic": True}, False),
         ({"seqlens": (2048, 256), "heads": (4, 1)}, False),
+        ({"seqlens": (512, 512), "dims": (64, 64), "heads": (80, 80)}, False),
         ({"mask": SlidingWindow(128, 0), "dims": (64, 64)}, False),
         ({"dims": (512, 512)}, False),
     ],
 )
-def test_who_prepares_and_converts(options: dict[str, Any], around: bool) -> None:
-    """What the plan prints is what its kernels do; a call without pairs to spare prepares all before and converts all after."""
-    backward = backward_problem_of(problem_of("bfloat16", **options))
-    plan = make_backward_plan(backward, DEVICES["sm_90a"])
-    assert plan.around == around and ("prepared before" in str(plan)) == around
-    assert (
-        (plan.prepared_rows < plan.partial_rows)
-        == (plan.converted_tiles < plan.m_blocks * 4 * backward.forward.num_heads)
-        == around
+def test_who_waits_for_whom(options: dict[str, Any], counted: bool) -> None:
+    """A kernel that may begin before the one ahead is done waits for that by itself, or for counted sums where these are right:
+    each CTA has one key tile, and additions have no order.
+    """
+    rest = {name: value for name, value in options.items() if name != "deterministic"}
+    plan = make_backward_plan(
+        backward_problem_of(problem_of("bfloat16", **rest), "deterministic" in options), DEVICES["sm_90a"]
     )
-    assert {role: unit.chained for role, unit in backward_units(plan).items() if unit.chained} == (
-        {"backward": True, "convert": True} if plan.kernel == "backward_sm90" else {}
-    )
+    units = backward_units(plan)
+    chained = {role for role, unit in units.items() if unit.chained}
+    assert chained == ({"backward", "convert"} if plan.kernel == "backward_sm90" else set())
+    assert plan.counts_pairs == counted and (not counted or (plan.run == plan.q_splits == 1 and plan.workspace[0] > 0))
+    for role in {"backward", "convert"} & units.keys():  # both, or who waits would wait for ever
+        assert f"kCountPairs = {str(counted).lower()};" in units[role].source

@@ -37,12 +37,16 @@
 //             order, so none waits for one that has not started. With kBulkDq the consumers hand dq over in shared memory, and
 //             a doorman adds it when its turn comes while they go on; turn then says that there is room for the next tile.
 //             Without, turn lets them add themselves, and handed says that they have
+// Chain       this kernel may be in place before backward_prepare.cu is done, and loads tiles; the others wait. With
+// kCountPairs
+//             backward_convert.cu may be in place, and at work, before this one is done: of each pair of a KV head and a batch
+//             a counter tells how many consumer warps have added all that they have. The doormen tell it for theirs, or warp 10
+//             once all have arrived at `summed`
 #pragma once
 #include "attention/mod_sums.cuh"
 #include "attention/row_stats.cuh"
 #include "attention/scores.cuh"
 #include "attention/seqlen.cuh"
-#include "mainloop/backward_around.cuh"
 #include "mainloop/backward_maps.cuh"
 #include "mainloop/query_tiles.cuh"
 #include "mainloop/ring.cuh"
@@ -160,9 +164,8 @@ struct BackwardSm90 {
     static constexpr int kBarriers = 6 + 7 * kStages;
     static constexpr int kOffsetSequence = kOffsetBarriers + 8 * kBarriers;
     static_assert(kOffsetSequence + 8 <= Config::kSmemBytes, "the plan's shared memory is too small");
-    static constexpr bool kAround = Config::kAround;
-    using Around = BackwardAround<Config, kConsumerThreads>;
-    static_assert(!kAround || (!Config::kPacked && !Config::kLens && !Config::kDeterministic && !Config::kQuerySplit));
+    static constexpr bool kCountPairs = Config::kCountPairs;
+    static_assert(!kCountPairs || !(Config::kPacked || kRuns || Config::kDeterministic || Config::kQuerySplit));
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
@@ -193,6 +196,9 @@ struct BackwardSm90 {
         return StatsRows::read(stats(stage), kWide ? static_cast<int>(threadIdx.x / 128) * kScoreRows : 0);
     }
     __device__ __forceinline__ Visit& visit(int stage) const { return reinterpret_cast<Visit*>(smem + kOffsetVisits)[stage]; }
+
+    // Where there is no sequence to find, which alone needs this place.
+    __device__ __forceinline__ unsigned summed() const { return base + kOffsetSequence; }
 
     // ---------------------------------------------------------------------------------------------------------- schedule
 
@@ -359,7 +365,6 @@ struct BackwardSm90 {
             if (lane == 0) visit(0).slab = first_row;
             __syncwarp();
         }
-        await_prepared();
         const long long slabs = Slab::number(p, g, w.seq, w.at, 0);
         for_places(w, [&](const Tiles& tiles, Place here) {
             const int row = here.m * kBlockM + lane;
@@ -416,7 +421,6 @@ struct BackwardSm90 {
         const Work w = work();
         const bool leads = lane_index() == 0;
         Slot slot;
-        if (leads) await_prepared();
         if (leads) mbarrier_arrive(turn(group));
         for_places(w, [&](const Tiles&, Place here) {
             Coord at = w.at;
@@ -434,12 +438,20 @@ struct BackwardSm90 {
             slot.advance();
         });
         if (!leads) return;
-        if constexpr (kAround) {
+        if constexpr (kCountPairs) {
             cp_async_bulk_wait();
-            tell_added(4);
+            count_pair(w, 4);
         } else {
             cp_async_bulk_wait_read();  // shared memory is this CTA's no longer than that
         }
+    }
+    // Of so many consumer warps all additions to dq are done.
+    __device__ __forceinline__ void count_pair(const Work& w, int warps) const {
+        count_release(grads().turns + w.at.batch * (params().num_heads / params().group) + w.head_kv, warps);
+    }
+    __device__ __forceinline__ void await_sums(const Work& w) const {
+        mbarrier_wait(summed(), 0);
+        if (lane_index() == 0) count_pair(w, 4 * kConsumers);
     }
     // Two warps, or what follows an addition, until it is known to be done and has been told, would hold up the next.
     __device__ __forceinline__ void keep_order(int stage) const {
@@ -1005,6 +1017,11 @@ struct BackwardSm90 {
                     if (kRuns && leads()) mbarrier_arrive(kernel.k_empty(keys.stage));
                     keys.advance();
                 }
+                if constexpr (kCountPairs && !kDoors) {
+                    if (Config::kBulkDq && leads()) cp_async_bulk_wait();
+                    __syncwarp();
+                    if (leads()) mbarrier_arrive(kernel.summed());
+                }
                 store();
             } while (kRuns && ++n < stop);
         }
@@ -1118,10 +1135,6 @@ struct BackwardSm90 {
 
     __device__ __forceinline__ void consume(int wg) const {
         const ForwardParams& p = params();
-        prepare_ahead();
-        if constexpr (kAround && Config::kBulkDq && !kCourier) {
-            if (Consumer::leads()) await_prepared();
-        }
         Consumer consumer{*this, wg};
         consumer.factor = score_factor();
         const Work w = work();
@@ -1132,60 +1145,10 @@ struct BackwardSm90 {
         if constexpr ((Config::kBulkDq && !kCourier) || kSendSums || Config::kStoreTma) {
             if (Consumer::leads()) cp_async_bulk_wait();
         }
-        if constexpr (kAround && !kDoors) {
-            __syncwarp();
-            if (Consumer::leads()) tell_added(1);
-        }
         if constexpr (kForeignRows && !Config::kQuerySplit) {
             // NOTE: worked out again, or it would live in registers that the loop needs.
             const Work again = work();
             for (int n = again.n; n < again.stop && n < grads().n_blocks; n++) store_padding(again, n);
-        }
-    }
-
-    // -------------------------------------------------------------------------------------------------------------- around
-
-    __device__ __forceinline__ Around around() const {
-        const BackwardParams& g = grads();
-        const Share own = Work::share_of(params(), g);
-        return {params(), g, own.pair, own.n / g.run};
-    }
-    // Of the consumers with statistics of the pair ahead; without sequences to find, nobody else needs its place.
-    __device__ __forceinline__ unsigned prepared() const { return base + kOffsetSequence; }
-    __device__ __forceinline__ void prepare_ahead() const {
-        if constexpr (kAround) {
-            const Around around = this->around();
-            if (!around.prepares()) return;
-            around.prepare();
-            __syncwarp();
-            if (Consumer::leads()) mbarrier_arrive(prepared());
-        }
-    }
-    // By one of two warps.
-    __device__ __forceinline__ void clear_ahead(int warp) const {
-        if constexpr (kAround) {
-            const Around around = this->around();
-            if (!around.clears()) return;
-            around.clear(warp);
-            if (around.prepares()) mbarrier_wait(prepared(), 0);
-            fence_proxy_async_global();
-            __syncwarp();
-            if (lane_index() == 0) count_release(around.counters().ready(around.next()));
-        }
-    }
-    // Until row statistics and sums of this CTA's pair may be read and added to.
-    __device__ __forceinline__ void await_prepared() const {
-        if constexpr (kAround) {
-            const Around around = this->around();
-            if (around.pair >= grads().ahead) around.counters().await_ready(around.pair);
-            fence_proxy_async_global();
-        }
-    }
-    // One thread, for so many warps whose additions are done before it comes here.
-    __device__ __forceinline__ void tell_added(int warps) const {
-        if constexpr (kAround) {
-            const Around around = this->around();
-            count_release(around.counters().added(around.pair), warps);
         }
     }
 
@@ -1208,7 +1171,7 @@ struct BackwardSm90 {
                 mbarrier_init(q_empty(stage), 4 * kConsumers);
                 mbarrier_init(do_empty(stage), 4 * kConsumers);
             }
-            if constexpr (kAround) mbarrier_init(prepared(), 4 * kConsumers);
+            if constexpr (kCountPairs) mbarrier_init(summed(), 4 * kConsumers);
             fence_mbarrier_init();
         }
         if constexpr (kAllTokens) {
@@ -1221,21 +1184,24 @@ struct BackwardSm90 {
         if (wg == kConsumers) {
             setmaxnreg_dec<kProducerRegisters>();
             const Work w = work();
-            if (warp != 4 * kConsumers) wait_for_grids_ahead();  // whose results no tile is
-            if (w.n >= w.last()) return;
+            if (warp != 4 * kConsumers) wait_for_grids_ahead();
+            if (w.n >= w.last()) {
+                if (kCountPairs && threadIdx.x == kConsumerThreads + 64) count_pair(w, 4 * kConsumers);
+                return;
+            }
             if (warp == 4 * kConsumers && elect_sync()) load_tiles();
             if (warp == 4 * kConsumers + 1) guide();
-            if (warp >= 4 * kConsumers + 2) clear_ahead(warp % 2);
             if constexpr (kDoors) {
                 if (warp >= 4 * kConsumers + 2) add_part(warp % 2);
             } else if constexpr (Config::kDeterministic) {
                 if (warp >= 4 * kConsumers + 2) keep_order(warp % 2);
             }
+            if (kCountPairs && !kDoors && warp == 4 * kConsumers + 2) await_sums(w);
             if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
             wait_for_grids_ahead();
-            admit_grid_behind();  // which may read what the one ahead has written
+            admit_grid_behind();  // which may rely on what the grids ahead have written
             consume(wg);
         }
     }

@@ -31,7 +31,7 @@ __device__ __forceinline__ unsigned count_acquire(const unsigned* counter) {
 }
 // Waits for a sum of at least `least`, without haste.
 __device__ __forceinline__ void count_wait(const unsigned* counter, unsigned least) {
-    while (count_acquire(counter) < least) __nanosleep(100);
+    while (count_acquire(counter) < least) __nanosleep(200);
 }
 
 // The same, and what was there before: what other threads wrote before they counted is visible afterwards.
