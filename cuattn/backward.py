@@ -337,8 +337,25 @@ class BackwardPlan:
     @property
     def counts_pairs(self) -> bool:
         """backward_sm90: whether backward_convert.cu waits for the sums of a KV head and batch, not for the whole kernel."""
-        splits = self.q_splits > 1 or self.tiles.runs
-        return self.chained and not (splits or self.problem.packed or self.backward.deterministic)
+        tiles, p = self.tiles, self.problem
+        doormen = self.chained and tiles.bulk and tiles.seeded and not (tiles.runs or self.backward.deterministic)
+        return doormen and self.q_splits == 1 and not p.packed
+
+    @property
+    def prepared_units(self) -> int:
+        """backward_sm90: parts of a KV head and batch that backward_prepare_sm90.cu prepares while the kernel runs already. 0
+        where backward_prepare.cu prepares all before.
+        """
+        p = self.problem
+        few = self.grid(p.batch, p.num_heads_kv) < 2 * self.device.num_sms
+        return 0 if few or not self.in_order else -(-p.group * p.seqlen_q // UNIT_ROWS)
+
+    @property
+    def in_order(self) -> bool:
+        """backward_sm90: whether it can begin before all rows are prepared."""
+        p, backward = self.problem, self.backward
+        plain = not (self.own_lengths or backward.deterministic) and self.bias_kind is NO_BIAS and self.q_splits == 1
+        return self.chained and plain and p.vectors[3] == backward.vector_dout == 16 and p.head_dim_v % 8 == 0
 
     @property
     def section(self) -> int:
@@ -473,7 +490,7 @@ class BackwardPlan:
         sums = splits * rest[0] * rest[1] * rest[2] * rest[3]
         slabs, pairs = self.dq_elements // (self.tiles.block_m * self.head_dim), p.num_heads_kv * self.batches
         sizes = (
-            4 * slabs if self.takes_turns else 4 * pairs if self.counts_pairs else 0,
+            4 * slabs if self.takes_turns else 2 * 4 * pairs if self.counts_pairs or self.prepared_units else 0,
             size * self.dq_splits * self.dq_elements,
             ITEMSIZE[self.sum_dtype] * sums,
             0 if self.in_one_pass and p.operand("sinks") is None else stats_bytes(p) * self.partial_rows,
@@ -674,6 +691,10 @@ WINDOW_SM90 = "backward_window_sm90"
 PRODUCER_THREADS = 128
 WARP_ROWS = 16
 """Keys whose dk and dv a warp stores at once."""
+UNIT_ROWS = 32
+"""Of out and dout: kernels/backward_prepare_sm90.cu."""
+PREPARING_SMS = 24
+"""Multiprocessors that prepare while the others multiply already: enough for memory, which is what preparing waits for."""
 L2_BYTES = 32 << 20
 """Of an H200's 50 MB, what may be counted on."""
 

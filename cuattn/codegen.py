@@ -185,6 +185,7 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
 # Backward -------------------------------------------------------------------------------------------------------------
 
 PREPARE_THREADS = 256
+PREPARE_SM90_THREADS = 512
 SINKS_THREADS = 512
 BIAS_THREADS = 256
 COMBINE_THREADS = 128
@@ -209,7 +210,9 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
         flags = {"kOneChunk": True, "kSplit": False}
         result["tile_map"] = _translation_unit(plan, "tile_map", "ForwardArguments", size, {}, constants, flags, False)
     if not plan.in_one_pass:
-        result["prepare"] = _backward_unit(plan, "backward_prepare", PREPARE_THREADS, 0)
+        in_order = plan.prepared_units > 0
+        threads = PREPARE_SM90_THREADS if in_order else PREPARE_THREADS
+        result["prepare"] = _backward_unit(plan, "backward_prepare_sm90" if in_order else "backward_prepare", threads, 0)
     result["backward"] = _backward_unit(plan, plan.kernel, plan.threads, plan.smem_bytes)
     if p.operand("sinks") is not None:
         result["sinks"] = _backward_unit(plan, "backward_sinks", SINKS_THREADS, 0)
@@ -228,6 +231,7 @@ NEEDS = {
     "magnitude": _SPLIT_NEEDS,
     "split": _SPLIT_NEEDS,
     "backward_prepare": ("kPrepareLanes", "kVecOut", "kVecDout", "kTf32", "kChained"),
+    "backward_prepare_sm90": ("kPrepareLanes", "kHeadDimV", "kVecOut", "kVecDout", "kTf32"),
     "backward_sinks": ("Sink",),
     "backward_convert": (
         *("Gemm", "kHeadDim", "kBlockM", "kBlockN", "kSlabThreads", "kVecDq", "kVectorRed", "kWarpSlabs"),
@@ -279,6 +283,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         "kWide": bias_is_wide(plan),
         "kChained": plan.chained,
         "kCountPairs": plan.counts_pairs,
+        "kInOrder": plan.in_order,
     }
     size = len(backward_struct(plan, plan.launches[0], attends).image)
     if attends:
@@ -306,7 +311,7 @@ def _residents(plan: BackwardPlan, kernel: str) -> int:
     if kernel != "backward_convert" or not plan.uses_tma:
         return 1
     sums = plan.tiles.block_m * plan.head_dim // plan.slab_threads
-    return 65536 // (plan.slab_threads * (sums + 16))
+    return min(2048, 65536 // (sums + 16)) // plan.slab_threads
 
 
 def _bias_in_pairs(plan: BackwardPlan) -> bool:

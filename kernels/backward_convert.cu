@@ -2,9 +2,9 @@
 // query tile, head and batch, with the threads that added to dq_sum. The sums of several splits are added in order.
 #include "attention/mask.cuh"
 #include "attention/score_mod.cuh"
+#include "mainloop/pair_counters.cuh"
 #include "mainloop/slab.cuh"
 #include "ptx/griddepcontrol.cuh"
-#include "ptx/red.cuh"
 #include "tile/copy.cuh"
 #include "tile/warp_half.cuh"
 #include "tile/warp_simt.cuh"
@@ -31,7 +31,7 @@ __device__ __forceinline__ void backward_convert(const BackwardArguments<Config>
         // ones.
         index = blockIdx.x;
         const unsigned pair = index / (p.m_blocks * p.group), warps = Config::kSlabThreads / 32;
-        if (threadIdx.x == 0) count_wait(g.turns + pair, g.n_blocks * warps);
+        if (threadIdx.x == 0) count_wait(PairCounters::of(p, g).added(pair), g.n_blocks * warps);
         __syncthreads();
     } else {
         if constexpr (Config::kChained) wait_for_grids_ahead();

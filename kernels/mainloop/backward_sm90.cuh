@@ -37,17 +37,17 @@
 //             order, so none waits for one that has not started. With kBulkDq the consumers hand dq over in shared memory, and
 //             a doorman adds it when its turn comes while they go on; turn then says that there is room for the next tile.
 //             Without, turn lets them add themselves, and handed says that they have
-// Chain       this kernel may be in place before backward_prepare.cu is done, and loads tiles; the others wait. With
-// kCountPairs
-//             backward_convert.cu may be in place, and at work, before this one is done: of each pair of a KV head and a batch
-//             a counter tells how many consumer warps have added all that they have. The doormen tell it for theirs, or warp 10
-//             once all have arrived at `summed`
+// Chain       this kernel may be in place before rows are prepared, and loads tiles. The guide and who adds dq wait, either for
+//             all that was launched before or, with prepared_units, for their own pair of a KV head and a batch
+//             (backward_prepare_sm90.cu). With kCountPairs the doormen count in PairCounters::added when their additions are
+//             done, and backward_convert.cu is at work before this kernel is done
 #pragma once
 #include "attention/mod_sums.cuh"
 #include "attention/row_stats.cuh"
 #include "attention/scores.cuh"
 #include "attention/seqlen.cuh"
 #include "mainloop/backward_maps.cuh"
+#include "mainloop/pair_counters.cuh"
 #include "mainloop/query_tiles.cuh"
 #include "mainloop/ring.cuh"
 #include "mainloop/slab.cuh"
@@ -165,7 +165,7 @@ struct BackwardSm90 {
     static constexpr int kOffsetSequence = kOffsetBarriers + 8 * kBarriers;
     static_assert(kOffsetSequence + 8 <= Config::kSmemBytes, "the plan's shared memory is too small");
     static constexpr bool kCountPairs = Config::kCountPairs;
-    static_assert(!kCountPairs || !(Config::kPacked || kRuns || Config::kDeterministic || Config::kQuerySplit));
+    static_assert(!kCountPairs || (kDoors && !(Config::kPacked || Config::kQuerySplit)));
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
@@ -196,9 +196,6 @@ struct BackwardSm90 {
         return StatsRows::read(stats(stage), kWide ? static_cast<int>(threadIdx.x / 128) * kScoreRows : 0);
     }
     __device__ __forceinline__ Visit& visit(int stage) const { return reinterpret_cast<Visit*>(smem + kOffsetVisits)[stage]; }
-
-    // Where there is no sequence to find, which alone needs this place.
-    __device__ __forceinline__ unsigned summed() const { return base + kOffsetSequence; }
 
     // ---------------------------------------------------------------------------------------------------------- schedule
 
@@ -421,6 +418,7 @@ struct BackwardSm90 {
         const Work w = work();
         const bool leads = lane_index() == 0;
         Slot slot;
+        fence_proxy_async_global();
         if (leads) mbarrier_arrive(turn(group));
         for_places(w, [&](const Tiles&, Place here) {
             Coord at = w.at;
@@ -440,18 +438,22 @@ struct BackwardSm90 {
         if (!leads) return;
         if constexpr (kCountPairs) {
             cp_async_bulk_wait();
-            count_pair(w, 4);
+            count_release(PairCounters::of(params(), grads()).added(pair(w)), 4);
         } else {
             cp_async_bulk_wait_read();  // shared memory is this CTA's no longer than that
         }
     }
-    // Of so many consumer warps all additions to dq are done.
-    __device__ __forceinline__ void count_pair(const Work& w, int warps) const {
-        count_release(grads().turns + w.at.batch * (params().num_heads / params().group) + w.head_kv, warps);
+    __device__ __forceinline__ int pair(const Work& w) const {
+        return w.at.batch * (params().num_heads / params().group) + w.head_kv;
     }
-    __device__ __forceinline__ void await_sums(const Work& w) const {
-        mbarrier_wait(summed(), 0);
-        if (lane_index() == 0) count_pair(w, 4 * kConsumers);
+    // Until row statistics of this CTA's queries may be read and sums of dq added to.
+    __device__ __forceinline__ void await_prepared(const Work& w) const {
+        const BackwardParams& g = grads();
+        if (Config::kInOrder && g.prepared_units > 0) {
+            count_wait(PairCounters::of(params(), g).ready(pair(w)), g.prepared_units);
+        } else {
+            wait_for_grids_ahead();
+        }
     }
     // Two warps, or what follows an addition, until it is known to be done and has been told, would hold up the next.
     __device__ __forceinline__ void keep_order(int stage) const {
@@ -996,6 +998,7 @@ struct BackwardSm90 {
         // The query tiles of the key tiles [n, stop), and dk and dv of these.
         __device__ __forceinline__ void visit_queries(int stop) {
             int head = read_visit(slot);
+            if constexpr (Config::kBulkDq && !kCourier) fence_proxy_async_global();  // what was waited for has cleared the sums
             if constexpr (kSeeded) start_from(seeds_s, slot.stage, 0), start_from(seeds_dp, slot.stage, 1);
             do {
                 clear_sums();
@@ -1016,11 +1019,6 @@ struct BackwardSm90 {
                     finish_head();
                     if (kRuns && leads()) mbarrier_arrive(kernel.k_empty(keys.stage));
                     keys.advance();
-                }
-                if constexpr (kCountPairs && !kDoors) {
-                    if (Config::kBulkDq && leads()) cp_async_bulk_wait();
-                    __syncwarp();
-                    if (leads()) mbarrier_arrive(kernel.summed());
                 }
                 store();
             } while (kRuns && ++n < stop);
@@ -1171,7 +1169,6 @@ struct BackwardSm90 {
                 mbarrier_init(q_empty(stage), 4 * kConsumers);
                 mbarrier_init(do_empty(stage), 4 * kConsumers);
             }
-            if constexpr (kCountPairs) mbarrier_init(summed(), 4 * kConsumers);
             fence_mbarrier_init();
         }
         if constexpr (kAllTokens) {
@@ -1184,11 +1181,8 @@ struct BackwardSm90 {
         if (wg == kConsumers) {
             setmaxnreg_dec<kProducerRegisters>();
             const Work w = work();
-            if (warp != 4 * kConsumers) wait_for_grids_ahead();
-            if (w.n >= w.last()) {
-                if (kCountPairs && threadIdx.x == kConsumerThreads + 64) count_pair(w, 4 * kConsumers);
-                return;
-            }
+            if (w.n >= w.last()) return;
+            if (warp != 4 * kConsumers) await_prepared(w);
             if (warp == 4 * kConsumers && elect_sync()) load_tiles();
             if (warp == 4 * kConsumers + 1) guide();
             if constexpr (kDoors) {
@@ -1196,12 +1190,11 @@ struct BackwardSm90 {
             } else if constexpr (Config::kDeterministic) {
                 if (warp >= 4 * kConsumers + 2) keep_order(warp % 2);
             }
-            if (kCountPairs && !kDoors && warp == 4 * kConsumers + 2) await_sums(w);
             if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
-            wait_for_grids_ahead();
-            admit_grid_behind();  // which may rely on what the grids ahead have written
+            if (!Config::kInOrder || grads().prepared_units == 0) wait_for_grids_ahead();
+            admit_grid_behind();  // whose counters have been cleared
             consume(wg);
         }
     }
