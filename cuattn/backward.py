@@ -347,7 +347,7 @@ class BackwardPlan:
         where backward_prepare.cu prepares all before.
         """
         p = self.problem
-        few = self.grid(p.batch, p.num_heads_kv) < 2 * self.device.num_sms
+        few = self.grid(p.batch, p.num_heads_kv) < LEAST_WAVES * self.device.num_sms
         return 0 if few or not self.in_order else -(-p.group * p.seqlen_q // UNIT_ROWS)
 
     @property
@@ -693,6 +693,8 @@ WARP_ROWS = 16
 """Keys whose dk and dv a warp stores at once."""
 UNIT_ROWS = 32
 """Of out and dout: kernels/backward_prepare_sm90.cu."""
+LEAST_WAVES = 2
+"""CTAs of backward_sm90 for each multiprocessor, from which they begin before all rows are prepared."""
 PREPARING_SMS = 24
 """Multiprocessors that prepare while the others multiply already: enough for memory, which is what preparing waits for."""
 L2_BYTES = 32 << 20

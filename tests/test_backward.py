@@ -109,13 +109,19 @@ CHAINS = (
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("fresh_plans")
+@pytest.mark.parametrize("waves", [0, 1000])
 @pytest.mark.parametrize("case", CHAINS, ids=str)
-def test_kernels_in_a_chain(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
-    """Conversion begins while others add: call after call gives what kernels one after the other do, in the same memory too."""
+def test_kernels_in_a_chain(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, case: Case, waves: int) -> None:
+    """Some add while others prepare and convert: call after call gives what kernels one after the other do, in the same memory
+    too.
+    """
     monkeypatch.setattr(backward, "_q_splits", lambda *_: 1)
+    monkeypatch.setattr(backward, "LEAST_WAVES", waves)
     results = [check(cupy_backend, case) for _ in range(5)]
     (prepared,) = [made[0] for key, made in call._prepared.items() if key[0] == "backward"]
-    assert prepared.plan.chained and prepared.plan.counts_pairs != case.packed
+    plain = case.sequences == "dense" and not case.mods
+    assert prepared.plan.chained and (prepared.plan.prepared_units > 0) == (plain and waves == 0)
+    assert prepared.plan.counts_pairs == (plain and case.head_dim <= 128)
     call._prepared.clear()
     monkeypatch.setattr(backward.BackwardPlan, "chained", False)
     apart = check(cupy_backend, case)
@@ -126,11 +132,13 @@ def test_kernels_in_a_chain(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("fresh_plans")
+@pytest.mark.parametrize("waves", [0, 1000])
 @pytest.mark.parametrize("case", CHAINS, ids=str)
-def test_a_graph_of_a_chain(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+def test_a_graph_of_a_chain(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, case: Case, waves: int) -> None:
     """Replayed in the same memory, from what the inputs hold by then."""
     cupy = pytest.importorskip("cupy")
     monkeypatch.setattr(backward, "_q_splits", lambda *_: 1)
+    monkeypatch.setattr(backward, "LEAST_WAVES", waves)
     forward, gradients_of = (
         (cuattn.attention_varlen, cuattn.attention_varlen_backward)
         if case.packed

@@ -210,24 +210,27 @@ def test_the_copy_engine_brings_whole_tiles(dims: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "counted"),
+    ("options", "ordered", "counted"),
     [
-        ({}, True),
-        ({"dims": (192, 128)}, True),
-        ({"dims": (72, 72)}, True),
-        ({"extras": ("sinks", "kv_lens")}, True),
-        ({"mods": (PAIRS,)}, True),
-        ({"packed": True}, False),
-        ({"deterministic": True}, False),
-        ({"seqlens": (2048, 256), "heads": (4, 1)}, False),
-        ({"seqlens": (512, 512), "dims": (64, 64), "heads": (80, 80)}, False),
-        ({"mask": SlidingWindow(128, 0), "dims": (64, 64)}, False),
-        ({"dims": (512, 512)}, False),
+        ({}, True, True),
+        ({"dims": (72, 72)}, True, True),
+        ({"extras": ("sinks",)}, True, True),
+        ({"dims": (192, 128)}, True, False),
+        ({"dims": (256, 256)}, True, False),
+        ({"seqlens": (512, 512), "dims": (64, 64), "heads": (80, 80)}, True, False),
+        ({"seqlens": (512, 512)}, False, True),
+        ({"extras": ("kv_lens",)}, False, False),
+        ({"mods": (PAIRS,)}, False, False),
+        ({"packed": True}, False, False),
+        ({"deterministic": True}, False, False),
+        ({"seqlens": (2048, 256), "heads": (4, 1)}, False, False),
+        ({"mask": SlidingWindow(128, 0), "dims": (64, 64)}, False, False),
+        ({"dims": (512, 512)}, False, False),
     ],
 )
-def test_who_waits_for_whom(options: dict[str, Any], counted: bool) -> None:
-    """A kernel that may begin before the one ahead is done waits for that by itself, or for counted sums where these are right:
-    each CTA has one key tile, and additions have no order.
+def test_who_waits_for_whom(options: dict[str, Any], ordered: bool, counted: bool) -> None:
+    """A kernel that may begin before the one ahead is done waits for that by itself; for counted rows and sums alone where they
+    are right: where one kernel prepares all that is read and added to, and doormen add, to one key tile a CTA.
     """
     rest = {name: value for name, value in options.items() if name != "deterministic"}
     plan = make_backward_plan(
@@ -236,6 +239,10 @@ def test_who_waits_for_whom(options: dict[str, Any], counted: bool) -> None:
     units = backward_units(plan)
     chained = {role for role, unit in units.items() if unit.chained}
     assert chained == ({"backward", "convert"} if plan.kernel == "backward_sm90" else set())
-    assert plan.counts_pairs == counted and (not counted or (plan.run == plan.q_splits == 1 and plan.workspace[0] > 0))
+    assert (plan.prepared_units > 0, plan.counts_pairs) == (ordered, counted)
+    if ordered:
+        assert units["prepare"].entry == "cuattn_backward_prepare_sm90" and plan.zeroed == sum(plan.workspace[:2])
+    if ordered or counted:
+        assert plan.workspace[0] >= 8 * plan.problem.batch * plan.problem.num_heads_kv and plan.q_splits == 1
     for role in {"backward", "convert"} & units.keys():  # both, or who waits would wait for ever
         assert f"kCountPairs = {str(counted).lower()};" in units[role].source
