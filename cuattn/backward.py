@@ -346,16 +346,19 @@ class BackwardPlan:
         """backward_sm90: parts of a KV head and batch that backward_prepare_sm90.cu prepares while the kernel runs already. 0
         where backward_prepare.cu prepares all before.
         """
-        p = self.problem
+        p, full = self.problem, isinstance(self.problem.mask, Full)
         few = self.grid(p.batch, p.num_heads_kv) < LEAST_WAVES * self.device.num_sms
-        return 0 if few or not self.in_order else -(-p.group * p.seqlen_q // UNIT_ROWS)
+        short = p.seqlen_k < (1 if full else 2) * LEAST_KEYS
+        return 0 if few or short or not self.in_order else -(-p.group * p.seqlen_q // UNIT_ROWS)
 
     @property
     def in_order(self) -> bool:
-        """backward_sm90: whether it can begin before all rows are prepared."""
+        """backward_sm90: whether it can begin before all rows are prepared. At 256 columns it was no faster so."""
         p, backward = self.problem, self.backward
-        plain = not (self.own_lengths or backward.deterministic) and self.bias_kind is NO_BIAS and self.q_splits == 1
-        return self.chained and plain and p.vectors[3] == backward.vector_dout == 16 and p.head_dim_v % 8 == 0
+        whole = p.vectors[3] == backward.vector_dout == 16 and p.head_dim_v % 8 == 0
+        alone = self.bias_kind is NO_BIAS and self.q_splits == 1  # no other sums are cleared, nor a part of them
+        plain = not (self.own_lengths or backward.deterministic) and not _shares_keys(self.tiles)
+        return self.chained and whole and alone and plain
 
     @property
     def section(self) -> int:
@@ -693,8 +696,10 @@ WARP_ROWS = 16
 """Keys whose dk and dv a warp stores at once."""
 UNIT_ROWS = 32
 """Of out and dout: kernels/backward_prepare_sm90.cu."""
-LEAST_WAVES = 2
-"""CTAs of backward_sm90 for each multiprocessor, from which they begin before all rows are prepared."""
+LEAST_WAVES, LEAST_KEYS = 2, 512
+"""CTAs of backward_sm90 for each multiprocessor, and keys (under a mask twice as many), from which they begin before all rows
+are prepared: with fewer they would wait for most.
+"""
 PREPARING_SMS = 24
 """Multiprocessors that prepare while the others multiply already: enough for memory, which is what preparing waits for."""
 L2_BYTES = 32 << 20

@@ -42,7 +42,7 @@ struct RowProducts {
         }
     }
 
-    __device__ __forceinline__ static void add(Sum& sum, const uint4& dout, const uint4& out) {
+    __device__ __forceinline__ static void add(Sum& sum, uint4 dout, uint4 out) {
 #pragma unroll
         for (int e = 0; e < kVec; e++) {
             sum += operand(reinterpret_cast<const Element*>(&dout)[e]) *
@@ -54,7 +54,9 @@ struct RowProducts {
         Sum sum = 0;
         for (int col = lane * kVec; col < cols; col += kLanes * kVec) {
             if (kVectors && col + kVec <= cols) {
-                add(sum, *reinterpret_cast<const uint4*>(dout + col), *reinterpret_cast<const uint4*>(out + col));
+                // NOTE: copied first, or the compiler reads the elements one by one.
+                const uint4 a = *reinterpret_cast<const uint4*>(dout + col), b = *reinterpret_cast<const uint4*>(out + col);
+                add(sum, a, b);
             } else {
 #pragma unroll
                 for (int e = 0; e < kVec; e++) {
