@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from cuattn.arrays import View, contiguous_strides
 from cuattn.fields import ITEMSIZE, Operand
-from cuattn.masks import Full, SlidingWindow
+from cuattn.masks import Full, Mask, SlidingWindow
 from cuattn.plan import SPLIT_PARTS
 from cuattn.problem import Problem, vector_bytes
 from cuattn.registry import Device, Tiles, register_weight, round_up
@@ -353,21 +353,26 @@ class BackwardPlan:
 
     @property
     def in_order(self) -> bool:
-        """backward_sm90: whether it can begin before all rows are prepared. At 256 columns it was no faster so."""
+        """backward_sm90: whether it can begin before all rows are prepared: where pairs follow one another, that the first CTAs
+        need few of them.
+        """
         p, backward = self.problem, self.backward
         whole = p.vectors[3] == backward.vector_dout == 16 and p.head_dim_v % 8 == 0
-        alone = self.bias_kind is NO_BIAS and self.q_splits == 1  # no other sums are cleared, nor a part of them
-        plain = not (self.own_lengths or backward.deterministic) and not _shares_keys(self.tiles)
-        return self.chained and whole and alone and plain
+        plain = _plain_band(p.mask) and not self.own_lengths and self.q_splits == 1
+        return self.chained and self.one_by_one and whole and plain
 
     @property
-    def section(self) -> int:
-        """backward_sm90: pairs of sequences and KV heads whose key tiles take turns. Beyond 64 columns equal key tiles of one
+    def one_by_one(self) -> bool:
+        """backward_sm90: whether pairs of sequences and KV heads follow one another. Beyond 64 columns equal key tiles of one
         pair side by side read queries and add dq where they are in L2 still.
         """
         p = self.problem
-        alone = self.tiles.block_n == 128 and self.head_dim > 64 and not (self.backward.deterministic or p.packed or p.mods)
-        return 1 if alone else self._long_section
+        return self.tiles.block_n == 128 and self.head_dim > 64 and not (self.backward.deterministic or p.packed or p.mods)
+
+    @property
+    def section(self) -> int:
+        """backward_sm90: pairs of sequences and KV heads whose key tiles take turns."""
+        return 1 if self.one_by_one else self._long_section
 
     @property
     def last_section(self) -> int:
@@ -696,11 +701,11 @@ WARP_ROWS = 16
 """Keys whose dk and dv a warp stores at once."""
 UNIT_ROWS = 32
 """Of out and dout: kernels/backward_prepare_sm90.cu."""
-LEAST_WAVES, LEAST_KEYS = 2, 512
+LEAST_WAVES, LEAST_KEYS = 2, 256
 """CTAs of backward_sm90 for each multiprocessor, and keys (under a mask twice as many), from which they begin before all rows
 are prepared: with fewer they would wait for most.
 """
-PREPARING_SMS = 24
+PREPARING_SMS = 32
 """Multiprocessors that prepare while the others multiply already: enough for memory, which is what preparing waits for."""
 L2_BYTES = 32 << 20
 """Of an H200's 50 MB, what may be counted on."""
@@ -722,6 +727,11 @@ def _window(problem: Problem) -> int | None:
     if not isinstance(mask, SlidingWindow) or mask.left is None or mask.right is None:
         return None
     return mask.left + mask.right + 1
+
+
+def _plain_band(mask: Mask) -> bool:
+    """Whether there is no mask, or one that a query sees all keys of on one side."""
+    return isinstance(mask, Full) or (isinstance(mask, SlidingWindow) and (mask.left is None or mask.right is None))
 
 
 def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
@@ -855,7 +865,7 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     if widest == 192:  # whose 48 rows leave the producers fewer registers than doormen and sequences' own lengths take
         tight = backward.deterministic or own_lengths
         tiles = (*(t for t in tiles if not (tight and t.block_m == 48)), *_SM90[256])
-    band = isinstance(problem.mask, Full) or (isinstance(problem.mask, SlidingWindow) and window is None)
+    band = _plain_band(problem.mask)
     bare = band and not own_lengths and _early(problem) and not problem.mods
     weight += 2 * (backward.deterministic and weight > 0 and not bare)  # the doormen, beside what is heavy already
     run = _long_run(problem, device) if bare and widest == 64 and not backward.deterministic else 0
