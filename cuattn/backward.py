@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from cuattn.arrays import View, contiguous_strides
 from cuattn.fields import ITEMSIZE, Operand
-from cuattn.masks import Full, Mask, SlidingWindow
+from cuattn.masks import Full, SlidingWindow
 from cuattn.plan import SPLIT_PARTS
 from cuattn.problem import Problem, vector_bytes
 from cuattn.registry import Device, Tiles, register_weight, round_up
@@ -346,20 +346,18 @@ class BackwardPlan:
         """backward_sm90: parts of a KV head and batch that backward_prepare_sm90.cu prepares while the kernel runs already. 0
         where backward_prepare.cu prepares all before.
         """
-        p, full = self.problem, isinstance(self.problem.mask, Full)
+        p = self.problem
         few = self.grid(p.batch, p.num_heads_kv) < LEAST_WAVES * self.device.num_sms
-        short = p.seqlen_k < (1 if full else 2) * LEAST_KEYS
-        return 0 if few or short or not self.in_order else -(-p.group * p.seqlen_q // UNIT_ROWS)
+        return 0 if few or p.seqlen_k < LEAST_KEYS or not self.in_order else -(-p.group * p.seqlen_q // UNIT_ROWS)
 
     @property
     def in_order(self) -> bool:
         """backward_sm90: whether it can begin before all rows are prepared: where pairs follow one another, that the first CTAs
         need few of them.
         """
-        p, backward = self.problem, self.backward
-        whole = p.vectors[3] == backward.vector_dout == 16 and p.head_dim_v % 8 == 0
-        plain = _plain_band(p.mask) and not self.own_lengths and self.q_splits == 1
-        return self.chained and self.one_by_one and whole and plain
+        p = self.problem
+        whole = p.vectors[3] == self.backward.vector_dout == 16 and p.head_dim_v % 8 == 0
+        return self.counts_pairs and self.one_by_one and whole
 
     @property
     def one_by_one(self) -> bool:
@@ -701,9 +699,9 @@ WARP_ROWS = 16
 """Keys whose dk and dv a warp stores at once."""
 UNIT_ROWS = 32
 """Of out and dout: kernels/backward_prepare_sm90.cu."""
-LEAST_WAVES, LEAST_KEYS = 2, 256
-"""CTAs of backward_sm90 for each multiprocessor, and keys (under a mask twice as many), from which they begin before all rows
-are prepared: with fewer they would wait for most.
+LEAST_WAVES, LEAST_KEYS = 2, 512
+"""CTAs of backward_sm90 for each multiprocessor, and keys, from which they begin before all rows are prepared: with fewer they
+would wait for most.
 """
 PREPARING_SMS = 32
 """Multiprocessors that prepare while the others multiply already: enough for memory, which is what preparing waits for."""
@@ -727,11 +725,6 @@ def _window(problem: Problem) -> int | None:
     if not isinstance(mask, SlidingWindow) or mask.left is None or mask.right is None:
         return None
     return mask.left + mask.right + 1
-
-
-def _plain_band(mask: Mask) -> bool:
-    """Whether there is no mask, or one that a query sees all keys of on one side."""
-    return isinstance(mask, Full) or (isinstance(mask, SlidingWindow) and (mask.left is None or mask.right is None))
 
 
 def sm90_declines(backward: BackwardProblem, device: Device) -> list[str]:
@@ -865,7 +858,7 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     if widest == 192:  # whose 48 rows leave the producers fewer registers than doormen and sequences' own lengths take
         tight = backward.deterministic or own_lengths
         tiles = (*(t for t in tiles if not (tight and t.block_m == 48)), *_SM90[256])
-    band = _plain_band(problem.mask)
+    band = isinstance(problem.mask, Full) or (isinstance(problem.mask, SlidingWindow) and window is None)
     bare = band and not own_lengths and _early(problem) and not problem.mods
     weight += 2 * (backward.deterministic and weight > 0 and not bare)  # the doormen, beside what is heavy already
     run = _long_run(problem, device) if bare and widest == 64 and not backward.deterministic else 0

@@ -121,7 +121,7 @@ def test_kernels_in_a_chain(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, 
     results = [check(cupy_backend, case) for _ in range(5)]
     (prepared,) = [made[0] for key, made in call._prepared.items() if key[0] == "backward"]
     plain = case.sequences == "dense" and not case.mods
-    assert prepared.plan.chained and (prepared.plan.prepared_units > 0) == (plain and waves == 0 and case.head_dim < 256)
+    assert prepared.plan.chained and (prepared.plan.prepared_units > 0) == (plain and waves == 0 and case.head_dim == 128)
     assert prepared.plan.counts_pairs == (plain and case.head_dim <= 128)
     call._prepared.clear()
     monkeypatch.setattr(backward.BackwardPlan, "chained", False)
