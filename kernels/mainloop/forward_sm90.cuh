@@ -477,11 +477,12 @@ struct ForwardSm90 {
                 }
             }
         }
-        // A tile once more, by each warp for itself and with its maxima, before which the sums were `before`: its probabilities,
-        // the sums, and what O is to be multiplied with. Keys come from global memory: their buffer has been released. It is
-        // rare, so that it takes few instructions, of which the compiler's time depends: eight columns at a time, in loops.
-        __device__ __forceinline__ void go_back(unsigned (&probabilities)[kBlockN / 4], float (&shrink)[2], const Work& w, int n,
-                                                const float (&before)[2]) {
+        // A tile once more, by each warp for itself and with its maxima, before which the sums were `before`: its
+        // probabilities, the sums, and what O is to be multiplied with. Keys come from global memory: their buffer has been
+        // released. It is rare, so that it takes few instructions, of which the compiler's time depends: eight columns at a
+        // time, in loops.
+        __device__ __forceinline__ void go_back(unsigned (&probabilities)[kBlockN / 4], float (&shrink)[2], const Work& w,
+                                                int n, const float (&before)[2]) {
             using Columns = WgmmaTile<8>;
             const ForwardParams& p = params();
             const auto& variant = kernel.arguments.variant;
