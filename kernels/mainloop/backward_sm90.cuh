@@ -44,16 +44,22 @@
 //             order, so none waits for one that has not started. With kBulkDq the consumers hand dq over in shared memory, and
 //             a doorman adds it when its turn comes while they go on; turn then says that there is room for the next tile.
 //             Without, turn lets them add themselves, and handed says that they have
+// Chain       this kernel may be in place before rows are prepared, and loads tiles. The guide and who adds dq wait, either for
+//             all that was launched before or, with prepared_units, for their own pair of a KV head and a batch
+//             (backward_prepare_sm90.cu). With kCountPairs the doormen count in PairCounters::added when their additions are
+//             done, and backward_convert.cu is at work before this kernel is done
 #pragma once
 #include "attention/mod_sums.cuh"
 #include "attention/row_stats.cuh"
 #include "attention/scores.cuh"
 #include "attention/seqlen.cuh"
 #include "mainloop/backward_maps.cuh"
+#include "mainloop/pair_counters.cuh"
 #include "mainloop/query_tiles.cuh"
 #include "mainloop/ring.cuh"
 #include "mainloop/slab.cuh"
 #include "mainloop/stats_tile.cuh"
+#include "ptx/griddepcontrol.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/shared_memory.cuh"
 #include "ptx/special_registers.cuh"
@@ -129,6 +135,9 @@ struct BackwardSm90 {
     // cores are busy with the tile before.
     static constexpr bool kAlternate = Config::kAlternate;
     static constexpr bool kPlain = Config::kSeeded && !kWide && !kAlternate;
+    // There a row whose statistics are not finite would hide nothing: -inf - NaN is NaN, and so is 0 * (0 - NaN). The guide
+    // replaces such rows.
+    static constexpr bool kGuards = kPlain && !kSeesAll<Mask>;
     static constexpr bool kEarly = Config::kEarly && !kPlain, kSeeded = Config::kSeeded && kWide;
     static_assert(!kSeeded || (kWide && kEarly && !Config::kStageBias && !kFewLeft));
     // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that a bias needs.
@@ -173,6 +182,8 @@ struct BackwardSm90 {
     static constexpr int kBarriers = 6 + 7 * kStages + (kAlternate ? 2 * kDsBuffers : 0);
     static constexpr int kOffsetSequence = kOffsetBarriers + 8 * kBarriers;
     static_assert(kOffsetSequence + 8 <= Config::kSmemBytes, "the plan's shared memory is too small");
+    static constexpr bool kCountPairs = Config::kCountPairs;
+    static_assert(!kCountPairs || (kDoors && !(Config::kPacked || Config::kQuerySplit)));
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
@@ -384,22 +395,44 @@ struct BackwardSm90 {
             if (!kFewLeft) mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
             // NOTE: opaque, or what follows from these is kept in registers from one tile to the next.
             float* to = stats(slot.stage) + StatsRows::place(opaque(static_cast<unsigned>(lane)));
+            unsigned broken = 0;
 #pragma unroll
             for (int x = 0; x < kLaneRows; x++) {
                 if (32 * x + 32 > kBlockM && lane >= kBlockM % 32) continue;
                 to[32 * x] = kSeeded ? own[x].lse * seed : own[x].lse;
                 to[32 * x + kBlockM] = kSeeded ? -own[x].delta : own[x].delta;
+                if (!own[x].hides()) broken |= 1u << x;
             }
             Coord at = w.at;
             at.head += here.head, at.seqlen_q = opaque(at.seqlen_q), at.seqlen_k = opaque(at.seqlen_k);
             Tiles own_tiles = tiles;
             own_tiles.n = opaque(tiles.n);
             const bool full = own_tiles.full(arguments.variant.mask, at, here);
+            if constexpr (kGuards) {
+                if (!full && __any_sync(0xffffffffu, broken != 0)) replace(slot, broken);
+            }
             if (!kKeepRow && lane == 0) visit(slot.stage).slab = slabs + static_cast<long long>(here.head) * g.q_slabs + here.m;
             publish(here.head, here.m, full, kRuns ? tiles.n : 0);
         });
         mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
         publish(0, -1, false, 0);
+    }
+
+    // In a tile that hides something, rows of this lane whose statistics are not finite, bit x for row 32 x. Zeros in Q and dO,
+    // and statistics that make P infinite and dS NaN of what is visible (0 of what is not), make dq, dk and dv NaN for what is
+    // visible, and nothing else.
+    __device__ __forceinline__ void replace(const Slot& slot, unsigned broken) const {
+        mbarrier_wait(q_full(slot.stage), slot.parity);
+        mbarrier_wait(do_full(slot.stage), slot.parity);
+#pragma unroll 1
+        for (int row = opaque(lane_index()); broken != 0; row += 32, broken >>= 1) {
+            if (broken % 2 == 0) continue;
+            QTile::clear_row(smem + kOffsetQ + slot.stage * QTile::kBytes, row);
+            DoTile::clear_row(smem + kOffsetDo + slot.stage * DoTile::kBytes, row);
+            float* const to = stats(slot.stage) + StatsRows::place(static_cast<unsigned>(row));
+            to[0] = kInfiniteExponent, to[kBlockM] = 0.0f;
+        }
+        fence_proxy_async();
     }
 
     // Key tiles that add to a query tile before this one: their number, found by all lanes of a warp.
@@ -428,6 +461,7 @@ struct BackwardSm90 {
         const Work w = work();
         const bool leads = lane_index() == 0;
         Slot slot;
+        fence_proxy_async_global();
         if (leads && part == group) mbarrier_arrive(turn(part));
         for_places(w, [&](const Tiles&, Place here) {
             if (!kAlternate || slot.stage == group) {
@@ -446,7 +480,25 @@ struct BackwardSm90 {
             }
             slot.advance();
         });
-        if (leads) cp_async_bulk_wait_read();  // shared memory is this CTA's no longer than that
+        if (!leads) return;
+        if constexpr (kCountPairs) {
+            cp_async_bulk_wait();
+            count_release(PairCounters::of(params(), grads()).added(pair(w)), 4);
+        } else {
+            cp_async_bulk_wait_read();  // shared memory is this CTA's no longer than that
+        }
+    }
+    __device__ __forceinline__ int pair(const Work& w) const {
+        return w.at.batch * (params().num_heads / params().group) + w.head_kv;
+    }
+    // Until row statistics of this CTA's queries may be read and sums of dq added to.
+    __device__ __forceinline__ void await_prepared(const Work& w) const {
+        const BackwardParams& g = grads();
+        if (Config::kInOrder && g.prepared_units > 0) {
+            count_wait(PairCounters::of(params(), g).ready(pair(w)), g.prepared_units);
+        } else {
+            wait_for_grids_ahead();
+        }
     }
     // Two warps, or what follows an addition, until it is known to be done and has been told, would hold up the next.
     __device__ __forceinline__ void keep_order(int stage) const {
@@ -1062,6 +1114,7 @@ struct BackwardSm90 {
         // The query tiles of the key tiles [n, stop), and dk and dv of these.
         __device__ __forceinline__ void visit_queries(int stop) {
             int head = read_visit(slot);
+            if constexpr (Config::kBulkDq && !kCourier) fence_proxy_async_global();  // what was waited for has cleared the sums
             if constexpr (kSeeded) start_from(seeds_s, slot.stage, 0), start_from(seeds_dp, slot.stage, 1);
             do {
                 clear_sums();
@@ -1259,6 +1312,7 @@ struct BackwardSm90 {
             setmaxnreg_dec<kProducerRegisters>();
             const Work w = work();
             if (w.n >= w.last()) return;
+            if (warp != 4 * kConsumers) await_prepared(w);
             if (warp == 4 * kConsumers && elect_sync()) load_tiles();
             if (warp == 4 * kConsumers + 1) guide();
             if constexpr (kDoors) {
@@ -1269,6 +1323,8 @@ struct BackwardSm90 {
             if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
+            if (!Config::kInOrder || grads().prepared_units == 0) wait_for_grids_ahead();
+            admit_grid_behind();  // whose counters have been cleared
             consume(wg);
         }
     }
