@@ -99,10 +99,14 @@ struct PanelTile {
     // Writes zero to rows [start, kRows), by kThreads threads.
     template <int kThreads>
     __device__ __forceinline__ static void clear_rows(char* tile, int start, int thread) {
-        for (int index = thread; index < (kRows - start) * 8; index += kThreads) {
+        static_assert(kRows * 8 % kThreads == 0);
+#pragma unroll
+        for (int first = 0; first < kRows * 8; first += kThreads) {  // NOTE: as a loop it would make lanes part
+            const int index = first + thread;
 #pragma unroll
             for (int panel = 0; panel < kPanels; panel++) {
-                *reinterpret_cast<uint4*>(tile + panel * kPanelBytes + start * 128 + index * 16) = make_uint4(0, 0, 0, 0);
+                if (index < start * 8) continue;
+                *reinterpret_cast<uint4*>(tile + panel * kPanelBytes + index * 16) = make_uint4(0, 0, 0, 0);
             }
         }
     }
