@@ -34,7 +34,7 @@ POINTERS = (
     "split_dout",
 )
 """The first words of BackwardParams; the gradients of the parameters of user code take the slots after."""
-ZEROED = ("dq_sum", "turns", "bias_sum")
+ZEROED = ("turns", "dq_sum", "bias_sum")
 """Parts of the workspace that kernels add to."""
 SPLIT = ("split_q", "split_k", "split_v", "split_dout", "magnitudes")
 WORKSPACE = (*ZEROED, "row_stats", "partial_dk", "partial_dv", "tile_map", *SPLIT)
@@ -330,13 +330,47 @@ class BackwardPlan:
         return self.kernel == SM90 and self.backward.deterministic
 
     @property
-    def section(self) -> int:
-        """backward_sm90: pairs of sequences and KV heads whose key tiles take turns. Beyond 64 columns equal key tiles of one
+    def chained(self) -> bool:
+        """Whether the kernel may be in place before backward_prepare.cu is done, and backward_convert.cu before it is."""
+        return self.kernel == SM90
+
+    @property
+    def counts_pairs(self) -> bool:
+        """backward_sm90: whether backward_convert.cu waits for the sums of a KV head and batch, not for the whole kernel."""
+        tiles, p = self.tiles, self.problem
+        doormen = self.chained and tiles.bulk and tiles.seeded and not (tiles.runs or self.backward.deterministic)
+        return doormen and self.q_splits == 1 and not p.packed
+
+    @property
+    def prepared_units(self) -> int:
+        """backward_sm90: parts of a KV head and batch that backward_prepare_sm90.cu prepares while the kernel runs already. 0
+        where backward_prepare.cu prepares all before.
+        """
+        p = self.problem
+        few = self.grid(p.batch, p.num_heads_kv) < LEAST_WAVES * self.device.num_sms
+        return 0 if few or p.seqlen_k < LEAST_KEYS or not self.in_order else -(-p.group * p.seqlen_q // UNIT_ROWS)
+
+    @property
+    def in_order(self) -> bool:
+        """backward_sm90: whether it can begin before all rows are prepared: where pairs follow one another, that the first CTAs
+        need few of them.
+        """
+        p = self.problem
+        whole = p.vectors[3] == self.backward.vector_dout == 16 and p.head_dim_v % 8 == 0
+        return self.counts_pairs and self.one_by_one and whole
+
+    @property
+    def one_by_one(self) -> bool:
+        """backward_sm90: whether pairs of sequences and KV heads follow one another. Beyond 64 columns equal key tiles of one
         pair side by side read queries and add dq where they are in L2 still.
         """
         p = self.problem
-        alone = self.tiles.block_n == 128 and self.head_dim > 64 and not (self.backward.deterministic or p.packed or p.mods)
-        return 1 if alone else self._long_section
+        return self.tiles.block_n == 128 and self.head_dim > 64 and not (self.backward.deterministic or p.packed or p.mods)
+
+    @property
+    def section(self) -> int:
+        """backward_sm90: pairs of sequences and KV heads whose key tiles take turns."""
+        return 1 if self.one_by_one else self._long_section
 
     @property
     def last_section(self) -> int:
@@ -460,9 +494,10 @@ class BackwardPlan:
         partial = self.q_splits * self.rows_kv if self.q_splits > 1 else 0
         splits, *rest = self.sum_shape
         sums = splits * rest[0] * rest[1] * rest[2] * rest[3]
+        slabs, pairs = self.dq_elements // (self.tiles.block_m * self.head_dim), p.num_heads_kv * self.batches
         sizes = (
+            4 * slabs if self.takes_turns else 2 * 4 * pairs if self.counts_pairs or self.prepared_units else 0,
             size * self.dq_splits * self.dq_elements,
-            4 * self.dq_elements // (self.tiles.block_m * self.head_dim) if self.takes_turns else 0,
             ITEMSIZE[self.sum_dtype] * sums,
             0 if self.in_one_pass and p.operand("sinks") is None else stats_bytes(p) * self.partial_rows,
             size * partial * p.head_dim,
@@ -662,6 +697,14 @@ WINDOW_SM90 = "backward_window_sm90"
 PRODUCER_THREADS = 128
 WARP_ROWS = 16
 """Keys whose dk and dv a warp stores at once."""
+UNIT_ROWS = 32
+"""Of out and dout: kernels/backward_prepare_sm90.cu."""
+LEAST_WAVES, LEAST_KEYS = 2, 512
+"""CTAs of backward_sm90 for each multiprocessor, and keys, from which they begin before all rows are prepared: with fewer they
+would wait for most.
+"""
+PREPARING_SMS = 32
+"""Multiprocessors that prepare while the others multiply already: enough for memory, which is what preparing waits for."""
 L2_BYTES = 32 << 20
 """Of an H200's 50 MB, what may be counted on."""
 

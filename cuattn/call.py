@@ -21,6 +21,7 @@ from cuattn.arrays import Device as ArrayDevice
 from cuattn.arrays import Gathered, Library, View, library_of
 from cuattn.backward import POINTERS as BACKWARD_POINTERS
 from cuattn.backward import (
+    PREPARING_SMS,
     STORE,
     WORKSPACE,
     BackwardPlan,
@@ -725,7 +726,7 @@ def _backward_launches(plan: BackwardPlan, position: Mapping[int, int]) -> list[
         "magnitude": plan.split_grid,
         "split": plan.split_grid,
         "tile_map": plan.map_batches * plan.map_heads * plan.m_blocks * plan.map_words,
-        "prepare": -(-plan.partial_rows * plan.prepare_lanes // PREPARE_THREADS),
+        "prepare": PREPARING_SMS if plan.prepared_units else -(-plan.partial_rows * plan.prepare_lanes // PREPARE_THREADS),
         "sinks": p.num_heads,
         "convert": plan.m_blocks * p.num_heads * plan.batches,
         "combine": -(-plan.rows_kv * 32 // COMBINE_THREADS),

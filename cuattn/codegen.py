@@ -185,6 +185,7 @@ def _unit(plan: Plan, kernel: str, threads: int, smem_bytes: int) -> Unit:
 # Backward -------------------------------------------------------------------------------------------------------------
 
 PREPARE_THREADS = 256
+PREPARE_SM90_THREADS = 512
 SINKS_THREADS = 512
 BIAS_THREADS = 256
 COMBINE_THREADS = 128
@@ -209,7 +210,9 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
         flags = {"kOneChunk": True, "kSplit": False}
         result["tile_map"] = _translation_unit(plan, "tile_map", "ForwardArguments", size, {}, constants, flags, False)
     if not plan.in_one_pass:
-        result["prepare"] = _backward_unit(plan, "backward_prepare", PREPARE_THREADS, 0)
+        in_order = plan.prepared_units > 0
+        threads = PREPARE_SM90_THREADS if in_order else PREPARE_THREADS
+        result["prepare"] = _backward_unit(plan, "backward_prepare_sm90" if in_order else "backward_prepare", threads, 0)
     result["backward"] = _backward_unit(plan, plan.kernel, plan.threads, plan.smem_bytes)
     if p.operand("sinks") is not None:
         result["sinks"] = _backward_unit(plan, "backward_sinks", SINKS_THREADS, 0)
@@ -227,9 +230,13 @@ _SPLIT_NEEDS = ("kHeadDim", "kHeadDimV", "kVecQ", "kVecK", "kVecV", "kVecDout", 
 NEEDS = {
     "magnitude": _SPLIT_NEEDS,
     "split": _SPLIT_NEEDS,
-    "backward_prepare": ("kPrepareLanes", "kVecOut", "kVecDout", "kTf32"),
+    "backward_prepare": ("kPrepareLanes", "kVecOut", "kVecDout", "kTf32", "kChained"),
+    "backward_prepare_sm90": ("kPrepareLanes", "kHeadDimV", "kVecOut", "kVecDout", "kTf32"),
     "backward_sinks": ("Sink",),
-    "backward_convert": ("Gemm", "kHeadDim", "kBlockM", "kBlockN", "kSlabThreads", "kVecDq", "kVectorRed", "kWarpSlabs"),
+    "backward_convert": (
+        *("Gemm", "kHeadDim", "kBlockM", "kBlockN", "kSlabThreads", "kVecDq", "kVectorRed", "kWarpSlabs"),
+        *("kChained", "kCountPairs"),
+    ),
     "backward_combine": (),
     "backward_bias": ("BiasElement", "BiasTarget", "kBiasKind", "kWide"),
 }
@@ -247,7 +254,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         theirs = (16, 16, 16, p.vectors[3], 16)  # the workspace is aligned
     vectors = (*theirs, *ours)
     constants = {
-        **_constants(plan, threads, smem_bytes, plan.tiles.min_blocks if attends else 1),
+        **_constants(plan, threads, smem_bytes, plan.tiles.min_blocks if attends else _residents(plan, kernel)),
         "kSlabThreads": plan.slab_threads,
         "kPrepareLanes": plan.prepare_lanes,
         "kDqBuffers": plan.tiles.dq_buffers,
@@ -274,6 +281,9 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         "kStageBias": plan.staged_bias is not None,
         "kBiasRow": plan.staged_bias is not None and one_row(plan.staged_bias),
         "kWide": bias_is_wide(plan),
+        "kChained": plan.chained,
+        "kCountPairs": plan.counts_pairs,
+        "kInOrder": plan.in_order,
     }
     size = len(backward_struct(plan, plan.launches[0], attends).image)
     if attends:
@@ -281,7 +291,8 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
             flags |= {"kEarly": plan.early, "kBulkDq": plan.tiles.bulk, "kRuns": plan.tiles.runs, "kSendDs": plan.sends_ds}
             flags |= {"kSeeded": plan.tiles.seeded, "kStoreTma": bool(plan.tma_gradients), "kInOnePass": plan.in_one_pass}
         arguments = "BackwardTmaArguments" if plan.uses_tma else "BackwardArguments"
-        return _translation_unit(plan, kernel, arguments, size, types, constants, flags, True)
+        unit = _translation_unit(plan, kernel, arguments, size, types, constants, flags, True)
+        return unit._replace(chained=plan.chained)
     sinks = p.operand("sinks")
     types = {**types, "Sink": CTYPES[sinks.dtype if sinks else p.real]}
     common = {"Element": CTYPES[p.dtype], "Real": "cuattn::Real", "Mask": "FullMask", "ScoreMod": "NoScoreMod"}
@@ -291,7 +302,16 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
     }
     lens = p.operand("q_lens") is not None or p.operand("kv_lens") is not None
     flags = {"kPacked": p.packed, "kLens": lens} | {name: flags[name] for name in NEEDS[kernel] if name in flags}
-    return _source(kernel, "BackwardArguments", size, CTYPES[p.real], (), types, constants, flags)
+    unit = _source(kernel, "BackwardArguments", size, CTYPES[p.real], (), types, constants, flags)
+    return unit._replace(chained=plan.chained and kernel == "backward_convert")
+
+
+def _residents(plan: BackwardPlan, kernel: str) -> int:
+    """CTAs on a multiprocessor, of which memory needs several for its rate, though a thread holds a whole share of a slab."""
+    if kernel != "backward_convert" or not plan.uses_tma:
+        return 1
+    sums = plan.tiles.block_m * plan.head_dim // plan.slab_threads
+    return min(2048, 65536 // (sums + 16)) // plan.slab_threads
 
 
 def _bias_in_pairs(plan: BackwardPlan) -> bool:

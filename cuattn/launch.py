@@ -201,7 +201,8 @@ def _backward_fields(
         *contiguous_strides(shape),
         *sum_strides,
     ]
-    ints = [plan.key_tiles, plan.q_splits, plan.dq_splits, plan.run, plan.last_section, *launch, *shape]
+    ints = [plan.key_tiles, plan.q_splits, plan.dq_splits, plan.run, plan.last_section]
+    ints += [plan.prepared_units, *launch, *shape]
     return [("q", n) for n in longs] + [("i4x", n) for n in ints]
 
 

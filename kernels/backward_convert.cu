@@ -2,7 +2,9 @@
 // query tile, head and batch, with the threads that added to dq_sum. The sums of several splits are added in order.
 #include "attention/mask.cuh"
 #include "attention/score_mod.cuh"
+#include "mainloop/pair_counters.cuh"
 #include "mainloop/slab.cuh"
+#include "ptx/griddepcontrol.cuh"
 #include "tile/copy.cuh"
 #include "tile/warp_half.cuh"
 #include "tile/warp_simt.cuh"
@@ -23,7 +25,18 @@ __device__ __forceinline__ void backward_convert(const BackwardArguments<Config>
     static_assert(Tile::kBytes <= Config::kSmemBytes, "the plan's shared memory is too small");
     const ForwardParams& p = arguments.base;
     const BackwardParams& g = arguments.grad;
-    unsigned index = gridDim.x - 1 - blockIdx.x;  // the last sums are still in L2
+    unsigned index;
+    if constexpr (Config::kCountPairs) {
+        // While the last CTAs ahead run, this kernel has the other multiprocessors, for the sums that are there: the first
+        // ones.
+        index = blockIdx.x;
+        const unsigned pair = index / (p.m_blocks * p.group), warps = Config::kSlabThreads / 32;
+        if (threadIdx.x == 0) count_wait(PairCounters::of(p, g).added(pair), g.n_blocks * warps);
+        __syncthreads();
+    } else {
+        if constexpr (Config::kChained) wait_for_grids_ahead();
+        index = gridDim.x - 1 - blockIdx.x;  // the last sums are still in L2
+    }
     const int m = static_cast<int>(index % p.m_blocks);
     index /= p.m_blocks;
     Coord at{0, 0, 0, 0};
@@ -38,11 +51,10 @@ __device__ __forceinline__ void backward_convert(const BackwardArguments<Config>
         if (Slab::Grid::active()) {
             const Real* from = Slab::at(p, g, seq, at, m, 0);
             typename Slab::Sums sum;
-#pragma unroll
-            for (int x = 0; x < Slab::Sums::kSize; x++) sum[x] = 0;
-            for (int split = 0; split < g.dq_splits; split++) {
-                Slab::take(sum, from);
+            Slab::template take<false>(sum, from);
+            for (int split = 1; !Config::kWarpSlabs && split < g.dq_splits; split++) {
                 from += g.dq_split;
+                Slab::take(sum, from);
             }
 #pragma unroll
             for (int x = 0; x < Slab::Sums::kSize; x++) {
@@ -59,6 +71,8 @@ __device__ __forceinline__ void backward_convert(const BackwardArguments<Config>
             dq[(from + x / p.head_dim) * g.dq_row + x % p.head_dim] = Element(0.0f);
         }
     }
+    // One CTA keeps the next kernel from beginning before the one ahead is done.
+    if (Config::kCountPairs && blockIdx.x == gridDim.x - 1) wait_for_grids_ahead();
 }
 
 }  // namespace cuattn

@@ -2,86 +2,23 @@
 // of the softmax's Jacobian that a row shares. A row that saw nothing gets lse +inf, which makes its probabilities 0.
 // kPrepareLanes lanes take a row, 16 bytes each at a time. All threads together clear what later kernels add to.
 #include "attention/mask.cuh"
-#include "attention/row_stats.cuh"
 #include "attention/score_mod.cuh"
 #include "attention/seqlen.cuh"
-#include "ptx/convert.cuh"
-#include "ptx/math.cuh"
+#include "mainloop/row_products.cuh"
+#include "ptx/griddepcontrol.cuh"
 
 namespace cuattn {
 
-template <class Element>
-struct AccurateSumOf {
-    using Type = float;
-};
-template <>
-struct AccurateSumOf<float> {
-    using Type = double;
-};
-template <>
-struct AccurateSumOf<double> {
-    using Type = double;
-};
-template <class Element>
-using AccurateSum = typename AccurateSumOf<Element>::Type;
-
-template <class Config>
-struct Prepare {
-    using Element = typename Config::Element;
-    using Real = typename Config::Real;
-    static constexpr int kSize = static_cast<int>(sizeof(Element));
-    // Of fp32 products delta is the difference of larger sums: it is worth exact ones.
-    using Sum = AccurateSum<Element>;
-    static constexpr bool kVectors = Config::kVecOut == 16 && Config::kVecDout == 16;
-    static constexpr int kVec = kVectors ? 16 / kSize : 1;
-    static constexpr int kLanes = Config::kPrepareLanes;
-
-    // dout as the product dout v sees it, so that rounding cancels between the two.
-    __device__ __forceinline__ static Sum operand(Element x) {
-        if constexpr (Config::kTf32) {
-            return static_cast<Sum>(__uint_as_float(__float_as_uint(nearest_tf32(x)) & 0xffffe000u));
-        } else {
-            return static_cast<Sum>(x);
-        }
-    }
-
-    // Sum over this lane's columns of one row.
-    __device__ __forceinline__ static Sum products(const Element* dout, const Element* out, int lane, int cols) {
-        Sum sum = 0;
-        for (int col = lane * kVec; col < cols; col += kLanes * kVec) {
-            if (kVectors && col + kVec <= cols) {
-                const uint4 a = *reinterpret_cast<const uint4*>(dout + col), b = *reinterpret_cast<const uint4*>(out + col);
-#pragma unroll
-                for (int e = 0; e < kVec; e++) {
-                    sum += operand(reinterpret_cast<const Element*>(&a)[e]) *
-                           static_cast<Sum>(reinterpret_cast<const Element*>(&b)[e]);
-                }
-            } else {
-#pragma unroll
-                for (int e = 0; e < kVec; e++) {
-                    if (col + e < cols) sum += operand(dout[col + e]) * static_cast<Sum>(out[col + e]);
-                }
-            }
-        }
-#pragma unroll
-        for (int other = 1; other < kLanes; other *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-        return sum;
-    }
-};
-
 template <class Config>
 __device__ __forceinline__ void backward_prepare(const BackwardArguments<Config>& arguments) {
-    using Kernel = Prepare<Config>;
+    using Kernel = RowProducts<Config>;
     using Element = typename Config::Element;
     using Real = typename Config::Real;
     using Sum = typename Kernel::Sum;
     const ForwardParams& p = arguments.base;
     const BackwardParams& g = arguments.grad;
+    if constexpr (Config::kChained) admit_grid_behind();
     constexpr int kRowsAtOnce = Config::kThreads / Kernel::kLanes;
-    for (long long n = static_cast<long long>(blockIdx.x) * Config::kThreads + threadIdx.x; n < g.zeroed;
-         n += static_cast<long long>(gridDim.x) * Config::kThreads) {
-        static_cast<uint4*>(g.dq_sum)[n] = make_uint4(0, 0, 0, 0);
-    }
     const long long row = static_cast<long long>(blockIdx.x) * kRowsAtOnce + threadIdx.x / Kernel::kLanes;
     const int lane = threadIdx.x % Kernel::kLanes;
     const unsigned rows_per_head = Config::kPacked ? p.total_q : p.seqlen_q, heads = p.num_heads;
@@ -115,10 +52,13 @@ __device__ __forceinline__ void backward_prepare(const BackwardArguments<Config>
         }
     }
     const Sum delta = Kernel::products(dout, out, lane, exists ? p.head_dim_v : 0) - dlse;
+    uint4* const cleared = static_cast<uint4*>(g.turns != nullptr ? static_cast<void*>(g.turns) : g.dq_sum);
+    for (long long n = static_cast<long long>(blockIdx.x) * Config::kThreads + threadIdx.x; n < g.zeroed;
+         n += static_cast<long long>(gridDim.x) * Config::kThreads) {
+        cleared[n] = make_uint4(0, 0, 0, 0);
+    }
     if (lane != 0 || row >= p.partial_rows) return;
-    RowStats<Config> stats = RowStats<Config>::nothing();
-    if (lse != negative_infinity<Real>()) stats = RowStats<Config>::of(lse, delta);
-    static_cast<RowStats<Config>*>(g.row_stats)[row] = stats;
+    static_cast<RowStats<Config>*>(g.row_stats)[row] = Kernel::stats(lse, delta);
 }
 
 }  // namespace cuattn

@@ -73,7 +73,8 @@ struct BackwardParams {
     void* dbias;       // of the shape and dtype of the bias, or null
     void* row_stats;   // (B, H, Sq) pairs (lse to base 2, delta) in the dtype of the scores; packed: (H, Tq)
     void* dq_sum;      // (dq_splits, B, H, m_blocks) slabs; packed: (dq_splits, H, q_slabs)
-    unsigned* turns;   // backward_sm90, deterministic: of each slab, how many key tiles have added to it
+    unsigned* turns;   // backward_sm90, deterministic: of each slab, how many key tiles have added to it; else see
+                       // mainloop/pair_counters.cuh
     void* partial_dk;  // (q_splits, B, Hkv, Sk, D), packed: (q_splits, Hkv, Tk, D); null where q_splits is 1
     void* partial_dv;  // likewise with Dv
     void* bias_sum;    // see attention/mod_sums.cuh
@@ -87,15 +88,16 @@ struct BackwardParams {
     long long rows_kv;                                       // rows of a split's partial dk: B * Hkv * Sk, packed: Hkv * Tk
     long long q_slabs;                                       // slabs of a head; packed: floor(Tq / kBlockM) + B + 1
     long long dq_split;                                      // elements between the sums of two splits
-    long long zeroed;                                        // 16-byte words from dq_sum on that kernels add to
+    long long zeroed;                                        // 16-byte words from turns or dq_sum on that kernels add to
     long long bias_batch, bias_head, bias_q, bias_k;         // strides of dbias
     long long sum_split, sum_batch, sum_head, sum_q, sum_k;  // strides of bias_sum
-    alignas(8) int n_blocks;      // key tiles of the longest sequence; backward_sm90, packed without runs: of all sequences
-    alignas(8) int q_splits;      // parts into which the queries (of all heads of a group) of a key tile are divided
-    alignas(8) int dq_splits;     // CTAs that share the key tiles of a head in turn: each has its own dq_sum
-    alignas(8) int run;           // backward_sm90: key tiles that a CTA takes one after the other
-    alignas(8) int last_section;  // backward_sm90: pairs in the last section, 0 for as many as in the others
-    alignas(8) int first_batch;   // of this launch, and heads and batches that it covers
+    alignas(8) int n_blocks;        // key tiles of the longest sequence; backward_sm90, packed without runs: of all sequences
+    alignas(8) int q_splits;        // parts into which the queries (of all heads of a group) of a key tile are divided
+    alignas(8) int dq_splits;       // CTAs that share the key tiles of a head in turn: each has its own dq_sum
+    alignas(8) int run;             // backward_sm90: key tiles that a CTA takes one after the other
+    alignas(8) int last_section;    // backward_sm90: pairs in the last section, 0 for as many as in the others
+    alignas(8) int prepared_units;  // see backward_prepare_sm90.cu
+    alignas(8) int first_batch;     // of this launch, and heads and batches that it covers
     alignas(8) int first_head_kv;
     alignas(8) int batches;
     alignas(8) int heads_kv;

@@ -95,6 +95,78 @@ def test_deterministic_in_sections(cupy_backend: Any, monkeypatch: pytest.Monkey
     check(cupy_backend, case, deterministic=True)
 
 
+CHAINS = (
+    Case("bfloat16", "ieee", 8, 600, 700, 8, 4, 128),
+    Case("float16", "ieee", 8, 500, 900, 8, 2, 64, mask="causal"),
+    Case("bfloat16", "ieee", 8, 300, 600, 6, 6, 256, mask="causal"),
+    Case("bfloat16", "ieee", 8, 400, 500, 6, 3, 192, 128, mask="causal"),
+    Case("float16", "ieee", 9, 500, 900, 4, 2, 64, sequences="lens", sinks=True),
+    Case("bfloat16", "ieee", 8, 300, 500, 8, 4, 64, mods=("bias_pairs",)),
+    Case("bfloat16", "ieee", 9, 400, 500, 8, 4, 128, mask="causal", sequences="packed"),
+)
+"""Several pairs of heads and sequences, of which each has several key tiles."""
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_plans")
+@pytest.mark.parametrize("waves", [0, 1000])
+@pytest.mark.parametrize("case", CHAINS, ids=str)
+def test_kernels_in_a_chain(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, case: Case, waves: int) -> None:
+    """Some add while others prepare and convert: call after call gives what kernels one after the other do, in the same memory
+    too.
+    """
+    monkeypatch.setattr(backward, "_q_splits", lambda *_: 1)
+    monkeypatch.setattr(backward, "LEAST_WAVES", waves)
+    monkeypatch.setattr(backward, "LEAST_KEYS", 0)
+    results = [check(cupy_backend, case) for _ in range(5)]
+    (prepared,) = [made[0] for key, made in call._prepared.items() if key[0] == "backward"]
+    plain = case.sequences == "dense" and not case.mods
+    assert prepared.plan.chained and (prepared.plan.prepared_units > 0) == (plain and waves == 0 and case.head_dim == 128)
+    assert prepared.plan.counts_pairs == (plain and case.head_dim <= 128)
+    call._prepared.clear()
+    monkeypatch.setattr(backward.BackwardPlan, "chained", False)
+    apart = check(cupy_backend, case)
+    for result in results:
+        for name in ("dk", "dv"):
+            assert cupy_backend.get(getattr(result, name)).tobytes() == cupy_backend.get(getattr(apart, name)).tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_plans")
+@pytest.mark.parametrize("waves", [0, 1000])
+@pytest.mark.parametrize("case", CHAINS, ids=str)
+def test_a_graph_of_a_chain(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, case: Case, waves: int) -> None:
+    """Replayed in the same memory, from what the inputs hold by then."""
+    cupy = pytest.importorskip("cupy")
+    monkeypatch.setattr(backward, "_q_splits", lambda *_: 1)
+    monkeypatch.setattr(backward, "LEAST_WAVES", waves)
+    monkeypatch.setattr(backward, "LEAST_KEYS", 0)
+    forward, gradients_of = (
+        (cuattn.attention_varlen, cuattn.attention_varlen_backward)
+        if case.packed
+        else (cuattn.attention, cuattn.attention_backward)
+    )
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        arguments = case.arguments(cupy_backend.put)
+        dout, dlse = (cupy_backend.put(x) for x in case.cotangents())
+        out, lse = forward(**arguments, return_lse=True)
+        gradients_of(dout, **arguments, out=out, lse=lse, dlse=dlse)
+        kept = out.copy()
+        out[...] = 0
+        stream.synchronize()
+        stream.begin_capture()
+        gradients = gradients_of(dout, **arguments, out=out, lse=lse, dlse=dlse)
+        graph = stream.end_capture()
+        out[...] = kept
+        for _ in range(3):
+            for gradient in (gradients.dq, gradients.dk, gradients.dv):
+                gradient.fill(np.nan)
+            graph.launch(stream)
+            stream.synchronize()
+            verify_gradients(case, gradients, cupy_backend.get(lse), cupy_backend.get)
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("fresh_plans")
 @pytest.mark.parametrize("run_of", [0, 3])

@@ -207,3 +207,45 @@ def test_the_copy_engine_brings_whole_tiles(dims: tuple[int, int]) -> None:
     gradients = (16, 16) if max(dims) <= 128 else ()  # dk and dv leave in what a warp holds
     rows = (plan.tiles.block_m, *(plan.tiles.block_n,) * 2, plan.tiles.block_m, *gradients)
     assert boxes == [(64, n, 1, 1) for n in rows]
+
+
+@pytest.mark.parametrize(
+    ("options", "ordered", "counted"),
+    [
+        ({}, True, True),
+        ({"dims": (72, 72)}, True, True),
+        ({"extras": ("sinks",)}, True, True),
+        ({"dims": (192, 128)}, False, False),
+        ({"dims": (256, 256)}, False, False),
+        ({"dims": (64, 64)}, False, True),
+        ({"seqlens": (512, 512), "dims": (64, 64), "heads": (80, 80)}, False, False),
+        ({"seqlens": (512, 512)}, False, True),
+        ({"seqlens": (128, 128), "heads": (80, 80)}, False, True),
+        ({"extras": ("kv_lens",)}, False, False),
+        ({"mods": (PAIRS,)}, False, False),
+        ({"packed": True}, False, False),
+        ({"deterministic": True}, False, False),
+        ({"seqlens": (2048, 256), "heads": (4, 1)}, False, False),
+        ({"mask": SlidingWindow(128, 0), "dims": (64, 64)}, False, False),
+        ({"mask": SlidingWindow(512, 0)}, False, False),
+        ({"dims": (512, 512)}, False, False),
+    ],
+)
+def test_who_waits_for_whom(options: dict[str, Any], ordered: bool, counted: bool) -> None:
+    """A kernel that may begin before the one ahead is done waits for that by itself; for counted rows and sums alone where they
+    are right: where one kernel prepares all that is read and added to, and doormen add, to one key tile a CTA.
+    """
+    rest = {name: value for name, value in options.items() if name != "deterministic"}
+    plan = make_backward_plan(
+        backward_problem_of(problem_of("bfloat16", **rest), "deterministic" in options), DEVICES["sm_90a"]
+    )
+    units = backward_units(plan)
+    chained = {role for role, unit in units.items() if unit.chained}
+    assert chained == ({"backward", "convert"} if plan.kernel == "backward_sm90" else set())
+    assert (plan.prepared_units > 0, plan.counts_pairs) == (ordered, counted)
+    if ordered:
+        assert units["prepare"].entry == "cuattn_backward_prepare_sm90" and plan.zeroed == sum(plan.workspace[:2])
+    if ordered or counted:
+        assert plan.workspace[0] >= 8 * plan.problem.batch * plan.problem.num_heads_kv and plan.q_splits == 1
+    for role in {"backward", "convert"} & units.keys():  # both, or who waits would wait for ever
+        assert f"kCountPairs = {str(counted).lower()};" in units[role].source

@@ -57,7 +57,8 @@ struct QuerySlab {
         }
     }
 
-    // Adds a slab to `sums`.
+    // Adds a slab to `sums`, or puts it there.
+    template <bool kAdds = true>
     __device__ __forceinline__ static void take(Sums& sums, const Real* from) {
         from += start();
         struct alignas(kVec * sizeof(Real)) Vector {
@@ -67,7 +68,7 @@ struct QuerySlab {
         for (int x = 0; x < Sums::kSize; x += kVec) {
             const Vector vector = *reinterpret_cast<const Vector*>(from + place(x));
 #pragma unroll
-            for (int e = 0; e < kVec; e++) sums[x + e] += vector.data[e];
+            for (int e = 0; e < kVec; e++) sums[x + e] = kAdds ? sums[x + e] + vector.data[e] : vector.data[e];
         }
     }
 

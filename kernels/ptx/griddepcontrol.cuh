@@ -5,7 +5,8 @@
 namespace cuattn {
 
 // Waits until all grids ahead are done and what they wrote is visible. NOTE: nothing in global memory may be touched before, by
-// any CTA; and each must call it, for the grid after this one knows only that this one is done.
+// any CTA, but inputs if the grid ahead was not launched so itself; and each must call it, or one that outlasts the others, for
+// the grid after this one knows only that this one is done.
 __device__ __forceinline__ void wait_for_grids_ahead() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // The grid after this one may be put in place once all CTAs have said so.

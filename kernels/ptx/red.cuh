@@ -20,14 +20,18 @@ __device__ __forceinline__ void red_add_v4(float* to, float x, float y, float z,
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 }
 
-// Adds 1 once everything before it is visible to whoever reads the sum.
-__device__ __forceinline__ void count_release(unsigned* counter) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+// Adds to a counter once everything before it is visible to whoever reads the sum.
+__device__ __forceinline__ void count_release(unsigned* counter, unsigned more = 1) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(more) : "memory");
 }
 __device__ __forceinline__ unsigned count_acquire(const unsigned* counter) {
     unsigned count;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
     return count;
+}
+// Waits for a sum of at least `least`, without haste.
+__device__ __forceinline__ void count_wait(const unsigned* counter, unsigned least) {
+    while (count_acquire(counter) < least) __nanosleep(200);
 }
 
 // The same, and what was there before: what other threads wrote before they counted is visible afterwards.

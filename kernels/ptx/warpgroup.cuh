@@ -38,6 +38,9 @@ __device__ __forceinline__ bool elect_sync() {
 // Orders this thread's ordinary accesses to shared memory before those of the tensor and copy engines.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Orders ordinary accesses to global memory before those of the copy engine.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // The index of this thread's warp or warpgroup, known to the compiler to be the same in all lanes.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
