@@ -382,8 +382,8 @@ struct ForwardSm90 {
             if constexpr (kForeignRows) {
                 // P is 0 there, but 0 * NaN is not. All consumers write the same zeros, so they need not agree on who does.
                 if ((n + 1) * kBlockN > w.at.seqlen_k) {
-                    VTile::template clear_rows<128>(kernel.smem + kOffsetV + slot.stage * VTile::kBytes,
-                                                    w.at.seqlen_k - n * kBlockN, static_cast<int>(threadIdx.x % 128));
+                    VTile::template clear_rows_together<128>(kernel.smem + kOffsetV + slot.stage * VTile::kBytes,
+                                                             w.at.seqlen_k - n * kBlockN, static_cast<int>(threadIdx.x % 128));
                     fence_proxy_async();
                     bar_sync(kClearBarrier + wg, 128);
                 }

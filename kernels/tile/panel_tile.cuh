@@ -99,9 +99,20 @@ struct PanelTile {
     // Writes zero to rows [start, kRows), by kThreads threads.
     template <int kThreads>
     __device__ __forceinline__ static void clear_rows(char* tile, int start, int thread) {
+        for (int index = thread; index < (kRows - start) * 8; index += kThreads) {
+#pragma unroll
+            for (int panel = 0; panel < kPanels; panel++) {
+                *reinterpret_cast<uint4*>(tile + panel * kPanelBytes + start * 128 + index * 16) = make_uint4(0, 0, 0, 0);
+            }
+        }
+    }
+    // The same without a loop whose count differs from thread to thread: behind one, lanes part for the compiler, which puts
+    // the descriptors of products into ordinary registers.
+    template <int kThreads>
+    __device__ __forceinline__ static void clear_rows_together(char* tile, int start, int thread) {
         static_assert(kRows * 8 % kThreads == 0);
 #pragma unroll
-        for (int first = 0; first < kRows * 8; first += kThreads) {  // NOTE: as a loop it would make lanes part
+        for (int first = 0; first < kRows * 8; first += kThreads) {
             const int index = first + thread;
 #pragma unroll
             for (int panel = 0; panel < kPanels; panel++) {
