@@ -151,8 +151,8 @@ def test_a_graph_of_a_chain(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, 
         arguments = case.arguments(cupy_backend.put)
         dout, dlse = (cupy_backend.put(x) for x in case.cotangents())
         out, lse = forward(**arguments, return_lse=True)
-        gradients_of(dout, **arguments, out=out, lse=lse, dlse=dlse)
         kept = out.copy()
+        gradients_of(dout, **arguments, out=out, lse=lse, dlse=dlse)  # whose memory the captured call takes
         out[...] = 0
         stream.synchronize()
         stream.begin_capture()
