@@ -125,6 +125,7 @@ def build(source: str, arch: str) -> Cubin:
 
 def compile_many(jobs: Iterable[tuple[str, str]], workers: int | None = None) -> list[Cubin]:
     """`build` for each (source, arch), in parallel threads: NVRTC releases the interpreter."""
+    _nvrtc()  # NOTE: before there are threads, of which one might find CuPy half imported and NVRTC without its library
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         return list(pool.map(lambda job: build(*job), jobs))
 

@@ -74,7 +74,7 @@ class Case:
     magnitude: float = 1.0
     """Standard deviation of q and k; scores then have one of magnitude**2."""
     nonfinite: str = ""
-    """'inf q', 'nan k', ...: one such element in that input"""
+    """'inf q', 'nan k', 'nan dout' ...: one such element, in the middle of that input or of its first sequence"""
     batch_axis: bool = True
     seed: int = 0
     growth: float = field(default=0.0, repr=False)
@@ -363,14 +363,21 @@ def _inputs(case: Case) -> Inputs:
         q, k, v = (np.broadcast_to(x[_repeated(x, n)], x.shape) for x, n in ((q, "q"), (k, "k"), (v, "v")))
     else:
         _pad_with_nan(case, q, lens_q, "q"), _pad_with_nan(case, k, lens_k, "kv"), _pad_with_nan(case, v, lens_k, "kv")
-    if case.nonfinite:
-        value, name = case.nonfinite.split()
-        x = {"q": q, "k": k, "v": v}[name]
-        x[tuple(n // 2 for n in x.shape)] = float(value)
+    _spoil(case, {"q": q, "k": k, "v": v})
     options, oracle = _options(case, rng, lens_q, lens_k)
     if not case.batch_axis:
         q, k, v = q[0], k[0], v[0]
     return Inputs(q, k, v, options, oracle)
+
+
+def _spoil(case: Case, inputs: Mapping[str, Array]) -> None:
+    """Put the element of `Case.nonfinite` in, if it is one of these inputs'."""
+    value, name = case.nonfinite.split() if case.nonfinite else ("", "")
+    if name in inputs:
+        at = [n // 2 for n in inputs[name].shape]
+        if case.packed:  # in the first sequence, whose lengths are the largest
+            at[0] = (case.seqlen_q if name in ("q", "dout") else case.seqlen_k) // 2
+        inputs[name][tuple(at)] = float(value)
 
 
 def _lengths(case: Case, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -503,6 +510,7 @@ def _cotangents(case: Case) -> tuple[Array, Array]:
     for span in reference.spans(*([inputs.q] * 2 if case.batch_axis else [inputs.q[None]] * 2), **oracle):
         exists[span.q] = True
     exists = exists if case.batch_axis else exists[0]
+    _spoil(case, {"dout": dout})
     dout[~exists] = np.nan
     np.moveaxis(dlse, -2, -1)[~exists] = np.nan
     return dout, dlse
@@ -658,6 +666,29 @@ def _corner_edges() -> Iterator[Case]:
         yield replace(base, scale=0.0, mask="window")
 
 
+def _nonfinite() -> Iterator[Case]:
+    """One element that is not finite under masks whose edges run through tiles, by every kernel that has such tiles."""
+    dense = Case("bfloat16", "ieee", 2, 300, 333, 4, 2, 64, mask="causal")
+    packed = replace(dense, batch=4, sequences="packed")
+    for dtype, cases in {
+        "bfloat16": (
+            *(replace(c, head_dim=d) for c in (dense, packed) for d in (64, 128, 192, 256)),
+            *(replace(dense, mask="window", head_dim=d) for d in (64, 128)),
+            *(replace(dense, mask="window_left", head_dim=d) for d in (64, 128)),
+            *(replace(packed, mask="window", head_dim=d) for d in (64, 128)),
+            replace(dense, head_dim=33),
+            replace(dense, mask="boolean"),
+            replace(dense, mods=("bias_pairs",)),
+        ),
+        "float16": (dense, replace(dense, head_dim=128), replace(dense, mask="window"), replace(packed, head_dim=128)),
+    }.items():
+        for case, value, name in itertools.product(cases, ("nan", "inf"), ("q", "k", "v", "dout")):
+            yield replace(case, dtype=dtype, nonfinite=f"{value} {name}")
+    for (dtype, precision), name in itertools.product(KINDS[2:], ("q", "k", "v", "dout")):
+        larger = {"seqlen_q": 530, "seqlen_k": 700} if precision == "tf32x3" else {}  # or it would not take pairs
+        yield replace(dense, dtype=dtype, precision=precision, nonfinite=f"nan {name}", **larger)
+
+
 def _corner_options() -> Iterator[Case]:
     """Option values at their limits, wide groups, and few queries over many keys (a split over the keys)."""
     base = Case("bfloat16")
@@ -698,6 +729,7 @@ def _unique(cases: Iterator[Case]) -> tuple[Case, ...]:
 REGULAR = _unique(_regular())
 FEATURES = _unique(_features())
 CORNERS = _unique(itertools.chain(_corner_dims(), _corner_edges(), _corner_options()))
+NONFINITE = _unique(_nonfinite())
 ALL = tuple(dict.fromkeys((*REGULAR, *FEATURES, *CORNERS)))
 SMALL = tuple(c for c in FEATURES if math.prod((c.seqlen_q, c.seqlen_k)) <= 1 << 14)[::12]
 """A spread of small feature cases, for checks that repeat a call or run under a slow tool."""

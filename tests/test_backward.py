@@ -11,8 +11,8 @@ import pytest
 import cuattn
 from cuattn import backward, call
 from cuattn.masks import SlidingWindow
-from tests.cases import CORNERS, FEATURES, KINDS, MASKS, MOD_SETS, REGULAR, SMALL, Case, Feature
-from tests.tolerance import verify_gradients
+from tests.cases import CORNERS, FEATURES, KINDS, MASKS, MOD_SETS, NONFINITE, REGULAR, SMALL, Case, Feature
+from tests.tolerance import excused, verify_gradients, without_zero_products
 
 CASES = (*REGULAR, *FEATURES, *CORNERS)
 RERUNS = (
@@ -49,6 +49,29 @@ def check(backend: Any, case: Case, **extra: Any) -> cuattn.Gradients:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_match_the_oracle(cupy_backend: Any, case: Case) -> None:
     check(cupy_backend, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", NONFINITE, ids=str)
+def test_what_a_mask_hides_is_not_spoilt(cupy_backend: Any, case: Case) -> None:
+    """As the NumPy backend in tests/test_backward_cpu.py. out and lse are the oracle's: those of a forward would have
+    NaN of v where its products of 0 take them. Where tiles with a mask's edge replace rows, what they see becomes NaN: in
+    place of infinities, too, and in all of dv where dk is not finite.
+    """
+    exact, (out, lse) = case.exact_gradients(), case.exact()
+    lse = lse.astype(np.float64 if case.dtype == "float64" else np.float32)
+    gradients = case.run_backward(cupy_backend.put, cupy_backend.put(out.astype(case.numpy_dtype)), cupy_backend.put(lse))
+    named = {n: cupy_backend.get(getattr(gradients, n)) for n in ("dq", "dk", "dv")}
+    named = {n: without_zero_products(case, n, x, getattr(exact, n)) for n, x in named.items()}
+    plan = cuattn.explain(**case.arguments(cupy_backend.put), backward=True)
+    if plan.tiles.seeded and case.head_dim <= 128:
+        named["dv"] = excused(named["dv"], exact.dv, ~np.isfinite(exact.dk).all(axis=-1, keepdims=True))
+        named = {
+            n: np.where(np.isnan(x) & np.isinf(getattr(exact, n)), getattr(exact, n).astype(x.dtype), x)
+            for n, x in named.items()
+        }
+    assert case.mask == "boolean" or any(not np.isfinite(x.astype(np.float64)).all() for x in named.values())
+    verify_gradients(case, gradients._replace(**named), lse, lambda x: x if isinstance(x, np.ndarray) else cupy_backend.get(x))
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)

@@ -29,6 +29,11 @@ struct alignas(8) FullMask {
     __device__ __forceinline__ TileClass classify(const Coord&, Range, Range) const { return kTileFull; }
 };
 
+template <class Mask>
+constexpr bool kSeesAll = false;
+template <>
+constexpr bool kSeesAll<FullMask> = true;
+
 // Keys i + shift - left ... i + shift + right, inclusive: causal, window, any shift.
 template <bool kHasLeft, bool kHasRight, bool kBottomRight>
 struct alignas(8) BandMask {

@@ -7,6 +7,9 @@
 
 namespace cuattn {
 
+// The lse of a row whose scores are 0 and whose P is to be infinite, or NaN: of exp2_cubic, too.
+constexpr float kInfiniteExponent = -128.25f;
+
 template <class Real, bool kPrecise>
 struct RowStatsOf;
 
@@ -20,6 +23,8 @@ struct alignas(2 * sizeof(Real)) RowStatsOf<Real, false> {
     // A row that gets nothing: its probabilities are 0.
     __device__ __forceinline__ static RowStatsOf nothing() { return {-negative_infinity<Real>(), Real(0)}; }
     __device__ __forceinline__ Real probability(Real score, Real factor) const { return exp2_fast(score * factor - lse); }
+    // Whether a score of -inf, and a dp of 0, make P and dS 0.
+    __device__ __forceinline__ bool hides() const { return lse == lse && magnitude(delta) < -negative_infinity<Real>(); }
 };
 
 template <class Real>

@@ -168,7 +168,9 @@ __device__ __forceinline__ void plain_gradients(Tile& s, Tile& dp, const Stats& 
 }
 
 // score_gradients in two parts, for a loop that uses the probabilities before dp is there. For scores that are not dropped, and
-// modified by nothing but a StagedBias, which pulls gradients back without knowing the scores.
+// modified by nothing but a StagedBias, which pulls gradients back without knowing the scores. The first leaves -0 where
+// nothing is visible, which no exponential yields, for the second to know it by.
+constexpr int kHiddenBits = -0x7fffffff - 1;
 template <class Config, bool kChecked, class Tile, class Real, class Mask, class ScoreMod, class Stats, class Sums>
 __device__ __forceinline__ void score_probabilities(Tile& s, const Coord& at, int row0, int col0, Real scale, Real factor,
                                                     const Mask& mask, const ScoreMod& score_mod, const Stats& stats,
@@ -188,7 +190,7 @@ __device__ __forceinline__ void score_probabilities(Tile& s, const Coord& at, in
         } else if constexpr (kChecked) {
             visible = j < at.seqlen_k && mask.keep(at, i, j);
         }
-        s[x] = visible ? p : Real(0);
+        s[x] = visible ? p : __int_as_float(kHiddenBits);
     }
 }
 template <class Config, bool kChecked, class Tile, class Mask, class ScoreMod, class Stats, class Sums>
@@ -199,8 +201,8 @@ __device__ __forceinline__ void probability_gradients(Tile& dp, Tile& p, const C
     for (int x = 0; x < Tile::kSize; x++) {
         const int i = row0 + Tile::row(x), j = col0 + Tile::col(x);
         const auto gradient = p[x] * (dp[x] - stats(Tile::thread_row(x)).delta);
-        // What is invisible has the probability 0, and maybe a dp that is not finite.
-        dp[x] = !kChecked || p[x] != 0 ? gradient : 0;
+        // What is hidden may have a dp or a delta that is not finite.
+        dp[x] = !kChecked || __float_as_int(p[x]) != kHiddenBits ? gradient : 0;
         sums.x = x;
         if constexpr (!Config::kFoldScale) dp[x] = score_mod.pull(dp[x], dp[x], at, i, j, sums);
     }

@@ -127,6 +127,9 @@ struct BackwardSm90 {
     // (kWide) products start from the row statistics: S from -lse / factor, dP from -delta. They are read while the tensor
     // cores are busy with the tile before.
     static constexpr bool kPlain = Config::kSeeded && !kWide;
+    // There a row whose statistics are not finite would hide nothing: -inf - NaN is NaN, and so is 0 * (0 - NaN). The guide
+    // replaces such rows.
+    static constexpr bool kGuards = kPlain && !kSeesAll<Mask>;
     static constexpr bool kEarly = Config::kEarly && !kPlain, kSeeded = Config::kSeeded && !kPlain;
     static_assert(!kSeeded || (kWide && kEarly && !Config::kStageBias && !kFewLeft));
     // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that a bias needs.
@@ -375,22 +378,44 @@ struct BackwardSm90 {
             if (!kFewLeft) mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
             // NOTE: opaque, or what follows from these is kept in registers from one tile to the next.
             float* to = stats(slot.stage) + StatsRows::place(opaque(static_cast<unsigned>(lane)));
+            unsigned broken = 0;
 #pragma unroll
             for (int x = 0; x < kLaneRows; x++) {
                 if (32 * x + 32 > kBlockM && lane >= kBlockM % 32) continue;
                 to[32 * x] = kSeeded ? own[x].lse * seed : own[x].lse;
                 to[32 * x + kBlockM] = kSeeded ? -own[x].delta : own[x].delta;
+                if (!own[x].hides()) broken |= 1u << x;
             }
             Coord at = w.at;
             at.head += here.head, at.seqlen_q = opaque(at.seqlen_q), at.seqlen_k = opaque(at.seqlen_k);
             Tiles own_tiles = tiles;
             own_tiles.n = opaque(tiles.n);
             const bool full = own_tiles.full(arguments.variant.mask, at, here);
+            if constexpr (kGuards) {
+                if (!full && __any_sync(0xffffffffu, broken != 0)) replace(slot, broken);
+            }
             if (!kKeepRow && lane == 0) visit(slot.stage).slab = slabs + static_cast<long long>(here.head) * g.q_slabs + here.m;
             publish(here.head, here.m, full, kRuns ? tiles.n : 0);
         });
         mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
         publish(0, -1, false, 0);
+    }
+
+    // In a tile that hides something, rows of this lane whose statistics are not finite, bit x for row 32 x. Zeros in Q and dO,
+    // and statistics that make P infinite and dS NaN of what is visible (0 of what is not), make dq, dk and dv NaN for what is
+    // visible, and nothing else.
+    __device__ __forceinline__ void replace(const Slot& slot, unsigned broken) const {
+        mbarrier_wait(q_full(slot.stage), slot.parity);
+        mbarrier_wait(do_full(slot.stage), slot.parity);
+#pragma unroll 1
+        for (int row = opaque(lane_index()); broken != 0; row += 32, broken >>= 1) {
+            if (broken % 2 == 0) continue;
+            QTile::clear_row(smem + kOffsetQ + slot.stage * QTile::kBytes, row);
+            DoTile::clear_row(smem + kOffsetDo + slot.stage * DoTile::kBytes, row);
+            float* const to = stats(slot.stage) + StatsRows::place(static_cast<unsigned>(row));
+            to[0] = kInfiniteExponent, to[kBlockM] = 0.0f;
+        }
+        fence_proxy_async();
     }
 
     // Key tiles that add to a query tile before this one: their number, found by all lanes of a warp.

@@ -51,11 +51,6 @@ struct TmaArguments {
     ForwardArguments<Config> variant;
 };
 
-template <class Mask>
-constexpr bool kSeesAll = false;
-template <>
-constexpr bool kSeesAll<FullMask> = true;
-
 template <class Config>
 struct ForwardSm90 {
     using Element = typename Config::Element;

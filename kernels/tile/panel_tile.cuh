@@ -96,6 +96,13 @@ struct PanelTile {
         when_read();
     }
 
+    // Writes zero to a row.
+    __device__ __forceinline__ static void clear_row(char* tile, int row) {
+#pragma unroll 1
+        for (int unit = 0; unit < 8 * kPanels; unit++) {
+            *reinterpret_cast<uint4*>(tile + unit / 8 * kPanelBytes + row * 128 + unit % 8 * 16) = make_uint4(0, 0, 0, 0);
+        }
+    }
     // Writes zero to rows [start, kRows), by kThreads threads.
     template <int kThreads>
     __device__ __forceinline__ static void clear_rows(char* tile, int start, int thread) {
