@@ -63,8 +63,7 @@ struct ForwardSm90 {
 
     // Registers of a thread at launch, and what the roles make of them; a multiple of 8 each.
     static constexpr int kLaunchRegisters = 65536 / Config::kMinBlocks / Config::kThreads / 8 * 8;
-    // The producer's addresses of packed sequences need more, at the expense of two consumers; three have none to spare.
-    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : Config::kPacked && Config::kMinBlocks == 1 ? 40 : 24;
+    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;  // three have none to spare
     static constexpr int kConsumerRegisters = (kLaunchRegisters * kWarpgroups - kProducerRegisters) / kConsumers / 8 * 8;
     static_assert(kConsumers >= 2);  // one alone would have more than an instruction can name
 
@@ -382,8 +381,8 @@ struct ForwardSm90 {
             if constexpr (kForeignRows) {
                 // P is 0 there, but 0 * NaN is not. All consumers write the same zeros, so they need not agree on who does.
                 if ((n + 1) * kBlockN > w.at.seqlen_k) {
-                    VTile::template clear_rows<128>(kernel.smem + kOffsetV + slot.stage * VTile::kBytes,
-                                                    w.at.seqlen_k - n * kBlockN, static_cast<int>(threadIdx.x % 128));
+                    VTile::template clear_rows_together<128>(kernel.smem + kOffsetV + slot.stage * VTile::kBytes,
+                                                             w.at.seqlen_k - n * kBlockN, static_cast<int>(threadIdx.x % 128));
                     fence_proxy_async();
                     bar_sync(kClearBarrier + wg, 128);
                 }
@@ -441,9 +440,17 @@ struct ForwardSm90 {
                 exponentiate_with<false, kEarly>(exponent, s, probabilities, shrink, w, n, when_free);
             }
         }
-        // Takes the maximum of a tile into a row; returns what O and the sums before it are to be multiplied with.
-        __device__ __forceinline__ float take_maximum(WgmmaTile<kBlockN>& s, int half) {
-            return rows[half].advance(s.row_maximum(half), factor);
+        // Takes the maxima of a tile into its rows; `shrink` is what O is to be multiplied with, as the sums have been.
+        __device__ __forceinline__ void take_maxima(const WgmmaTile<kBlockN>& s, float (&shrink)[2]) {
+            float top[2];
+            if constexpr (kKeepsMaxima) {  // rare, and one row after the other takes fewer registers
+                top[0] = s.row_maximum(0), top[1] = s.row_maximum(1);
+            } else {
+                s.row_maxima(top, [&](const float (&top)[2]) {
+                    return maximum(rows[0].max, top[0]) < 0.0f || maximum(rows[1].max, top[1]) < 0.0f;
+                });
+            }
+            shrink[0] = rows[0].advance(top[0], factor), shrink[1] = rows[1].advance(top[1], factor);
         }
         // Whether some row of this warp has seen no key yet.
         __device__ __forceinline__ bool unset() const {
@@ -452,20 +459,22 @@ struct ForwardSm90 {
         }
         // Gives those rows the maxima of a tile; their sums and outputs are still 0.
         __device__ __forceinline__ void set_maxima(WgmmaTile<kBlockN>& s) {
+            const RowState<float> old[2] = {rows[0], rows[1]};
+            float shrink[2];
+            take_maxima(s, shrink);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const RowState<float> old = rows[half];
-                take_maximum(s, half);
-                if (old.max != negative_infinity<float>()) rows[half] = old;
+                if (old[half].max != negative_infinity<float>()) rows[half] = old[half];
             }
         }
         // The maxima of a query tile's first keys. Where other keys are nearer to a row, their scores are expected to be
         // larger.
         __device__ __forceinline__ void take_first_maxima(WgmmaTile<kBlockN>& s, const Work& w, int n) {
+            float shrink[2];
+            take_maxima(s, shrink);
+            if constexpr (kNearestFirst && kLinear) {
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                take_maximum(s, half);
-                if constexpr (kNearestFirst && kLinear) {
+                for (int half = 0; half < 2; half++) {
                     const int i = first_row(w) + s.row_at(half);
                     rows[half].max +=
                         whole.template rise<kBlockN>(w.at, i, n * kBlockN, factor, kHoldsFloats<Element> ? 80.0f : 8.0f);
@@ -613,7 +622,8 @@ struct ForwardSm90 {
             const float before[2] = {rows[0].sum, rows[1].sum}, shrink[2] = {};
             if (kAdapts && careful) {
                 modify(s, w, tiles, n);
-                const float shrink[2] = {take_maximum(s, 0), take_maximum(s, 1)};
+                float shrink[2];
+                take_maxima(s, shrink);
                 when_free(0.0f);
                 exponentiate<true>(s, probabilities, shrink, w, n, [](float) {});
                 return;
@@ -790,12 +800,11 @@ struct ForwardSm90 {
             } else if constexpr (kKeepsMaxima) {
                 keep_and_exponentiate<kEarly>(s, probabilities, at.w, at.tiles, n, wait_and_take_output);
             } else if constexpr (kScalesFirst) {
-                owed[0] = take_maximum(s, 0), owed[1] = take_maximum(s, 1);
+                take_maxima(s, owed);
                 exponentiate<false, kEarly>(s, probabilities, shrink, at.w, n, wait_and_take_output);
             } else {
-                shrink[0] = take_maximum(s, 0);  // the dependency, so that the second row's maximum hides the latency of it
+                take_maxima(s, shrink);  // the dependency
                 if constexpr (kLateWait) wait_v(next_v(), at.w, n, shrink[0] < 0.0f);
-                shrink[1] = take_maximum(s, 1);
                 take_output();
                 exponentiate<true>(s, probabilities, shrink, at.w, n, [](float) {});
             }
@@ -834,7 +843,7 @@ struct ForwardSm90 {
                     keep_and_exponentiate<0>(s, probabilities, at.w, at.tiles, n, [](float) {});
                 } else {
                     modify(s, at.w, at.tiles, n);
-                    shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+                    take_maxima(s, shrink);
                     exponentiate<true>(s, probabilities, shrink, at.w, n, [](float) {});
                 }
                 wait_v(v, at.w, n, false);
