@@ -35,11 +35,10 @@
 //             add it to memory; wait dK
 // (kEarly)    where P needs no dP: issue S, dP; wait S; P; issue dV; wait dP; dS, which thus runs under dV; ...; row statistics
 //             of the next tile are read before dq is added: behind the additions they would wait in the same queue
-// (kAlternate) no barrier of the consumers: each of the two warpgroups multiplies dq of every other tile, all 64 x 128 of it,
-// when
-//             it is done with the tile after, to which the other has brought its part of dS long before. So they drift apart,
-//             and one multiplies while the other finds P and dS. dS has three buffers; turn(0) says that dq of the tile before
-//             has been read from shared memory
+// (kAlternate) no barrier of the consumers: each warpgroup multiplies dq of every other tile, all 64 x 128 of it, when it
+//             is done with the tile after, to which the other has brought its part of dS long before. So they drift apart, and
+//             one multiplies while the other finds P and dS. dS has three buffers; turn(0) says that dq of the tile before has
+//             been read from shared memory
 // Order       deterministic: a key tile adds to dq of a query tile after all key tiles behind it have. CTAs start in that
 //             order, so none waits for one that has not started. With kBulkDq the consumers hand dq over in shared memory, and
 //             a doorman adds it when its turn comes while they go on; turn then says that there is room for the next tile.
