@@ -1,7 +1,8 @@
-"""Build hook: the wheel's copy of kernels/ lacks comments and most spaces, a third of its size; the repository has them."""
+"""Build hook: the wheel's copy of kernels/ lacks comments, most spaces and many ends of lines, a third of its size; the repository has them."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import tempfile
 from pathlib import Path
@@ -18,6 +19,16 @@ def shortened(line: str) -> str:
     return re.sub(r"(?<=[\w)\]]) ([*/%&|:<>]|<<|>>|[=!<>*/%&|]=) (?=[\w(])", r"\1", line)
 
 
+def joined(lines: list[str]) -> str:
+    """C++ on fewer lines: those for the preprocessor, and of a macro, stay alone, and no two tokens meet that might be one."""
+    text = ""
+    for before, line in itertools.pairwise(["#", *lines]):
+        alone = "#" in (before[0], line[0]) or before[-1] == "\\"
+        apart = before[-1] not in ";{}()," and line[0] not in "{}()"
+        text += f"\n{line}" if alone or apart else line
+    return text[1:] + "\n"
+
+
 class KernelsWithoutComments(BuildHookInterface):  # type: ignore[type-arg]
     """Adds kernels/ to the wheel as cuattn/_kernels. An editable install reads the checkout's."""
 
@@ -30,7 +41,7 @@ class KernelsWithoutComments(BuildHookInterface):  # type: ignore[type-arg]
             code = (shortened(line.split("//")[0].strip()) for line in source.read_text(encoding="utf-8").splitlines())
             target = copy / source.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text("".join(f"{line}\n" for line in code if line), encoding="utf-8")
+            target.write_text(joined([line for line in code if line]), encoding="utf-8")
         build_data["force_include"][str(copy)] = "cuattn/_kernels"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:

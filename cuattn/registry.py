@@ -67,7 +67,7 @@ class Tiles:
     q_stages: int = 1
     """forward_sm90: buffers for q; with two, the next query tile's has come before this one's is free"""
     keep_maxima: bool = False
-    """forward_sm90: a row keeps the maximum of its first keys until its probabilities outgrow it, in bfloat16 by 2^40"""
+    """forward_sm90: a row keeps the maximum of its first keys until its probabilities outgrow it"""
     nearest_first: bool = False
     """forward_sm90: the keys next to a query tile are visited first, then those behind them, then those before them"""
     bounded: bool = False
@@ -214,22 +214,23 @@ def _from_first_key(problem: Problem) -> bool:
 def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     widest, weight = max(_dims_sm90(problem)), _weight_sm90(problem)
     tiles = list(next(tiles for limit, tiles in _TILES_SM90.items() if widest <= limit))
-    keys, regular = _keys_of_a_tile(problem), not (problem.packed or problem.mask.tiled)
+    keys = _keys_of_a_tile(problem)
     shortest = min(problem.seqlen_k, problem.total_k) <= SHORTEST
     bounded = _bounded(problem) and problem.head_dim_v <= 128
     alone = problem.mods[0] if len(problem.mods) == 1 and widest <= 128 and _from_first_key(problem) else None
     nearest = isinstance(alone, Alibi)  # its scores are the largest next to the diagonal, and mostly nowhere else
     # The others have no registers left for going back where probabilities outgrow the maximum that a row keeps.
     keeps = not problem.mods or nearest or (isinstance(alone, UserMod) and widest > 64)
-    keeps = keeps and problem.scale > 0
-    keeps = keeps and not (problem.packed and widest > 64) and not 128 < problem.head_dim_v <= 192
+    keeps = keeps and problem.scale > 0 and not 128 < problem.head_dim_v <= 192
+    keeps = keeps and not (problem.head_dim_v > 192 and keys >= LONG)  # maxima cost nothing there
     # float16 overflows sooner: a dropped probability, however large, counts in a sum, but is not seen where sums are divided.
     keeps = keeps and (problem.dtype == "bfloat16" or not (problem.packed or problem.dropout or problem.head_dim_v > 128))
     if widest <= 64 and keys < SHORT:
         stages = 2 if staged_bias(problem) else 3  # two CTAs an SM
         tiles.insert(0, Tiles(128, 64, stages, 12, 2, 2, persistent=True, overlap=False, q_stages=2))
-    if 64 < widest <= 128 and keys >= LONG and regular:
+    if 64 < widest <= 128 and keys >= LONG and not problem.mask.tiled:
         tiles.insert(0, Tiles(128, 176, 2, 12, persistent=True, max_weight=0))
+    regular = not (problem.packed or problem.mask.tiled)
     if 64 < widest <= 128 and shortest and regular and keeps and _fills_sm90(problem, device, 192):
         tiles.insert(0, Tiles(192, 128, 2, 16, persistent=True, overlap=False, max_weight=0, q_stages=2))
     if 64 < widest <= 128 and problem.dropout > 0 and not (problem.mods or problem.mask.tiled):
@@ -247,7 +248,7 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
             t,
             late_wait=waits_late,
             scale_first=scales_first and t.overlap,
-            keep_maxima=keeps,
+            keep_maxima=keeps and (widest <= 64 or t.block_m < 192),  # nor with three consumers without overlap
             nearest_first=keeps and nearest,
             bounded=bounded,
             draws_early=keys < SHORT and t.overlap and t.q_stages == 2,

@@ -87,15 +87,24 @@ def test_sizes_do_not_reach_the_source() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_who_keeps_first_maxima(dtype: str) -> None:
-    """float16 not where dropout hides from the division what a sum counts, nor in wide or packed calls."""
-    for dropout, dims, keeps in (
-        (0.0, (128, 128), True),
-        (0.3, (128, 128), dtype == "bfloat16"),
-        (0.0, (256, 256), dtype == "bfloat16"),
-        (0.0, (192, 192), False),
+    """float16 not where dropout hides from the division what a sum counts, nor in wide or packed calls; none where maxima cost
+    nothing: wide calls of many keys, three warpgroups without overlap.
+    """
+    wider = dtype == "bfloat16"
+    for dims, seqlen, heads, packed, dropout, keeps in (
+        (64, 512, 16, False, 0.0, True),
+        (64, 4096, 16, False, 0.0, True),
+        (128, 512, 64, False, 0.0, False),
+        (128, 4096, 16, False, 0.0, True),
+        (128, 4096, 16, False, 0.3, wider),
+        (128, 4096, 16, True, 0.0, wider),
+        (256, 512, 64, False, 0.0, wider),
+        (256, 4096, 16, False, 0.0, False),
+        (192, 4096, 16, False, 0.0, False),
     ):
-        plan = make_plan(problem_of(dtype, dims=dims, dropout=dropout), DEVICES["sm_90a"])
-        assert plan.kernel == "forward_sm90" and plan.tiles.keep_maxima == keeps
+        shape = {"dims": (dims, dims), "seqlens": (seqlen, seqlen), "heads": (heads, 8)}
+        plan = make_plan(problem_of(dtype, **shape, packed=packed, dropout=dropout), DEVICES["sm_90a"])
+        assert plan.kernel == "forward_sm90" and plan.tiles.keep_maxima == keeps, (dims, seqlen, packed, dropout)
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,7 @@ struct ForwardSm90 {
 
     // Registers of a thread at launch, and what the roles make of them; a multiple of 8 each.
     static constexpr int kLaunchRegisters = 65536 / Config::kMinBlocks / Config::kThreads / 8 * 8;
-    // The producer's addresses of packed sequences need more, at the expense of two consumers; three have none to spare.
-    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : Config::kPacked && Config::kMinBlocks == 1 ? 40 : 24;
+    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;  // three have none to spare
     static constexpr int kConsumerRegisters = (kLaunchRegisters * kWarpgroups - kProducerRegisters) / kConsumers / 8 * 8;
     static_assert(kConsumers >= 2);  // one alone would have more than an instruction can name
 
@@ -278,6 +277,7 @@ struct ForwardSm90 {
         q.advance();
         load_bias(at(n));
         when_begun();
+#pragma unroll 1
         for (int following = tiles.next(n + 1); following < tiles.blocks.stop; following = tiles.next(n + 1)) {
             load_k(at(following));
             load_bias(at(following));
@@ -360,6 +360,7 @@ struct ForwardSm90 {
         // Passes over tiles of keys that no row of this warpgroup sees. NOTE: only when they are there, or an arrival might
         // count for the use of a buffer before.
         __device__ __forceinline__ void skip_k(int count) {
+#pragma unroll 1
             for (; count > 0; count--) {
                 wait_k();
                 release_k();
@@ -370,12 +371,14 @@ struct ForwardSm90 {
             }
         }
         __device__ __forceinline__ void skip_v(int count) {
+#pragma unroll 1
             for (; count > 0; count--) {
                 mbarrier_wait(kernel.v_full(v.stage), v.parity);
                 release_v();
             }
         }
         __device__ __forceinline__ void skip(int count) {
+#pragma unroll 1
             for (; count > 0; count--) skip_k(1), skip_v(1);
         }
         __device__ __forceinline__ Slot next_v() const {
@@ -390,8 +393,8 @@ struct ForwardSm90 {
             if constexpr (kForeignRows) {
                 // P is 0 there, but 0 * NaN is not. All consumers write the same zeros, so they need not agree on who does.
                 if ((n + 1) * kBlockN > w.at.seqlen_k) {
-                    VTile::template clear_rows<128>(kernel.smem + kOffsetV + slot.stage * VTile::kBytes,
-                                                    w.at.seqlen_k - n * kBlockN, static_cast<int>(threadIdx.x % 128));
+                    VTile::template clear_rows_together<128>(kernel.smem + kOffsetV + slot.stage * VTile::kBytes,
+                                                             w.at.seqlen_k - n * kBlockN, static_cast<int>(threadIdx.x % 128));
                     fence_proxy_async();
                     bar_sync(kClearBarrier + wg, 128);
                 }
@@ -453,9 +456,17 @@ struct ForwardSm90 {
                 exponentiate_with<false, kEarly>(exponent, s, probabilities, shrink, w, n, when_free);
             }
         }
-        // Takes the maximum of a tile into a row; returns what O and the sums before it are to be multiplied with.
-        __device__ __forceinline__ float take_maximum(WgmmaTile<kBlockN>& s, int half) {
-            return rows[half].advance(s.row_maximum(half), factor);
+        // Takes the maxima of a tile into its rows; `shrink` is what O is to be multiplied with, as the sums have been.
+        __device__ __forceinline__ void take_maxima(const WgmmaTile<kBlockN>& s, float (&shrink)[2]) {
+            float top[2];
+            if constexpr (kKeepsMaxima) {  // rare, and one row after the other takes fewer registers
+                top[0] = s.row_maximum(0), top[1] = s.row_maximum(1);
+            } else {
+                s.row_maxima(top, [&](const float (&top)[2]) {
+                    return maximum(rows[0].max, top[0]) < 0.0f || maximum(rows[1].max, top[1]) < 0.0f;
+                });
+            }
+            shrink[0] = rows[0].advance(top[0], factor), shrink[1] = rows[1].advance(top[1], factor);
         }
         // Whether some row of this warp has seen no key yet.
         __device__ __forceinline__ bool unset() const {
@@ -464,79 +475,114 @@ struct ForwardSm90 {
         }
         // Gives those rows the maxima of a tile; their sums and outputs are still 0.
         __device__ __forceinline__ void set_maxima(WgmmaTile<kBlockN>& s) {
+            const RowState<float> old[2] = {rows[0], rows[1]};
+            float shrink[2];
+            take_maxima(s, shrink);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const RowState<float> old = rows[half];
-                take_maximum(s, half);
-                if (old.max != negative_infinity<float>()) rows[half] = old;
+                if (old[half].max != negative_infinity<float>()) rows[half] = old[half];
             }
         }
         // The maxima of a query tile's first keys. Where other keys are nearer to a row, their scores are expected to be
         // larger.
         __device__ __forceinline__ void take_first_maxima(WgmmaTile<kBlockN>& s, const Work& w, int n) {
+            float shrink[2];
+            take_maxima(s, shrink);
+            if constexpr (kNearestFirst && kLinear) {
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                take_maximum(s, half);
-                if constexpr (kNearestFirst && kLinear) {
+                for (int half = 0; half < 2; half++) {
                     const int i = first_row(w) + s.row_at(half);
                     rows[half].max +=
                         whole.template rise<kBlockN>(w.at, i, n * kBlockN, factor, kHoldsFloats<Element> ? 80.0f : 8.0f);
                 }
             }
         }
-        // S = Q K^T of a tile once more, by each warp for itself, with keys from global memory: their buffer has been released.
-        __device__ __forceinline__ void recompute_scores(WgmmaTile<kBlockN>& s, const Work& w, int n) const {
+        // A tile once more, by each warp for itself and with its maxima, before which the sums were `before`: its
+        // probabilities, the sums, and what O is to be multiplied with. Keys come from global memory: their buffer has been
+        // released. It is rare, so that it takes few instructions, of which the compiler's time depends: eight columns at a
+        // time, in loops.
+        __device__ __forceinline__ void go_back(unsigned (&probabilities)[kBlockN / 4], float (&shrink)[2], const Work& w,
+                                                int n, const float (&before)[2]) {
+            using Columns = WgmmaTile<8>;
             const ForwardParams& p = params();
+            const auto& variant = kernel.arguments.variant;
             const unsigned q_tile = kernel.base + (q.stage * kConsumers + wg) * QTile::kBytes;
             const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x % 128 / 32);
             const int head_kv = w.at.head / p.group, last = w.at.seqlen_k - 1;
             const Element* keys = static_cast<const Element*>(p.k) + w.seq.k + head_kv * p.k_head;
-#pragma unroll
-            for (int x = 0; x < kBlockN / 2; x++) s[x] = 0;
+            float scores[kBlockN / 2], top[2] = {negative_infinity<float>(), negative_infinity<float>()};
+            unsigned packed[kBlockN / 4];  // both in memory: loops find their elements
 #pragma unroll 1
-            for (int step = 0; step < kHeadDim / 16; step++) {
-                unsigned a[4];
-                ldmatrix_x4(a, q_tile + QTile::offset(16 * warp + lane % 16, 2 * step + lane / 16));
-                const int col = 16 * step + 2 * (lane % 4);
-                int key = opaque(n * kBlockN + lane / 4);
-#pragma unroll
-                for (int u = 0; u < kBlockN / 8; u++, key = opaque(key + 8)) {  // one after the other: registers are few
-                    const volatile Element* row = keys + min(key, last) * p.k_row;
+            for (int u = 0; u < kBlockN / 8; u++) {
+                Columns s = {};
+                const int col0 = n * kBlockN + 8 * u;
+                const Element* row = keys + min(col0 + lane / 4, last) * p.k_row;
+#pragma unroll 2
+                for (int step = 0; step < kHeadDim / 16; step++) {
+                    unsigned a[4];
+                    ldmatrix_x4(a, q_tile + QTile::offset(16 * warp + lane % 16, 2 * step + lane / 16));
+                    const int col = 16 * step + 2 * (lane % 4);
                     Element b[4];
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         const int at = col + e / 2 * 8 + e % 2;  // past the last column Q is 0, and memory may be anything
-                        b[e] = Element(0.0f);
-                        if (at < p.head_dim) b[e] = const_cast<const Element&>(row[at]);
+                        b[e] = at < p.head_dim ? row[at] : Element(0.0f);
                     }
                     const unsigned* pairs = reinterpret_cast<const unsigned*>(b);
-                    mma_m16n8k16(reinterpret_cast<float (&)[4]>(s.data[4 * u]), a, pairs[0], pairs[1], Element());
+                    mma_m16n8k16(s.data, a, pairs[0], pairs[1], Element());
                 }
+                if constexpr (kWhole) whole.apply(s, w.at, first_row(w), col0);
+                modify_scores<kWhole || Config::kFoldScale, true>(s, w.at, first_row(w), col0, static_cast<float>(p.scale),
+                                                                  variant.mask, variant.score_mod);
+#pragma unroll
+                for (int x = 0; x < 4; x++) scores[4 * u + x] = s[x], top[x / 2] = maximum(top[x / 2], s[x]);
             }
+            float offset[2], sum[2];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                rows[half].sum = before[half];
+                top[half] = maximum(top[half], __shfl_xor_sync(0xffffffffu, top[half], 1));
+                top[half] = maximum(top[half], __shfl_xor_sync(0xffffffffu, top[half], 2));
+                shrink[half] = rows[half].advance(top[half], factor);
+                offset[half] = rows[half].offset(factor), sum[half] = rows[half].sum;
+            }
+#pragma unroll 1
+            for (int u = 0; u < kBlockN / 8; u++) {
+                Columns s;
+#pragma unroll
+                for (int x = 0; x < 4; x++) {
+                    s[x] = exp2_fast(scores[4 * u + x] * factor - offset[x / 2]);
+                    sum[x / 2] += s[x];
+                }
+                if constexpr (Config::kDropout) {
+                    drop_probabilities(s, w.at, first_row(w), n * kBlockN + 8 * u, p.seed, p.dropout_threshold);
+                }
+                packed[2 * u] = pack_pair<Element>(s[0], s[1]), packed[2 * u + 1] = pack_pair<Element>(s[2], s[3]);
+            }
+            rows[0].sum = sum[0], rows[1].sum = sum[1];
+#pragma unroll
+            for (int x = 0; x < kBlockN / 4; x++) probabilities[x] = packed[x];
         }
         // After a tile without a look at its maxima, before which the sums were `before`: where they have grown too much, they,
         // O, which belongs to the tiles before, and the probabilities are divided by a power of two. Where even floats do not
         // hold these, back to before the tile, and with maxima this time.
         __device__ __forceinline__ void check_sums(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4], const Work& w,
-                                                   const Tiles& tiles, int n, const float (&before)[2]) {
+                                                   int n, const float (&before)[2]) {
             const float larger = maximum(rows[0].sum - before[0], rows[1].sum - before[1]);
             // NOTE: NaN fits: it is what a row past its sequence's end may sum to (start_rows), which must not change others.
             if (__all_sync(0xffffffffu, !(larger > kLargestSum<Element>))) return;
+            float shrink[2];
             if (kDivides && __all_sync(0xffffffffu, !(larger > kLargestFloat))) {
-                const float shrink[2] = {rows[0].outgrow(s.row_maximum(0), factor), rows[1].outgrow(s.row_maximum(1), factor)};
+                shrink[0] = rows[0].outgrow(s.row_maximum(0), factor), shrink[1] = rows[1].outgrow(s.row_maximum(1), factor);
 #pragma unroll
                 for (int x = 0; x < kBlockN / 2; x++) s[x] *= shrink[x % 4 / 2];
-#pragma unroll
-                for (int x = 0; x < kHeadDimV / 2; x++) o[x] *= shrink[x % 4 / 2];
                 pack(s, probabilities);
-                return;
+            } else {
+                if constexpr (kAdapts) careful = true;
+                go_back(probabilities, shrink, w, n, before);
             }
-            if constexpr (kAdapts) careful = true;
-            recompute_scores(s, w, n);
-            modify(s, w, tiles, n);
-            rows[0].sum = before[0], rows[1].sum = before[1];
-            const float shrink[2] = {take_maximum(s, 0), take_maximum(s, 1)};
-            exponentiate<true>(s, probabilities, shrink, w, n, [](float) {});
+#pragma unroll
+            for (int x = 0; x < kHeadDimV / 2; x++) o[x] *= shrink[x % 4 / 2];
         }
         // Scores to probabilities as operands; the sums; and, 16 columns at a time in between, O times `shrink`: the
         // multiplications fit into the issue slots that the exponentials leave. `when_free` is called with the sum so far,
@@ -555,20 +601,24 @@ struct ForwardSm90 {
                                                           const Work& w, int n, WhenFree when_free) {
             float sum[4] = {rows[0].sum, 0.0f, rows[1].sum, 0.0f};
             constexpr int kSteps = kBlockN / 8, kSizeO = kHeadDimV / 2, kEach = (kSizeO + kSteps - 1) / kSteps;
-#pragma unroll
-            for (int u = 0; u <= kSteps; u++) {
-                if (u == kEarly / 8) {
-                    when_free((sum[0] + sum[1]) + (sum[2] + sum[3]));
-#pragma unroll
-                    for (int early = 0; early < u && !Config::kDropout; early++) pack(s, probabilities, early);
-                }
-                if (u == kSteps) break;
+            static_assert(!kShrink || kEarly == 0);
+            auto take = [&](int u) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     s[4 * u + e] = exp2_fast(exponent(s[4 * u + e], e, 8 * u + e % 2));
                     sum[e] += s[4 * u + e];
                 }
-                if (!Config::kDropout && u >= kEarly / 8) pack(s, probabilities, u);
+            };
+            // NOTE: two loops. A condition on u is one that the compiler resolves when it has made a copy for each u.
+#pragma unroll
+            for (int u = 0; u < kEarly / 8; u++) take(u);
+            when_free((sum[0] + sum[1]) + (sum[2] + sum[3]));
+#pragma unroll
+            for (int u = 0; u < kEarly / 8 && !Config::kDropout; u++) pack(s, probabilities, u);
+#pragma unroll
+            for (int u = kEarly / 8; u < kSteps; u++) {
+                take(u);
+                if constexpr (!Config::kDropout) pack(s, probabilities, u);
                 if constexpr (kShrink) {
 #pragma unroll
                     for (int x = u * kEach; x < (u + 1) * kEach && x < kSizeO; x++) o[x] *= shrink[x % 4 / 2];
@@ -588,7 +638,8 @@ struct ForwardSm90 {
             const float before[2] = {rows[0].sum, rows[1].sum}, shrink[2] = {};
             if (kAdapts && careful) {
                 modify(s, w, tiles, n);
-                const float shrink[2] = {take_maximum(s, 0), take_maximum(s, 1)};
+                float shrink[2];
+                take_maxima(s, shrink);
                 when_free(0.0f);
                 exponentiate<true>(s, probabilities, shrink, w, n, [](float) {});
                 return;
@@ -612,7 +663,7 @@ struct ForwardSm90 {
                 if (unset()) set_maxima(s);
                 exponentiate<false, kEarly>(s, probabilities, shrink, w, n, when_free);
             }
-            check_sums(s, probabilities, w, tiles, n, before);
+            check_sums(s, probabilities, w, n, before);
         }
         __device__ __forceinline__ void drop(WgmmaTile<kBlockN>& s, const Work& w, int n) const {
             drop_probabilities<kBlockN % 32 == 0>(s, w.at, first_row(w), n * kBlockN, params().seed,
@@ -779,12 +830,11 @@ struct ForwardSm90 {
             } else if constexpr (kKeepsMaxima) {
                 keep_and_exponentiate<kEarly>(s, probabilities, at.w, at.tiles, n, wait_and_take_output);
             } else if constexpr (kScalesFirst) {
-                owed[0] = take_maximum(s, 0), owed[1] = take_maximum(s, 1);
+                take_maxima(s, owed);
                 exponentiate<false, kEarly>(s, probabilities, shrink, at.w, n, wait_and_take_output);
             } else {
-                shrink[0] = take_maximum(s, 0);  // the dependency, so that the second row's maximum hides the latency of it
+                take_maxima(s, shrink);  // the dependency
                 if constexpr (kLateWait) wait_v(next_v(), at.w, n, shrink[0] < 0.0f);
-                shrink[1] = take_maximum(s, 1);
                 take_output();
                 exponentiate<true>(s, probabilities, shrink, at.w, n, [](float) {});
             }
@@ -823,7 +873,7 @@ struct ForwardSm90 {
                     keep_and_exponentiate<0>(s, probabilities, at.w, at.tiles, n, [](float) {});
                 } else {
                     modify(s, at.w, at.tiles, n);
-                    shrink[0] = take_maximum(s, 0), shrink[1] = take_maximum(s, 1);
+                    take_maxima(s, shrink);
                     exponentiate<true>(s, probabilities, shrink, at.w, n, [](float) {});
                 }
                 wait_v(v, at.w, n, false);

@@ -113,6 +113,21 @@ struct PanelTile {
             }
         }
     }
+    // The same without a loop whose count differs from thread to thread: behind one, lanes part for the compiler, which puts
+    // the descriptors of products into ordinary registers.
+    template <int kThreads>
+    __device__ __forceinline__ static void clear_rows_together(char* tile, int start, int thread) {
+        static_assert(kRows * 8 % kThreads == 0);
+#pragma unroll
+        for (int first = 0; first < kRows * 8; first += kThreads) {
+            const int index = first + thread;
+#pragma unroll
+            for (int panel = 0; panel < kPanels; panel++) {
+                if (index < start * 8) continue;
+                *reinterpret_cast<uint4*>(tile + panel * kPanelBytes + index * 16) = make_uint4(0, 0, 0, 0);
+            }
+        }
+    }
 };
 
 // The elements of a tile, read by ordinary loads; two neighbours share one.

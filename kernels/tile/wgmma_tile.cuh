@@ -37,6 +37,38 @@ struct WgmmaTile {
         both = maximum(both, __shfl_xor_sync(0xffffffffu, both, 1));
         return maximum(both, __shfl_xor_sync(0xffffffffu, both, 2));
     }
+    // Both rows' largest elements through signed integers, of which one instruction takes the largest of three. They compare
+    // as floats do where the largest is not negative, and the other way round where it is: `matters(top)` says whether a
+    // negative one has to be right. Of a row with NaN it may be NaN.
+    template <class Matters>
+    __device__ __forceinline__ void row_maxima(float (&top)[2], Matters matters) const {
+        int bits[2];
+        row_extremes<true>(bits);
+        top[0] = __int_as_float(bits[0]), top[1] = __int_as_float(bits[1]);
+        if (!__any_sync(0xffffffffu, matters(top))) return;
+        int least[2];
+        row_extremes<false>(least);
+#pragma unroll
+        for (int r = 0; r < 2; r++) top[r] = __int_as_float(bits[r] < 0 ? least[r] : bits[r]);
+    }
+    // Of both rows, as integers.
+    template <bool kLargest>
+    __device__ __forceinline__ void row_extremes(int (&found)[2]) const {
+        auto of_two = [](int a, int b) { return kLargest ? max(a, b) : min(a, b); };
+#pragma unroll
+        for (int u = 0; u < kN / 8; u++) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int a = __float_as_int(data[4 * u + 2 * r]), b = __float_as_int(data[4 * u + 2 * r + 1]);
+                found[r] = u == 0 ? of_two(a, b) : kLargest ? __vimax3_s32(found[r], a, b) : __vimin3_s32(found[r], a, b);
+            }
+        }
+#pragma unroll
+        for (int lane = 1; lane < 4; lane *= 2) {  // both rows' exchanges at once
+            const int other[2] = {__shfl_xor_sync(0xffffffffu, found[0], lane), __shfl_xor_sync(0xffffffffu, found[1], lane)};
+            found[0] = of_two(found[0], other[0]), found[1] = of_two(found[1], other[1]);
+        }
+    }
 };
 
 // The accumulators of a transposed product, of 64 columns and kN rows of what they stand for.
