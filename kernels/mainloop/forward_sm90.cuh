@@ -531,7 +531,7 @@ struct ForwardSm90 {
                     const unsigned* pairs = reinterpret_cast<const unsigned*>(b);
                     mma_m16n8k16(s.data, a, pairs[0], pairs[1], Element());
                 }
-                if constexpr (kWhole) whole.apply(s, w.at, first_row(w), col0);
+                if constexpr (kWhole) whole.apply(s, w.at, first_row(w), col0, asks(w, n));
                 modify_scores<kWhole || Config::kFoldScale, true>(s, w.at, first_row(w), col0, static_cast<float>(p.scale),
                                                                   variant.mask, variant.score_mod);
 #pragma unroll
