@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -95,17 +96,43 @@ def test_empty_rows_are_zero(backend: Any, dtype: str) -> None:
         verify(case, out, lse)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_padding_never_reaches_a_result(backend: Any, dtype: str) -> None:
-    """Bitwise the same whatever the padding holds."""
-    case = Case(dtype, batch=4, sequences="lens", mask="causal", layout="contiguous")
+SCORES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap50": {"softcap": 50.0},
+    "softcap100": {"softcap": 100.0},
+    "alibi": {"alibi_slopes": np.array([0.5, 0.1, 0.01, 1e-3], np.float32)},
+    "user": {"score_mod": "s + Real(0.01) * Real(j)"},
+}
+"""Options of a call with four heads: each has its own way with maxima and exponentials."""
+
+
+def own_rows(case: Case) -> dict[str, Any]:
+    """Which tokens of q and k (v too) belong to a sequence; of a packed case to the first, so that others follow it."""
     arguments = case.arguments()
+    own = {}
+    for name, n in (("q", case.seqlen_q), ("k", case.seqlen_k)):
+        lens = n if case.packed else arguments["q_lens" if name == "q" else "kv_lens"][:, None]
+        own[name] = np.arange(arguments[name].shape[-3]) < lens
+    return {**own, "v": own["k"]}
+
+
+@pytest.mark.parametrize("sequences", ["lens", "packed"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_padding_never_reaches_a_result(backend: Any, dtype: str, scores: str, head_dim: int, sequences: str) -> None:
+    """Bitwise the same whatever the padding, or another sequence, holds."""
+    case = Case(dtype, "ieee", 4, 150, 500, 4, 2, head_dim, mask="causal", sequences=sequences)
+    arguments, own = case.arguments(), own_rows(case)
+    call = cuattn.attention_varlen if case.packed else cuattn.attention
     results = []
-    for value in (0.0, np.inf, np.nan):
-        filled = {n: np.where(np.isnan(arguments[n]), arguments[n].dtype.type(value), arguments[n]) for n in "qkv"}
-        call = {n: backend.put(x) if isinstance(x, np.ndarray) else x for n, x in {**arguments, **filled}.items()}
-        results.append([backend.get(x).tobytes() for x in cuattn.attention(**call, return_lse=True)])
-    assert results[0] == results[1] == results[2]
+    for value in (0.0, 1.0, 100.0, float(ml_dtypes.finfo(case.numpy_dtype).max), np.inf, np.nan):
+        filled = {n: np.where(own[n][..., None, None], arguments[n], case.numpy_dtype.type(value)) for n in "qkv"}
+        moved = {n: backend.put(x) if isinstance(x, np.ndarray) else x for n, x in {**arguments, **filled}.items()}
+        moved.update({n: backend.put(x) if isinstance(x, np.ndarray) else x for n, x in SCORES[scores].items()})
+        out, lse = (backend.get(x) for x in call(**moved, return_lse=True))
+        results.append((out[own["q"]].tobytes(), np.moveaxis(lse, -1, -2)[own["q"]].tobytes()))
+    assert all(result == results[0] for result in results)
 
 
 def test_dropout_depends_on_the_seed_alone(backend: Any) -> None:

@@ -159,10 +159,11 @@ struct Either<false, First, Second> {
 // Modifications that a loop may apply to a whole tile of raw products instead of `apply`, for one head and a positive scale.
 // Afterwards they are scores in units of which factor(), positive too, makes exponents of 2. For loops that the number of
 // instructions bounds.
-// kLinear: in a tile of which all keys lie on one side of the diagonal, exponents are linear in the column (`line`).
+// kLinear: in a tile of which all keys lie on one side of the diagonal, exponents are linear in the column (`line`). kAsksAll:
+// where `asks`, what becomes of a product depends on all of its warp.
 template <class Mod>
 struct WholeTile {
-    static constexpr bool kExists = false, kLinear = false;
+    static constexpr bool kExists = false, kLinear = false, kAsksAll = false;
 };
 
 // What an exponent of 2 is besides a score times the factor: start[r] + step * columns, in row r of a thread, counted from the
@@ -173,7 +174,7 @@ struct Line {
 
 template <class Tanh>
 struct WholeTile<SoftCap<float, Tanh>> {
-    static constexpr bool kExists = true, kLinear = false;
+    static constexpr bool kExists = true, kLinear = false, kAsksAll = true;
     float unit;  // makes four times the argument of tanh out of a product
 
     __device__ __forceinline__ static float factor(const SoftCap<float, Tanh>& mod, float) {
@@ -186,7 +187,7 @@ struct WholeTile<SoftCap<float, Tanh>> {
     // division: x P(x^2), of the least relative error (2.3e-5). Four times the argument is below 2 if the uppermost bit of its
     // exponent is 0.
     template <class Tile>
-    __device__ __forceinline__ void apply(Tile& s, const Coord&, int, int) const {
+    __device__ __forceinline__ void apply(Tile& s, const Coord&, int, int, bool asks) const {
         unsigned bits[4] = {};  // four chains, or each operation waits for the last
 #pragma unroll
         for (int x = 0; x < Tile::kSize; x++) {
@@ -194,7 +195,7 @@ struct WholeTile<SoftCap<float, Tanh>> {
             bits[x / 2 % 4] |= __float_as_uint(s[x]);
         }
         const unsigned all = bits[0] | bits[1] | bits[2] | bits[3];
-        if (__all_sync(0xffffffffu, (all & 0x40000000u) == 0)) {
+        if (asks && __all_sync(0xffffffffu, (all & 0x40000000u) == 0)) {
 #pragma unroll
             for (int x = 0; x < Tile::kSize; x++) {
                 const float y = s[x] * s[x];
@@ -267,7 +268,7 @@ struct BoundedTile<SoftCap<float, Tanh>, kScaledQueries> {
 
 template <class Slope>
 struct WholeTile<Alibi<float, Slope>> {
-    static constexpr bool kExists = true, kLinear = true;
+    static constexpr bool kExists = true, kLinear = true, kAsksAll = false;
     float slope;
 
     __device__ __forceinline__ static float factor(const Alibi<float, Slope>&, float scale) {
@@ -277,7 +278,7 @@ struct WholeTile<Alibi<float, Slope>> {
         return {static_cast<float>(mod.slopes[at.batch * mod.stride_batch + at.head * mod.stride_head]) / scale};
     }
     template <class Tile>
-    __device__ __forceinline__ void apply(Tile& s, const Coord& at, int row0, int col0) const {
+    __device__ __forceinline__ void apply(Tile& s, const Coord& at, int row0, int col0, bool) const {
         row0 = opaque(row0);
 #pragma unroll
         for (int x = 0; x < Tile::kSize; x++) {

@@ -130,6 +130,9 @@ struct ForwardSm90 {
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
+    // Where what becomes of a product depends on all of its warp, such rows of q become zero, and tiles with such keys take the
+    // way that is right for any product: or they would have a say in the last bits of others.
+    static constexpr bool kAsksAll = kForeignRows && (kBounded || (kWhole && Whole::kAsksAll));
     // The output of a query tile is staged where its Q lay and stored under the next one's products, and what comes after that
     // is looked up under the last products of that one. Three consumers and foreign rows leave no registers for it.
     static constexpr bool kStagesOutput =
@@ -313,11 +316,18 @@ struct ForwardSm90 {
         __device__ __forceinline__ const ForwardParams& params() const { return kernel.params(); }
         __device__ __forceinline__ int first_row(const Work& w) const { return w.m_block * kBlockM + 64 * wg; }
 
-        __device__ __forceinline__ void wait_q() const {
+        __device__ __forceinline__ void wait_q(const Work& w) const {
             mbarrier_wait(kernel.q_full(q.stage, wg), q.parity);
+            char* const tile = kernel.smem + (q.stage * kConsumers + wg) * QTile::kBytes;
+            const bool clears = kAsksAll && first_row(w) + 64 > w.at.seqlen_q;
+            if (clears) {
+                QTile::template clear_rows<128>(tile, max(w.at.seqlen_q - first_row(w), 0),
+                                                static_cast<int>(threadIdx.x % 128));
+                if constexpr (kScalesQueries) bar_sync(kClearBarrier + wg, 128);
+            }
             if constexpr (kScalesQueries) {  // by a power of two, so that products can be compared with 2 by their bits
                 const float power = Bounded::power(kernel.arguments.variant.score_mod, static_cast<float>(params().scale));
-                uint4* data = reinterpret_cast<uint4*>(kernel.smem + (q.stage * kConsumers + wg) * QTile::kBytes);
+                uint4* data = reinterpret_cast<uint4*>(tile);
 #pragma unroll 1
                 for (int i = threadIdx.x % 128; i < QTile::kBytes / 16; i += 128) {
                     uint4 x = data[i];
@@ -325,6 +335,8 @@ struct ForwardSm90 {
                     x.z = scaled_pair<Element>(x.z, power), x.w = scaled_pair<Element>(x.w, power);
                     data[i] = x;
                 }
+            }
+            if (kScalesQueries || clears) {
                 fence_proxy_async();
                 bar_sync(kClearBarrier + wg, 128);
             }
@@ -396,10 +408,14 @@ struct ForwardSm90 {
             wgmma_pv<Element, VTile>(o, probabilities, VTile::advance(desc_v, v.stage * VTile::kTileStep), !fresh);
         }
 
+        // Whether the products of a tile may be asked something all together.
+        __device__ __forceinline__ static bool asks(const Work& w, int n) {
+            return !kAsksAll || (n + 1) * kBlockN <= w.at.seqlen_k;
+        }
         __device__ __forceinline__ void modify(WgmmaTile<kBlockN>& s, const Work& w, const Tiles& tiles, int n) {
             const auto& score_mod = kernel.arguments.variant.score_mod;
             if constexpr (kWhole) {
-                whole.apply(s, w.at, first_row(w), n * kBlockN);
+                whole.apply(s, w.at, first_row(w), n * kBlockN, asks(w, n));
                 modify_with<true>(s, w, tiles, n, score_mod);
             } else if constexpr (kBiasStages > 0) {
                 using Reader = PanelReader<typename BiasIn<ScoreMod>::Item, BiasTile>;
@@ -429,7 +445,7 @@ struct ForwardSm90 {
         __device__ __forceinline__ void cap_and_exponentiate(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4],
                                                              const Work& w, const Tiles& tiles, int n, WhenFree when_free) {
             const float shrink[2] = {};
-            const bool near = bounded.within_reach(s);
+            const bool near = bounded.within_reach(s) && asks(w, n);
             if (near && tiles.full(kernel.arguments.variant.mask, w.at, n)) {
                 auto exponent = [&](float x, int, int) { return bounded.exponent(x); };
                 exponentiate_with<false, kEarly>(exponent, s, probabilities, shrink, w, n, when_free);
@@ -515,7 +531,7 @@ struct ForwardSm90 {
                     const unsigned* pairs = reinterpret_cast<const unsigned*>(b);
                     mma_m16n8k16(s.data, a, pairs[0], pairs[1], Element());
                 }
-                if constexpr (kWhole) whole.apply(s, w.at, first_row(w), col0);
+                if constexpr (kWhole) whole.apply(s, w.at, first_row(w), col0, asks(w, n));
                 modify_scores<kWhole || Config::kFoldScale, true>(s, w.at, first_row(w), col0, static_cast<float>(p.scale),
                                                                   variant.mask, variant.score_mod);
 #pragma unroll
@@ -553,7 +569,7 @@ struct ForwardSm90 {
         __device__ __forceinline__ void check_sums(WgmmaTile<kBlockN>& s, unsigned (&probabilities)[kBlockN / 4], const Work& w,
                                                    int n, const float (&before)[2]) {
             const float larger = maximum(rows[0].sum - before[0], rows[1].sum - before[1]);
-            // NOTE: NaN fits: it is what a row past its sequence's end may sum to, which must not change others of its warp.
+            // NOTE: NaN fits: it is what a row past its sequence's end may sum to (start_rows), which must not change others.
             if (__all_sync(0xffffffffu, !(larger > kLargestSum<Element>))) return;
             float shrink[2];
             if (kDivides && __all_sync(0xffffffffu, !(larger > kLargestFloat))) {
@@ -701,10 +717,24 @@ struct ForwardSm90 {
                 return {w, tiles, order, own.start, own.stop, own.start - start, stop - own.stop};
             }
         }
-        __device__ __forceinline__ void reset() {
+        // Rows past their sequence's end have the largest of maxima: what they hold becomes 0 or NaN, which lets their warp do
+        // nothing that it would not do for the others.
+        __device__ __forceinline__ void start_rows(const Work& w) {
+            rows[0] = rows[1] = RowState<float>(), careful = false;
+            if constexpr (kForeignRows && kKeepsMaxima) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    // NOTE: opaque, or the row is kept in a register that the loop needs.
+                    const int row = opaque(static_cast<int>(threadIdx.x)) % 128;
+                    const int i = first_row(w) + row / 32 * 16 + row % 32 / 4 + 8 * half;
+                    if (i >= w.at.seqlen_q) rows[half].max = -negative_infinity<float>();
+                }
+            }
+        }
+        __device__ __forceinline__ void reset(const Work& w) {
 #pragma unroll
             for (int x = 0; x < kHeadDimV / 2; x++) o[x] = 0;
-            rows[0] = rows[1] = RowState<float>(), fresh = careful = false;
+            start_rows(w), fresh = false;
         }
 
         // Scores and probabilities of a query tile's first keys, with nothing else in flight.
@@ -745,7 +775,7 @@ struct ForwardSm90 {
         __device__ __forceinline__ void step(const Visit& at, int skipped, Meanwhile meanwhile) {
             float shrink[2];
             const int n = at.order(at.n);
-            if constexpr (kCross) wait_q();
+            if constexpr (kCross) wait_q(at.w);
             mbarrier_wait_unless(kCross ? 0 : k_ended, kernel.k_full(k.stage), k.parity);
             take_turn();
             wgmma_pin(s.data);
@@ -790,7 +820,7 @@ struct ForwardSm90 {
                 }
                 take_output();
             };
-            if constexpr (kCross) rows[0] = rows[1] = RowState<float>(), careful = false;
+            if constexpr (kCross) start_rows(at.w);
             if constexpr (!kBounded && (kCross || !kKeepsMaxima)) modify(s, at.w, at.tiles, n);
             if constexpr (kBounded) {
                 cap_and_exponentiate<kEarlyBounded>(s, probabilities, at.w, at.tiles, n, wait_and_take_output);
@@ -979,9 +1009,9 @@ struct ForwardSm90 {
                 tile = consumer.receive_tile(next), announced = true;
                 if (tile.m_block >= 0) then = arrive(tile);
             };
-            consumer.reset();
+            consumer.reset(at.w);
             const bool loaded = at.any() || at.before > 0;
-            if (loaded) consumer.wait_q();
+            if (loaded) consumer.wait_q(at.w);
             consumer.skip(at.before);
             bool pending = Config::kOverlap && at.any();
             if (pending) {
