@@ -1,4 +1,7 @@
-"""Build hook: the wheel's copy of kernels/ lacks comments, most spaces and many ends of lines, a third of its size; the repository has them."""
+"""Build hook: the wheel's copy of kernels/ lacks comments, most spaces and many ends of lines, a third of its size.
+
+The repository has them.
+"""
 
 from __future__ import annotations
 
