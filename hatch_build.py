@@ -1,7 +1,4 @@
-"""Build hook: the wheel's copy of kernels/ lacks comments, most spaces and many ends of lines, a third of its size.
-
-The repository has them.
-"""
+"""Build hook: the wheel's kernels/ lacks comments, most spaces and ends of lines, a third of it; the repository has them."""
 
 from __future__ import annotations
 

@@ -820,9 +820,9 @@ def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     bias += 4 * 8 * 16 * (staged is not None and one_row(staged)) + 4 * 256 * 2 * (_bias_kind(backward) is COLUMNS)
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
     bulk = tiles.dq_buffers * 4 * m * dim if tiles.bulk or tiles.stores else 0
-    through = 2 if _shares_keys(tiles) else 1  # dS, and P where the warpgroups share their keys
+    buffers = 4 if _shares_keys(tiles) else 3 if tiles.alternate else 2  # of dS, and of P where warpgroups share their keys
     keys = (1 + tiles.runs) * 2 * n * (dim + dim_v)
-    return keys + stages * stage + through * 2 * 2 * m * n + bulk + bias + 8 * (7 + 7 * stages)
+    return keys + stages * stage + buffers * 2 * m * n + bulk + bias + 8 * (7 + 7 * stages + 6 * tiles.alternate)
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four
@@ -881,7 +881,11 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
         if weight <= t.max_weight and t.block_m <= rows
     )
     fits = device.smem_per_block
-    if seeded and not runs and not backward.deterministic:  # each warpgroup has a doorman, and two buffers where there is room
+    # Where dv is multiplied early and nothing but a mask's limits is between, warpgroups of 64 x 128 tiles need no barrier.
+    if dim == dim_v == 128 and band and _early(problem) and not problem.mods and not backward.deterministic:
+        tiles = tuple(replace(t, alternate=t.block_m == 64) for t in tiles)
+    elif seeded and not runs and not backward.deterministic:
+        # Each warpgroup has a doorman, and two buffers where there is room.
         doubled = [replace(t, dq_buffers=2) for t in tiles]
         tiles = tuple(d if d.bulk and sm90_smem_bytes(backward, d) <= fits else t for d, t in zip(doubled, tiles, strict=True))
     return [t for t in tiles if sm90_smem_bytes(backward, t) <= fits]

@@ -289,6 +289,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
     if attends:
         if plan.uses_tma:
             flags |= {"kEarly": plan.early, "kBulkDq": plan.tiles.bulk, "kRuns": plan.tiles.runs, "kSendDs": plan.sends_ds}
+            flags |= {"kAlternate": plan.tiles.alternate}
             flags |= {"kSeeded": plan.tiles.seeded, "kStoreTma": bool(plan.tma_gradients), "kInOnePass": plan.in_one_pass}
         arguments = "BackwardTmaArguments" if plan.uses_tma else "BackwardArguments"
         unit = _translation_unit(plan, kernel, arguments, size, types, constants, flags, True)

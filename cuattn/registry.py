@@ -86,6 +86,8 @@ class Tiles:
     """backward_sm90: buffers through which the copy engine adds dq"""
     seeded: bool = False
     """backward_sm90: products start from the row statistics"""
+    alternate: bool = False
+    """backward_sm90: each of two warpgroups multiplies dq of every other query tile, neither waits for the other's dS"""
     stores: bool = False
     """backward_sm90: the copy engine stores dk and dv, through the shared memory that `bulk` needs too"""
 

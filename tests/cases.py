@@ -79,6 +79,8 @@ class Case:
     seed: int = 0
     growth: float = field(default=0.0, repr=False)
     """How much larger the last key is than the first: late scores then exceed all before. Not part of what seeds the inputs."""
+    negative: bool = field(default=False, repr=False)
+    """No score is positive; with growth, they fall from the first key to the last. Not part of what seeds the inputs."""
 
     def __str__(self) -> str:
         kind = {"ieee": self.dtype}.get(self.precision, self.precision)
@@ -91,6 +93,7 @@ class Case:
         tags += [f"scale{self.scale:g}"] if self.scale is not None else []
         tags += [f"x{self.magnitude:g}"] if self.magnitude != 1 else []
         tags += [f"growth{self.growth:g}"] if self.growth else []
+        tags += ["negative"] if self.negative else []
         tags += [self.nonfinite.replace(" ", "_")] if self.nonfinite else []
         return "-".join(tags)
 
@@ -357,6 +360,8 @@ def _inputs(case: Case) -> Inputs:
     shapes = (*shapes, (*lead_k, case.num_heads_kv, head_dim_v))
     q, k, v = (rng.standard_normal(shape, np.float32) for shape in shapes)
     q, k, v = (x.astype(case.numpy_dtype) for x in (q * np.float32(case.magnitude), k * np.float32(case.magnitude), v))
+    if case.negative:
+        q, k = abs(q), -abs(k)
     if case.growth:
         k = (k * (1 + case.growth * np.linspace(0, 1, case.seqlen_k, dtype=np.float32)[:, None, None] ** 3)).astype(k.dtype)
     if case.layout == "broadcast":
@@ -711,6 +716,14 @@ def _corner_options() -> Iterator[Case]:
         # The same where maxima grow: 190 rows fill a tile of 192.
         for dtype in ("float16", "bfloat16"):
             yield Case(dtype, "ieee", 3, seqlen_q, 170, heads, heads, d, mask="causal", growth=40.0)
+    for dtype in ("float16", "bfloat16"):
+        # No score is positive, whose maxima are found in another way.
+        for d, sequences, mods in ((64, "dense", ()), (128, "packed", ()), (128, "dense", ("bias",)), (256, "lens", ())):
+            case = Case(dtype, "ieee", 3, 203, 301, 4, 2, d, mask="causal", sequences=sequences, mods=mods, negative=True)
+            yield case
+            yield replace(case, growth=4.0)
+        yield Case(dtype, "ieee", 1, 130, 2100, 64, 8, 256, negative=True)  # rows take maxima of all tiles
+        yield Case(dtype, "ieee", 3, 190, 170, 90, 90, 128, negative=True)
     for dtype, precision in KINDS:
         split = Case(dtype, precision, 1, 1, 5003, 2, 1, 64)
         yield split

@@ -124,8 +124,9 @@ def test_tiles_of_64_columns(seqlen: int, causal: bool, lengths: bool, determini
 @pytest.mark.parametrize(
     ("dims", "causal", "deterministic", "sections", "buffers"),
     [
-        ((128, 128), False, False, (1, 0), 2),
-        ((128, 128), True, False, (1, 9), 2),
+        ((128, 128), False, False, (1, 0), 1),
+        ((128, 128), True, False, (1, 9), 1),
+        ((128, 64), True, False, (1, 9), 2),
         ((128, 128), True, True, (9, 0), 1),
         ((192, 128), False, False, (1, 0), 1),
         ((64, 64), False, False, (9, 0), 2),
@@ -139,6 +140,26 @@ def test_who_runs_side_by_side(
     problem = problem_of("bfloat16", dims=dims, mask=mask, seqlens=(4096, 4096))
     plan = make_backward_plan(backward_problem_of(problem, deterministic), DEVICES["sm_90a"])
     assert ((plan.section, plan.last_section), plan.tiles.dq_buffers) == (sections, buffers)
+
+
+@pytest.mark.parametrize(
+    ("dims", "options", "alternate"),
+    [
+        ((128, 128), {}, True),
+        ((128, 128), {"mask": SlidingWindow(None, 0), "packed": True}, True),
+        ((96, 128), {"extras": ("kv_lens",)}, True),
+        ((128, 64), {}, False),
+        ((128, 128), {"mask": SlidingWindow(1024, 0)}, False),
+        ((128, 128), {"dropout": 0.1}, False),
+        ((64, 64), {}, False),
+    ],
+)
+def test_who_multiplies_dq(dims: tuple[int, int], options: dict[str, Any], alternate: bool) -> None:
+    """The warpgroups of tiles of 64 queries and 128 columns by turns, unless additions have an order."""
+    backward = backward_problem_of(problem_of("bfloat16", dims=dims, **options))
+    plan = make_backward_plan(backward, DEVICES["sm_90a"])
+    assert plan.kernel == "backward_sm90" and plan.tiles.alternate == alternate
+    assert not make_backward_plan(replace(backward, deterministic=True), DEVICES["sm_90a"]).tiles.alternate
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -29,10 +29,16 @@
 //             handed           one lane of each consumer warp  8       a doorman (kDoors: 4, of its warpgroup)
 //             q_empty          likewise                        8       the loader, the guide
 //             do_empty         likewise                        8       the loader
+//             ds_full          likewise (kAlternate)           8       the warpgroup that multiplies dq
+//             ds_empty         one lane of each of its warps   4       consumers
 // Loop        wait; issue S, dP; P and dS; dS to shared memory; issue dV; barrier of the consumers; issue dQ, dK; wait dQ;
 //             add it to memory; wait dK
 // (kEarly)    where P needs no dP: issue S, dP; wait S; P; issue dV; wait dP; dS, which thus runs under dV; ...; row statistics
 //             of the next tile are read before dq is added: behind the additions they would wait in the same queue
+// (kAlternate) no barrier of the consumers: each of the two warpgroups multiplies dq of every other tile, all 64 x 128 of it,
+//             when it is done with the tile after, by when the other has long brought its part of dS. So they drift apart, and
+//             one multiplies while the other finds P and dS. dS has three buffers; turn(0) says that dq of the tile before has
+//             been read from shared memory
 // Order       deterministic: a key tile adds to dq of a query tile after all key tiles behind it have. CTAs start in that
 //             order, so none waits for one that has not started. With kBulkDq the consumers hand dq over in shared memory, and
 //             a doorman adds it when its turn comes while they go on; turn then says that there is room for the next tile.
@@ -126,11 +132,12 @@ struct BackwardSm90 {
     // Where only the mask is between products and exponentials: P and dS in one pass, whose exponentials hide the rest of it.
     // (kWide) products start from the row statistics: S from -lse / factor, dP from -delta. They are read while the tensor
     // cores are busy with the tile before.
-    static constexpr bool kPlain = Config::kSeeded && !kWide;
+    static constexpr bool kAlternate = Config::kAlternate;
+    static constexpr bool kPlain = Config::kSeeded && !kWide && !kAlternate;
     // There a row whose statistics are not finite would hide nothing: -inf - NaN is NaN, and so is 0 * (0 - NaN). The guide
     // replaces such rows.
     static constexpr bool kGuards = kPlain && !kSeesAll<Mask>;
-    static constexpr bool kEarly = Config::kEarly && !kPlain, kSeeded = Config::kSeeded && !kPlain;
+    static constexpr bool kEarly = Config::kEarly && !kPlain, kSeeded = Config::kSeeded && kWide;
     static_assert(!kSeeded || (kWide && kEarly && !Config::kStageBias && !kFewLeft));
     // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that a bias needs.
     static constexpr bool kStatsAhead =
@@ -139,13 +146,19 @@ struct BackwardSm90 {
     static constexpr bool kStatsUnder = kEarly && kFewLeft;
     // The doormen add dq, in order or not; else each consumer warp adds its own part.
     static constexpr bool kCourier =
-        Config::kBulkDq && (Config::kDeterministic || ((Config::kSeeded || kStatsUnder) && !kRuns));
+        Config::kBulkDq && (Config::kDeterministic || ((Config::kSeeded || kStatsUnder || kAlternate) && !kRuns));
     static constexpr bool kDoormen = kCourier || Config::kDeterministic;
+    // Delta is read before dv is issued, or it would come late, behind what the tensor cores read from shared memory.
+    static constexpr bool kDeltaAhead = kAlternate && !(Config::kPacked || Config::kLens);
     // Without an order each of the two adds what one warpgroup left, as soon as it is there.
     static constexpr bool kDoors = kCourier && !Config::kDeterministic;
     // With two buffers of dq a warpgroup leaves that of a tile while the one before is being added.
     static constexpr int kDqBuffers = Config::kDqBuffers;
     static_assert(kDqBuffers == 1 || kDoors);
+    static constexpr int kDsBuffers = kAlternate ? 3 : 2;
+    using DsSlot = RingSlot<kDsBuffers>;
+    static_assert(!kAlternate || (kDoors && kDqBuffers == 1 && kEarly && kConsumers == 2 && kBlockM == 64 && kHeadDim == 128));
+    static_assert(!kAlternate || kHeadDimV == kHeadDim);
     // The guide keeps what it can in shared memory: it, too, is short of registers.
     static constexpr bool kKeepRow = kFewLeft && kCourier;
     static constexpr int kDqWarpBytes = Config::kBulkDq || Config::kStoreTma ? Slab::kWarpElements * 4 : 0;
@@ -153,7 +166,8 @@ struct BackwardSm90 {
     using KeySlot = RingSlot<kKeyStages>;
     static constexpr int kOffsetV = kKeyStages * KTile::kBytes, kOffsetQ = kOffsetV + kKeyStages * VTile::kBytes;
     static constexpr int kOffsetDo = kOffsetQ + kStages * QTile::kBytes, kOffsetDs = kOffsetDo + kStages * DoTile::kBytes;
-    static constexpr int kOffsetP = kOffsetDs + 2 * DsTile::kBytes, kOffsetDq = kOffsetP + (kWide ? 2 * DsTile::kBytes : 0);
+    static constexpr int kOffsetP = kOffsetDs + kDsBuffers * DsTile::kBytes;
+    static constexpr int kOffsetDq = kOffsetP + (kWide ? 2 * DsTile::kBytes : 0);
     static constexpr int kOffsetBias = kOffsetDq + kDqBuffers * kDqBytes;
     static constexpr int kOffsetSums = kOffsetBias + (kBiasTiles ? kStages * BiasTile::kBytes : 0);
     // Of each warp's 16 keys the bias; of each thread's two keys the sums.
@@ -164,7 +178,7 @@ struct BackwardSm90 {
     static_assert(kOffsetBias % QTile::kAlignment == 0);
     static constexpr int kOffsetVisits = kOffsetStats + kStages * StatsRows::kBytes;
     static constexpr int kOffsetBarriers = kOffsetVisits + kStages * static_cast<int>(sizeof(Visit));
-    static constexpr int kBarriers = 6 + 7 * kStages;
+    static constexpr int kBarriers = 6 + 7 * kStages + (kAlternate ? 2 * kDsBuffers : 0);
     static constexpr int kOffsetSequence = kOffsetBarriers + 8 * kBarriers;
     static_assert(kOffsetSequence + 8 <= Config::kSmemBytes, "the plan's shared memory is too small");
     static constexpr bool kCountPairs = Config::kCountPairs;
@@ -192,6 +206,8 @@ struct BackwardSm90 {
     __device__ __forceinline__ unsigned visit_full(int stage) const { return barrier(6 + 4 * kStages + stage); }
     __device__ __forceinline__ unsigned turn(int stage) const { return barrier(6 + 5 * kStages + stage); }
     __device__ __forceinline__ unsigned handed(int stage) const { return barrier(6 + 6 * kStages + stage); }
+    __device__ __forceinline__ unsigned ds_full(int buffer) const { return barrier(6 + 7 * kStages + buffer); }
+    __device__ __forceinline__ unsigned ds_empty(int buffer) const { return barrier(6 + 7 * kStages + kDsBuffers + buffer); }
     __device__ __forceinline__ float* stats(int stage) const {
         return reinterpret_cast<float*>(smem + kOffsetStats + stage * StatsRows::kBytes);
     }
@@ -437,27 +453,30 @@ struct BackwardSm90 {
     __device__ __forceinline__ static constexpr int offset_dq(int stage) {
         return kOffsetDq + (kDqBuffers > 1 ? stage * kDqBytes : 0);
     }
-    // A doorman of a warpgroup's dq, which is one part of each slab.
+    // A doorman of a warpgroup's dq, which is one part of each slab, or with kAlternate every other slab.
     __device__ __forceinline__ void add_part(int group) const {
-        constexpr int kBytes = 4 * kDqWarpBytes;
+        constexpr int kBytes = (kAlternate ? kConsumers : 1) * 4 * kDqWarpBytes;
+        const int part = kAlternate ? 0 : group;
         const Work w = work();
         const bool leads = lane_index() == 0;
         Slot slot;
         fence_proxy_async_global();
-        if (leads) mbarrier_arrive(turn(group));
+        if (leads && part == group) mbarrier_arrive(turn(part));
         for_places(w, [&](const Tiles&, Place here) {
-            Coord at = w.at;
-            at.head += here.head;
-            const long long slab = Slab::number(params(), grads(), w.seq, at, here.m);
-            mbarrier_wait(handed(group), static_cast<unsigned>(slot.stage));
-            if (leads) {
-                fence_proxy_async();
-                cp_reduce_async_bulk_add(static_cast<float*>(grads().dq_sum) + slab * Slab::kElements + group * (kBytes / 4),
-                                         base + offset_dq(slot.stage) + group * kBytes, kBytes);
-                cp_async_bulk_wait_read<kDqBuffers - 1>();
-                mbarrier_arrive(turn(group));
+            if (!kAlternate || slot.stage == group) {
+                Coord at = w.at;
+                at.head += here.head;
+                const long long slab = Slab::number(params(), grads(), w.seq, at, here.m);
+                mbarrier_wait(handed(group), kAlternate ? slot.parity : static_cast<unsigned>(slot.stage));
+                if (leads) {
+                    fence_proxy_async();
+                    cp_reduce_async_bulk_add(static_cast<float*>(grads().dq_sum) + slab * Slab::kElements + part * (kBytes / 4),
+                                             base + offset_dq(slot.stage) + part * kBytes, kBytes);
+                    cp_async_bulk_wait_read<kDqBuffers - 1>();
+                    mbarrier_arrive(turn(part));
+                }
+                __syncwarp();
             }
-            __syncwarp();
             slot.advance();
         });
         if (!leads) return;
@@ -550,11 +569,14 @@ struct BackwardSm90 {
         Slot slot;
         Coord at;
         KeySlot keys;
+        DsSlot late;                         // kAlternate: of the tile at hand
+        bool pending = false;                // and whether there is one before it
         int first_head, n, m, full, next_n;  // of the visit at hand, and its key tile
         float factor;                        // turns a score into the exponent of 2
         float lse[kStatsAhead || kStatsUnder ? Scores::kThreadRows : 1];
         // Of the tile to come, from its row statistics.
         Scores seeds_s, seeds_dp;
+        typename StatsReader::Four delta[kDeltaAhead ? Scores::kThreadRows / 4 : 1];
         WgmmaTile<kKeyCols> dk;
         WgmmaTile<kValueCols> dv;
         Sums sums;
@@ -580,8 +602,16 @@ struct BackwardSm90 {
         }
         __device__ __forceinline__ void read_lse(int stage) {
             const StatsReader stats = kernel.read_stats(stage);
+            if constexpr (kAlternate) {
 #pragma unroll
-            for (int r = 0; r < Scores::kThreadRows; r++) lse[r] = stats.lse(r);
+                for (int r = 0; r < Scores::kThreadRows; r += 4) {
+                    const auto four = stats.lse_of(r);
+                    lse[r] = four.row[0], lse[r + 1] = four.row[1], lse[r + 2] = four.row[2], lse[r + 3] = four.row[3];
+                }
+            } else {
+#pragma unroll
+                for (int r = 0; r < Scores::kThreadRows; r++) lse[r] = stats.lse(r);
+            }
         }
         // kind: 0 of lse, 1 of delta.
         __device__ __forceinline__ void start_from(Scores& sums, int stage, int kind) const {
@@ -817,7 +847,9 @@ struct BackwardSm90 {
             const auto& score_mod = staged_mod();
             sums.clear_tile();
             const StatsReader reader = kernel.read_stats(slot.stage);
-            const auto stats = [&](int r) { return Stats{0.0f, kSeeded ? 0.0f : reader.delta(r)}; };
+            const auto stats = [&](int r) {
+                return Stats{0.0f, kSeeded ? 0.0f : kDeltaAhead ? delta[r / 4].row[r % 4] : reader.delta(r)};
+            };
             if (full) {
                 probability_gradients<Config, false>(dp, p, at, first_query(), first_key(), mask(), score_mod, stats, sums);
             } else {
@@ -869,13 +901,40 @@ struct BackwardSm90 {
             }
         }
 
+        // kAlternate: dq of the tile before, left to this warpgroup's doorman.
+        __device__ __forceinline__ void multiply_dq() const {
+            const int buffer = late.stage == 0 ? kDsBuffers - 1 : late.stage - 1;
+            const unsigned parity = late.stage == 0 ? late.parity ^ 1 : late.parity, start = opaque(kernel.base);
+            mbarrier_wait(kernel.ds_full(buffer), parity);
+            WgmmaTile<kHeadDim> dq;
+            wgmma_pin(dq.data);
+            wgmma_fence();
+            wgmma_ab<Element, DsTile, KTile>(dq, DsTile::k_major(start + kOffsetDs + buffer * DsTile::kBytes),
+                                             KTile::mn_major(start), false);
+            wgmma_commit_group();
+            wgmma_wait_group<0>();
+            wgmma_pin(dq.data);
+            if (leads()) mbarrier_arrive(kernel.ds_empty(buffer));
+            mbarrier_wait(kernel.turn(0), static_cast<unsigned>(wg));
+            // As if each warpgroup held half the columns, in the order of the slab.
+            const int warp = static_cast<int>(threadIdx.x % 128 / 32);
+            float4* staged = reinterpret_cast<float4*>(kernel.smem + kOffsetDq + warp * kDqWarpBytes) + lane_index();
+            constexpr int kHalf = kHeadDim / 4;
+#pragma unroll
+            for (int x = 0; x < 2 * kHalf; x += 4) {
+                staged[x / kHalf * (4 * kDqWarpBytes / 16) + x % kHalf / 4 * 32] =
+                    make_float4(dq.data[x], dq.data[x + 1], dq.data[x + 2], dq.data[x + 3]);
+            }
+            __syncwarp();
+            if (leads()) mbarrier_arrive(kernel.handed(wg));
+        }
         // One query tile; reads the visit that follows and returns its head.
         __device__ __forceinline__ int step() {
             // NOTE: opaque, or descriptors are hoisted out of the loop into registers that it needs.
             const unsigned start = opaque(kernel.base);
             const int group = opaque(wg), stage = slot.stage;
             const unsigned q = start + kOffsetQ + stage * QTile::kBytes, dout = start + kOffsetDo + stage * DoTile::kBytes;
-            const unsigned ds = start + kOffsetDs + stage * DsTile::kBytes;
+            const unsigned ds = start + kOffsetDs + (kAlternate ? late.stage : stage) * DsTile::kBytes;
             DqSums dq;
             Scores own_s, own_dp;
             Scores &s = kSeeded ? seeds_s : own_s, &dp = kSeeded ? seeds_dp : own_dp;
@@ -916,6 +975,11 @@ struct BackwardSm90 {
                 pack_operand<Element>(ds_operand, dp);
             }
             pack_operand<Element>(p_operand, s);
+            if constexpr (kDeltaAhead) {
+                const StatsReader stats = kernel.read_stats(stage);
+#pragma unroll
+                for (int x = 0; x < Scores::kThreadRows / 4; x++) delta[x] = stats.delta_of(4 * x);
+            }
             if constexpr (!kEarly && !kWide) store_panel(ds + group * DsTile::kPanelBytes, ds_operand);
             const unsigned p = start + kOffsetP + stage * DsTile::kBytes;
             if constexpr (kWide) {
@@ -938,6 +1002,32 @@ struct BackwardSm90 {
                 wgmma_pin(dp.data);
                 find_gradients(dp, s);
                 pack_operand<Element>(ds_operand, dp);
+            }
+            if constexpr (kAlternate) {
+                mbarrier_wait(kernel.ds_empty(late.stage), late.parity ^ 1);
+                store_panel(ds + group * DsTile::kPanelBytes, ds_operand);
+                fence_proxy_async();
+                __syncwarp();
+                if (leads()) mbarrier_arrive(kernel.ds_full(late.stage));
+                wgmma_pin(dk.data);
+                wgmma_pin(ds_operand);
+                wgmma_fence();
+                wgmma_pv<Element, QTile>(dk, ds_operand, QTile::mn_major(q));
+                wgmma_wait_group<1>();
+                wgmma_pin(dv.data);
+                wgmma_pin(p_operand);
+                if (leads()) mbarrier_arrive(kernel.do_empty(stage));
+                Slot next = slot;
+                next.advance();
+                const int head = read_visit(next);
+                wgmma_wait_group<0>();
+                wgmma_pin(dk.data);
+                wgmma_pin(ds_operand);
+                if (leads()) mbarrier_arrive(kernel.q_empty(stage));
+                if (pending && stage != group) multiply_dq();
+                pending = true;
+                slot = next, late.advance();
+                return head;
             }
             if constexpr (!kWide || kEarly) {
                 if constexpr (kEarly) store_panel(ds + (kWide ? queries : group * DsTile::kPanelBytes), ds_operand);
@@ -1041,6 +1131,9 @@ struct BackwardSm90 {
                             keep_bias_row();
                         }
                     }
+                    if constexpr (kAlternate) {
+                        if (slot.stage != wg) multiply_dq();  // of the last tile
+                    }
                     finish_head();
                     if (kRuns && leads()) mbarrier_arrive(kernel.k_empty(keys.stage));
                     keys.advance();
@@ -1060,12 +1153,15 @@ struct BackwardSm90 {
                 if (j < rows && col < cols) target[static_cast<long long>(j) * cols + col] = gradient.data[x] * scale;
             }
         }
-        // Of a warp's 16 keys, through the shared memory that its dq is added from.
+        // Of a warp's 16 keys, through the shared memory that its dq is added from, or with kAlternate, where dq of the last
+        // tile may be on its way still, that of its values, which nobody else reads.
         template <int kCols>
         __device__ __forceinline__ void send(const WgmmaTile<kCols>& gradient, float scale, const TensorMap& map,
                                              int staged) const {
             const int warp = uniform(static_cast<int>(threadIdx.x / 32));
-            const unsigned own = kernel.base + offset_dq(slot.stage) + warp * kDqWarpBytes + staged;
+            const unsigned own =
+                kernel.base + staged + (kAlternate ? kOffsetV + warp * 16 * 128 : offset_dq(slot.stage) + warp * kDqWarpBytes);
+            constexpr int kPanelStep = kAlternate ? VTile::kPanelBytes : 16 * 128;
 #pragma unroll
             for (int panel = 0; panel < kCols / 64; panel++) {
                 unsigned operand[16];
@@ -1074,7 +1170,7 @@ struct BackwardSm90 {
                     const int e = 32 * panel + x;
                     operand[x / 2] = pack_pair<Element>(gradient.data[e] * scale, gradient.data[e + 1] * scale);
                 }
-                store_operand_rows(own + panel * 16 * 128, operand);
+                store_operand_rows(own + panel * kPanelStep, operand);
             }
             fence_proxy_async();
             __syncwarp();
@@ -1082,7 +1178,7 @@ struct BackwardSm90 {
             const int head_kv = kernel.visit(slot.stage).head_kv;
 #pragma unroll
             for (int panel = 0; panel < kCols / 64; panel++) {
-                cp_async_bulk_tensor_4d_store(map, own + panel * 16 * 128, 64 * panel, n * kBlockN + 16 * warp, head_kv,
+                cp_async_bulk_tensor_4d_store(map, own + panel * kPanelStep, 64 * panel, n * kBlockN + 16 * warp, head_kv,
                                               at.batch);
             }
             cp_async_bulk_commit();
@@ -1098,7 +1194,11 @@ struct BackwardSm90 {
                 static_assert(!kWide && 16 * 2 * kKeyCols <= kDqWarpBytes && 16 * 2 * kValueCols <= kDqWarpBytes);
                 constexpr bool kBoth = kBytes + 16 * 2 * kValueCols <= kDqWarpBytes;
                 const float scale_v = static_cast<float>(Config::kDropout ? params().dropout_scale : 1.0);
-                if constexpr (kCourier) await_turn();
+                if constexpr (kAlternate) {
+                    bar_sync(kClearBarrier + wg, 128);
+                } else if constexpr (kCourier) {
+                    await_turn();
+                }
                 await_staging();
                 send(dk, static_cast<float>(params().scale), kernel.arguments.maps[kBackwardMapDk], 0);
                 if constexpr (!kBoth) await_staging();
@@ -1193,6 +1293,10 @@ struct BackwardSm90 {
                 mbarrier_init(handed(stage), kDoors ? 4 : 4 * kConsumers);
                 mbarrier_init(q_empty(stage), 4 * kConsumers);
                 mbarrier_init(do_empty(stage), 4 * kConsumers);
+            }
+            for (int buffer = 0; kAlternate && buffer < kDsBuffers; buffer++) {
+                mbarrier_init(ds_full(buffer), 4 * kConsumers);
+                mbarrier_init(ds_empty(buffer), 4);
             }
             fence_mbarrier_init();
         }

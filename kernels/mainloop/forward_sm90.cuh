@@ -321,8 +321,8 @@ struct ForwardSm90 {
             char* const tile = kernel.smem + (q.stage * kConsumers + wg) * QTile::kBytes;
             const bool clears = kAsksAll && first_row(w) + 64 > w.at.seqlen_q;
             if (clears) {
-                QTile::template clear_rows<128>(tile, max(w.at.seqlen_q - first_row(w), 0),
-                                                static_cast<int>(threadIdx.x % 128));
+                QTile::template clear_rows_together<128>(tile, max(w.at.seqlen_q - first_row(w), 0),
+                                                         static_cast<int>(threadIdx.x % 128));
                 if constexpr (kScalesQueries) bar_sync(kClearBarrier + wg, 128);
             }
             if constexpr (kScalesQueries) {  // by a power of two, so that products can be compared with 2 by their bits
