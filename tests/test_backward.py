@@ -64,7 +64,7 @@ def test_what_a_mask_hides_is_not_spoilt(cupy_backend: Any, case: Case) -> None:
     named = {n: cupy_backend.get(getattr(gradients, n)) for n in ("dq", "dk", "dv")}
     named = {n: without_zero_products(case, n, x, getattr(exact, n)) for n, x in named.items()}
     plan = cuattn.explain(**case.arguments(cupy_backend.put), backward=True)
-    if plan.tiles.seeded and case.head_dim <= 128:
+    if plan.tiles.seeded and not plan.tiles.alternate and case.head_dim <= 128:
         named["dv"] = excused(named["dv"], exact.dv, ~np.isfinite(exact.dk).all(axis=-1, keepdims=True))
         named = {
             n: np.where(np.isnan(x) & np.isinf(getattr(exact, n)), getattr(exact, n).astype(x.dtype), x)
