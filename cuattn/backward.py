@@ -496,7 +496,7 @@ class BackwardPlan:
         sums = splits * rest[0] * rest[1] * rest[2] * rest[3]
         slabs, pairs = self.dq_elements // (self.tiles.block_m * self.head_dim), p.num_heads_kv * self.batches
         sizes = (
-            4 * slabs if self.takes_turns else 2 * 4 * pairs if self.counts_pairs or self.prepared_units else 0,
+            4 * slabs if self.takes_turns else 4 * (PREPARING_SMS + 1) * pairs if self.counts_pairs else 0,
             size * self.dq_splits * self.dq_elements,
             ITEMSIZE[self.sum_dtype] * sums,
             0 if self.in_one_pass and p.operand("sinks") is None else stats_bytes(p) * self.partial_rows,
@@ -704,7 +704,9 @@ LEAST_WAVES, LEAST_KEYS = 2, 512
 would wait for most.
 """
 PREPARING_SMS = 32
-"""Multiprocessors that prepare while the others multiply already: enough for memory, which is what preparing waits for."""
+"""Multiprocessors that prepare while the others multiply already: enough for memory, which is what preparing waits for. They
+count in as many words of a pair (kPreparing of kernels/mainloop/pair_counters.cuh).
+"""
 L2_BYTES = 32 << 20
 """Of an H200's 50 MB, what may be counted on."""
 

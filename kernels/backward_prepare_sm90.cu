@@ -99,8 +99,9 @@ __device__ __forceinline__ void backward_prepare_sm90(const BackwardArguments<Co
     const Prepare prepare{p, g};
     const PairCounters counters = PairCounters::of(p, g);
     // The grid behind may be in place as soon as all CTAs have come past here.
-    for (int n = blockIdx.x * Config::kThreads + threadIdx.x; n < 2 * counters.pairs; n += gridDim.x * Config::kThreads) {
-        counters.counters[n] = 0;
+    for (int n = threadIdx.x; n < counters.pairs; n += Config::kThreads) {
+        *counters.ready(n, blockIdx.x) = 0;
+        if (blockIdx.x == 0) *counters.added(n) = 0;
     }
     __threadfence();
     __syncthreads();
@@ -121,7 +122,7 @@ __device__ __forceinline__ void backward_prepare_sm90(const BackwardArguments<Co
         if (last) {
             fence_proxy_async_global();  // the copy engine adds to the sums
             __syncwarp();
-            if (lane_index() == 0) count_release(counters.ready(prepare.pair(at)));
+            if (lane_index() == 0) count_release(counters.ready(prepare.pair(at), blockIdx.x));
         }
         at = next;
         return at.unit < units;

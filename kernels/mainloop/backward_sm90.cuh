@@ -37,8 +37,8 @@
 //             of the next tile are read before dq is added: behind the additions they would wait in the same queue
 // (kAlternate) no barrier of the consumers: each of the two warpgroups multiplies dq of every other tile, all 64 x 128 of it,
 //             when it is done with the tile after, by when the other has long brought its part of dS. So they drift apart, and
-//             one multiplies while the other finds P and dS. dS has three buffers; turn(0) says that dq of the tile before has
-//             been read from shared memory
+//             one multiplies while the other finds P and dS. dS has three buffers; turn of a warpgroup says that dq of the
+//             tile before, the other's, has been read from shared memory
 // Order       deterministic: a key tile adds to dq of a query tile after all key tiles behind it have. CTAs start in that
 //             order, so none waits for one that has not started. With kBulkDq the consumers hand dq over in shared memory, and
 //             a doorman adds it when its turn comes while they go on; turn then says that there is room for the next tile.
@@ -461,7 +461,7 @@ struct BackwardSm90 {
         const bool leads = lane_index() == 0;
         Slot slot;
         fence_proxy_async_global();
-        if (leads && part == group) mbarrier_arrive(turn(part));
+        if (leads && part == group) mbarrier_arrive(turn(group));
         for_places(w, [&](const Tiles&, Place here) {
             if (!kAlternate || slot.stage == group) {
                 Coord at = w.at;
@@ -473,7 +473,7 @@ struct BackwardSm90 {
                     cp_reduce_async_bulk_add(static_cast<float*>(grads().dq_sum) + slab * Slab::kElements + part * (kBytes / 4),
                                              base + offset_dq(slot.stage) + part * kBytes, kBytes);
                     cp_async_bulk_wait_read<kDqBuffers - 1>();
-                    mbarrier_arrive(turn(part));
+                    mbarrier_arrive(turn(kAlternate ? group ^ 1 : group));
                 }
                 __syncwarp();
             }
@@ -493,17 +493,17 @@ struct BackwardSm90 {
     // Until row statistics of this CTA's queries may be read and sums of dq added to.
     __device__ __forceinline__ void await_prepared(const Work& w) const {
         const BackwardParams& g = grads();
-        if (Config::kInOrder && g.prepared_units > 0) {
-            count_wait(PairCounters::of(params(), g).ready(pair(w)), g.prepared_units);
-        } else {
-            wait_for_grids_ahead();
-        }
+        const bool in_order = Config::kInOrder && g.prepared_units > 0;
+        if (in_order) PairCounters::of(params(), g).await_ready(pair(w), g.prepared_units);
+        // Of those in order the last one does too, or the grid behind might begin before all grids ahead of this one are done.
+        if (!in_order || blockIdx.x == gridDim.x - 1) wait_for_grids_ahead();
     }
     // Two warps, or what follows an addition, until it is known to be done and has been told, would hold up the next.
     __device__ __forceinline__ void keep_order(int stage) const {
         const Work w = work();
         const bool leads = lane_index() == 0;
         Slot slot;
+        if constexpr (Config::kBulkDq) fence_proxy_async_global();
         if (Config::kBulkDq && stage == 0 && leads) mbarrier_arrive(turn(0));
         for_places(w, [&](const Tiles&, Place here) {
             if (slot.stage == stage) {
@@ -915,7 +915,8 @@ struct BackwardSm90 {
             wgmma_wait_group<0>();
             wgmma_pin(dq.data);
             if (leads()) mbarrier_arrive(kernel.ds_empty(buffer));
-            mbarrier_wait(kernel.turn(0), static_cast<unsigned>(wg));
+            // NOTE: of its own, which no later phase can pass: of one for both, this tile's has the parity of the last but one.
+            mbarrier_wait(kernel.turn(wg), slot.stage == 0 ? slot.parity ^ 1 : slot.parity);
             // As if each warpgroup held half the columns, in the order of the slab.
             const int warp = static_cast<int>(threadIdx.x % 128 / 32);
             float4* staged = reinterpret_cast<float4*>(kernel.smem + kOffsetDq + warp * kDqWarpBytes) + lane_index();
@@ -1113,7 +1114,8 @@ struct BackwardSm90 {
         // The query tiles of the key tiles [n, stop), and dk and dv of these.
         __device__ __forceinline__ void visit_queries(int stop) {
             int head = read_visit(slot);
-            if constexpr (Config::kBulkDq && !kCourier) fence_proxy_async_global();  // what was waited for has cleared the sums
+            // What was waited for has cleared the sums.
+            if constexpr ((Config::kBulkDq && !kCourier) || kAddSums) fence_proxy_async_global();
             if constexpr (kSeeded) start_from(seeds_s, slot.stage, 0), start_from(seeds_dp, slot.stage, 1);
             do {
                 clear_sums();

@@ -3,20 +3,31 @@
 #pragma once
 #include "attention/seqlen.cuh"
 #include "ptx/red.cuh"
+#include "ptx/special_registers.cuh"
 
 namespace cuattn {
 
 struct PairCounters {
+    // CTAs that prepare rows, one for each lane of a warp: PREPARING_SMS of cuattn/backward.py. Each counts in a word of its
+    // own, which it alone has cleared before: one that starts late takes no count of others back.
+    static constexpr int kPreparing = 32;
     unsigned* counters;
     int pairs;
 
     __device__ __forceinline__ static PairCounters of(const ForwardParams& p, const BackwardParams& g) {
         return {g.turns, p.batch * (p.num_heads / p.group)};
     }
+    // How many units have their row statistics, and sums of dq cleared, of those that a CTA prepares.
+    __device__ __forceinline__ unsigned* ready(int pair, int cta) const { return counters + kPreparing * pair + cta; }
+    // By all lanes of a warp: until so many units have, whoever prepared them.
+    __device__ __forceinline__ void await_ready(int pair, int units) const {
+        while (__reduce_add_sync(0xffffffffu, static_cast<int>(count_acquire(ready(pair, lane_index())))) < units) {
+            __nanosleep(200);
+        }
+        __syncwarp();  // orders what any lane has seen before what follows in all of them
+    }
     // How many consumer warps have nothing more to add to dq.
-    __device__ __forceinline__ unsigned* added(int pair) const { return counters + pair; }
-    // How many units have their row statistics, and sums of dq cleared.
-    __device__ __forceinline__ unsigned* ready(int pair) const { return counters + pairs + pair; }
+    __device__ __forceinline__ unsigned* added(int pair) const { return counters + kPreparing * pairs + pair; }
 };
 
 }  // namespace cuattn
