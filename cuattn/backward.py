@@ -348,10 +348,10 @@ class BackwardPlan:
         """
         p = self.problem
         few = self.grid(p.batch, p.num_heads_kv) < LEAST_WAVES * self.device.num_sms
-        return 0 if few or p.seqlen_k < LEAST_KEYS or not self.in_order else -(-p.group * p.seqlen_q // UNIT_ROWS)
+        return 0 if few or p.seqlen_k < LEAST_KEYS or not self.prepares_ahead else -(-p.group * p.seqlen_q // UNIT_ROWS)
 
     @property
-    def in_order(self) -> bool:
+    def prepares_ahead(self) -> bool:
         """backward_sm90: whether it can begin before all rows are prepared: where pairs follow one another, that the first CTAs
         need few of them.
         """

@@ -210,9 +210,9 @@ def backward_units(plan: BackwardPlan) -> dict[str, Unit]:
         flags = {"kOneChunk": True, "kSplit": False}
         result["tile_map"] = _translation_unit(plan, "tile_map", "ForwardArguments", size, {}, constants, flags, False)
     if not plan.in_one_pass:
-        in_order = plan.prepared_units > 0
-        threads = PREPARE_SM90_THREADS if in_order else PREPARE_THREADS
-        result["prepare"] = _backward_unit(plan, "backward_prepare_sm90" if in_order else "backward_prepare", threads, 0)
+        beside = plan.prepared_units > 0
+        threads = PREPARE_SM90_THREADS if beside else PREPARE_THREADS
+        result["prepare"] = _backward_unit(plan, "backward_prepare_sm90" if beside else "backward_prepare", threads, 0)
     result["backward"] = _backward_unit(plan, plan.kernel, plan.threads, plan.smem_bytes)
     if p.operand("sinks") is not None:
         result["sinks"] = _backward_unit(plan, "backward_sinks", SINKS_THREADS, 0)
@@ -283,7 +283,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         "kWide": bias_is_wide(plan),
         "kChained": plan.chained,
         "kCountPairs": plan.counts_pairs,
-        "kInOrder": plan.in_order,
+        "kPreparesAhead": plan.prepares_ahead,
     }
     size = len(backward_struct(plan, plan.launches[0], attends).image)
     if attends:

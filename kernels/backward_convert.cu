@@ -30,8 +30,8 @@ __device__ __forceinline__ void backward_convert(const BackwardArguments<Config>
         // While the last CTAs ahead run, this kernel has the other multiprocessors, for the sums that are there: the first
         // ones.
         index = blockIdx.x;
-        const unsigned pair = index / (p.m_blocks * p.group), warps = Config::kSlabThreads / 32;
-        if (threadIdx.x == 0) count_wait(PairCounters::of(p, g).added(pair), g.n_blocks * warps);
+        const unsigned pair = index / (p.m_blocks * p.group);
+        if (threadIdx.x == 0) count_wait(PairCounters::of(p, g).added(pair), g.n_blocks * PairCounters::kDoormen);
         __syncthreads();
     } else {
         if constexpr (Config::kChained) wait_for_grids_ahead();

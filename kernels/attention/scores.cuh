@@ -170,7 +170,7 @@ __device__ __forceinline__ void plain_gradients(Tile& s, Tile& dp, const Stats& 
 // score_gradients in two parts, for a loop that uses the probabilities before dp is there. For scores that are not dropped, and
 // modified by nothing but a StagedBias, which pulls gradients back without knowing the scores. The first leaves -0 where
 // nothing is visible, which no exponential yields, for the second to know it by.
-constexpr int kHiddenBits = -0x7fffffff - 1;
+constexpr int kHiddenBits = -0x7fffffff - 1;  // of -0.0f
 template <class Config, bool kChecked, class Tile, class Real, class Mask, class ScoreMod, class Stats, class Sums>
 __device__ __forceinline__ void score_probabilities(Tile& s, const Coord& at, int row0, int col0, Real scale, Real factor,
                                                     const Mask& mask, const ScoreMod& score_mod, const Stats& stats,

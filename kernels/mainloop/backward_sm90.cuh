@@ -15,7 +15,8 @@
 //             of a warpgroup each (kDoors)
 // Registers   the producer warpgroup hands all but kProducerRegisters over
 // Memory      sK (kBlockN x D) | sV (kBlockN x Dv) | kStages x sQ (kBlockM x D) | kStages x sdO (kBlockM x Dv) |
-//             2 x sdS (kBlockM x kBlockN) | 2 x sP (likewise, kWide) | sdQ (kBlockM x D floats, with kBulkDq or kStoreTma) |
+//             2 x sdS (kBlockM x kBlockN; 3 with kAlternate) | 2 x sP (likewise, kWide) |
+//             sdQ (kBlockM x D floats, with kBulkDq or kStoreTma) |
 //             kStages x bias tile | 2 x its gradient | bias of the keys | its gradient |
 //             kStages x row statistics | kStages x Visit | barriers
 // Bias        a bias that varies along the queries comes in tiles with them and is read as P^T lies in registers; its gradient
@@ -181,11 +182,11 @@ struct BackwardSm90 {
     static constexpr int kBarriers = 6 + 7 * kStages + (kAlternate ? 2 * kDsBuffers : 0);
     static constexpr int kOffsetSequence = kOffsetBarriers + 8 * kBarriers;
     static_assert(kOffsetSequence + 8 <= Config::kSmemBytes, "the plan's shared memory is too small");
-    static constexpr bool kCountPairs = Config::kCountPairs;
-    static_assert(!kCountPairs || (kDoors && !(Config::kPacked || Config::kQuerySplit)));
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
+    static constexpr bool kCountPairs = Config::kCountPairs;  // every CTA counts: none may find that it has no keys
+    static_assert(!kCountPairs || (kDoors && !(kForeignRows || Config::kQuerySplit)));
     // Named barriers; 0 is __syncthreads.
     static constexpr int kDsBarrier = 1, kPBarrier = 2, kClearBarrier = 3;
 
@@ -482,7 +483,7 @@ struct BackwardSm90 {
         if (!leads) return;
         if constexpr (kCountPairs) {
             cp_async_bulk_wait();
-            count_release(PairCounters::of(params(), grads()).added(pair(w)), 4);
+            count_release(PairCounters::of(params(), grads()).added(pair(w)));
         } else {
             cp_async_bulk_wait_read();  // shared memory is this CTA's no longer than that
         }
@@ -493,10 +494,10 @@ struct BackwardSm90 {
     // Until row statistics of this CTA's queries may be read and sums of dq added to.
     __device__ __forceinline__ void await_prepared(const Work& w) const {
         const BackwardParams& g = grads();
-        const bool in_order = Config::kInOrder && g.prepared_units > 0;
-        if (in_order) PairCounters::of(params(), g).await_ready(pair(w), g.prepared_units);
-        // Of those in order the last one does too, or the grid behind might begin before all grids ahead of this one are done.
-        if (!in_order || blockIdx.x == gridDim.x - 1) wait_for_grids_ahead();
+        const bool ahead = Config::kPreparesAhead && g.prepared_units > 0;
+        if (ahead) PairCounters::of(params(), g).await_ready(pair(w), g.prepared_units);
+        // Then the last one does both, or the grid behind might begin before all grids ahead of this one are done.
+        if (!ahead || blockIdx.x == gridDim.x - 1) wait_for_grids_ahead();
     }
     // Two warps, or what follows an addition, until it is known to be done and has been told, would hold up the next.
     __device__ __forceinline__ void keep_order(int stage) const {
@@ -1324,7 +1325,7 @@ struct BackwardSm90 {
             if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
-            if (!Config::kInOrder || grads().prepared_units == 0) wait_for_grids_ahead();
+            if (!Config::kPreparesAhead || grads().prepared_units == 0) wait_for_grids_ahead();
             admit_grid_behind();  // whose counters have been cleared
             consume(wg);
         }

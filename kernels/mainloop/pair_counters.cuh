@@ -26,7 +26,8 @@ struct PairCounters {
         }
         __syncwarp();  // orders what any lane has seen before what follows in all of them
     }
-    // How many consumer warps have nothing more to add to dq.
+    // How many doormen, of which a CTA has two, have nothing more to add to dq.
+    static constexpr int kDoormen = 2;
     __device__ __forceinline__ unsigned* added(int pair) const { return counters + kPreparing * pairs + pair; }
 };
 
