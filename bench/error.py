@@ -7,7 +7,8 @@ error relative to its largest element, and the root of the mean square relative 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bench import backward, forward
@@ -61,8 +62,10 @@ def gradients(contender: Contender) -> dict[str, Any]:
         return dict(zip(GRADIENTS, contender(), strict=False))
 
 
-def errors_of(case: Case, baselines: Sequence[Baseline], arrays: Arrays) -> dict[str, Errors]:
-    """By library."""
+def errors_of(
+    case: Case, baselines: Sequence[Baseline], arrays: Arrays, seconds: dict[str, float] | None = None
+) -> dict[str, Errors]:
+    """By library. `seconds` receives what each of them took, compiling included."""
     inputs = Inputs.of(case, arrays)  # one set: they are small, and need not be cold
     (dout, *_) = inputs.cotangents()
     expected = reference(inputs, dout)
@@ -77,11 +80,15 @@ def errors_of(case: Case, baselines: Sequence[Baseline], arrays: Arrays) -> dict
             jobs.append((baseline.name, lambda baseline=baseline: gradients(backward.theirs(baseline, inputs, [dout]))))
     found: dict[str, Errors] = {}
     for name, job in jobs:
+        start = time.monotonic()
         try:
             computed = job()
         except Exception as problem:
             print(f"  ! {name}: {first_line(problem)}")
             continue
+        finally:
+            if seconds is not None:
+                seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
         found.setdefault(name, {}).update({array: error(x, expected[array]) for array, x in computed.items()})
     return found
 
@@ -91,18 +98,40 @@ def line(name: str, errors: Errors) -> str:
     return f"  {name:12} " + "  ".join(f"{array} {worst:.2e} ({rms:.2e})" for array, (worst, rms) in errors.items())
 
 
+def ratios(found: Mapping[str, dict[str, Errors]]) -> list[str]:
+    """A line for each array of each case: our two numbers, and how many times each peer's they are.
+
+    found: by case and library.
+    """
+    names = list(dict.fromkeys(name for errors in found.values() for name in errors if name != forward.OURS))
+    lines = [f"{'rms (largest); ours over the peer':58} {'cuattn':>20}" + "".join(f" {name:>14}" for name in names)]
+    for case, errors in found.items():
+        for array, (worst, rms) in errors.get(forward.OURS, {}).items():
+            cells = []
+            for name in names:
+                other = errors.get(name, {}).get(array)
+                cells.append(f"{rms / other[1]:.2f} ({worst / other[0]:.2f})" if other else "")
+            lines.append(f"{case:54} {array:3} {rms:9.2e} ({worst:.2e})" + "".join(f" {cell:>14}" for cell in cells))
+    return lines
+
+
 def run(cases: Sequence[Case], baselines: Sequence[Baseline], store: Store, env: Row, deadline: Deadline) -> None:
-    """Measure the cases in order until the deadline, storing every row as it comes."""
+    """Measure the cases in order until the deadline, storing every row as it comes, and print them all once more."""
     arrays = best_arrays()
+    found: dict[str, dict[str, Errors]] = {}
     for case in within(deadline, cases):
+        seconds: dict[str, float] = {}
         try:
-            errors = errors_of(case, baselines, arrays)
+            errors = errors_of(case, baselines, arrays, seconds)
         except Exception as problem:
             print(f"{case}: {first_line(problem)}")
             continue
-        print(f"{case}: largest error (root of the mean square) against float64", flush=True)
+        took = ", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items() if spent >= 1)
+        print(f"{case}: largest error (root of the mean square) against float64{took and ' | ' + took}", flush=True)
         for name, own in errors.items():
             print(line(name, own), flush=True)
+        found[str(case)] = errors
         if forward.OURS in errors:
             store.add(make_row(case, None, {}, env, None, errors=errors))
         forward.free_memory(arrays)
+    print("\n".join(ratios(found)), flush=True)

@@ -22,6 +22,13 @@ MAX_SPIN_US = 20_000.0
 DRAIN = 50
 """Host timing empties the launch queue after this many calls: far fewer than a full queue (1024) holds."""
 
+WINDOW = 200
+"""Calls of a contender between two of its turns, in host timing."""
+LEAST_WARM, MOST_WARM = 0.5, 5.0
+"""Seconds of calls before the host is timed."""
+FALL = 0.02
+"""A median that is lower by less than this has not fallen."""
+
 SPIN_SOURCE = r"""
 extern "C" __global__ void spin(unsigned long long ns) {
     unsigned long long start, now;
@@ -142,19 +149,35 @@ def host_times(contender: Contender, calls: int) -> list[float]:
     return times
 
 
+def settle(contenders: Sequence[Contender]) -> None:
+    """Warm calls in turn, for LEAST_WARM seconds and until no median of a window falls any more, MOST_WARM at most.
+
+    The first row of a process would otherwise be that of a processor below its clock, whoever is in it.
+    """
+    start, lowest = time.monotonic(), {contender.name: float("inf") for contender in contenders}
+    falling = True
+    while (falling or time.monotonic() - start < LEAST_WARM) and time.monotonic() - start < MOST_WARM:
+        falling = False
+        for contender in contenders:
+            median = statistics.median(host_times(contender, WINDOW))
+            falling |= median < (1 - FALL) * lowest[contender.name]
+            lowest[contender.name] = min(median, lowest[contender.name])
+
+
 def measure_host(contenders: Sequence[Contender], calls: int, report: Callable[[str], None] = print) -> dict[str, Timing]:
-    """Median host time of a warm call, over at least `calls` calls in interleaved rounds of 200."""
-    samples: dict[str, list[list[float]]] = {}
+    """Median host time of a warm call, over at least `calls` calls of each contender in interleaved rounds of WINDOW."""
+    ready: list[Contender] = []
     for contender in contenders:
         try:
             host_times(contender, 2 * DRAIN)
-            samples[contender.name] = []
+            ready.append(contender)
         except Exception as error:
             report(f"  ! {contender.name}: {first_line(error)}")
-    for _ in range(-(-calls // 200)):
-        for contender in contenders:
-            if contender.name in samples:
-                samples[contender.name].append(host_times(contender, 200))
+    settle(ready)
+    samples: dict[str, list[list[float]]] = {contender.name: [] for contender in ready}
+    for _ in range(-(-calls // WINDOW)):
+        for contender in ready:
+            samples[contender.name].append(host_times(contender, WINDOW))
     result = {}
     for name, batches in samples.items():
         spread = Timing.of([statistics.median(batch) for batch in batches]).spread

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import backward, compare, decode, error, figures, host, latency, memory, progress, results, summary, tables
+from bench import backward, compare, decode, error, figures, host, latency, memory, progress, results, summary, tables, timing
 from bench.__main__ import PEERS, STORED, main, parser, selected
 from bench.baselines import BASELINES, TITLES, Sdpa, available
 from bench.cases import (
@@ -153,6 +153,22 @@ def test_the_newest_row_of_a_case_replaces_the_older() -> None:
     assert results.merge([old, other], [new]) == [new, other]
     assert results.merge([new, other], [old]) == [new, other]
     assert results.merge([], [old, new]) == [new]
+
+
+def test_peers_that_a_newer_run_left_out_stay_with_their_date() -> None:
+    """And become the newer run's own as soon as it has them."""
+    case, days = FORWARD[0], [f"2026-11-{day}T00:00:00+00:00" for day in (20, 21, 22)]
+    first, second = row(case, 10.0, days[0], flash=20.0, efficient=30.0), row(case, 9.0, days[1], flash=21.0)
+    (merged,) = results.merge([first], [second])
+    assert (merged["us"], merged["peers"]) == (9.0, {"flash": 21.0, "efficient": 30.0})
+    assert merged["carried"] == {"efficient": days[0]}
+    assert results.merge([second], [first]) == results.merge([merged], [second]) == [merged]
+    (third,) = results.merge([merged], [row(case, 8.0, days[2], efficient=31.0)])
+    assert third["peers"] == {"efficient": 31.0, "flash": 21.0} and third["carried"] == {"flash": days[1]}
+    old, new = ({**row(case, 1.0, day), "peers_p99": {peer: 2.0}} for day, peer in ((days[0], "fa3"), (days[1], "fa4")))
+    assert results.merge([old], [new])[0]["peers_p99"] == {"fa4": 2.0, "fa3": 2.0}
+    cells = [line.split("|")[-2:-4:-1] for line in tables.table([third], {"flash": "F", "efficient": "E"})]
+    assert [cell.strip() for cell in cells[-1]] == ["3.88", "2.62*"]
 
 
 def test_a_store_writes_after_every_row(tmp_path) -> None:
@@ -420,6 +436,28 @@ def test_the_user_modification_is_the_same_for_peers() -> None:
     np.testing.assert_allclose(user_mod(torch.from_numpy(s), 0, 0, i, j).numpy(), UserMod(*USER_MOD).apply(s, tile), rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("medians", "windows"),
+    [
+        ([10.0] * 99, 5),  # long enough is half a second, here of a tenth for each window
+        ([20.0 - n for n in range(9)] + [12.0] * 90, 10),  # falling for longer than that
+        ([1e3 * 0.9**n for n in range(99)], 50),  # falling for ever
+    ],
+)
+def test_the_host_is_timed_when_it_is_warm(medians: list[float], windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every contender until none of them has become faster, in calls that no row counts."""
+    asked: list[str] = []
+
+    def host_times(contender: timing.Contender, calls: int) -> list[float]:
+        asked.append(contender.name)
+        return [medians[asked.count(contender.name) - 1] if contender.name == "one" else 7.0] * calls
+
+    monkeypatch.setattr(timing, "host_times", host_times)
+    monkeypatch.setattr(timing.time, "monotonic", lambda: 0.1 * asked.count("other"))
+    timing.settle([timing.Contender(name, []) for name in ("one", "other")])
+    assert asked == ["one", "other"] * windows
+
+
 def test_timing_is_a_median_with_its_spread() -> None:
     assert Timing.of([1.0, 4.0, 2.0]) == Timing(2.0, 1.5)
 
@@ -631,6 +669,14 @@ def test_errors_are_those_of_each_library(mask: str) -> None:
     for arrays in errors.values():
         for worst, rms in arrays.values():
             assert 0 < rms < np.finfo(np.float32).eps * 10 and 0 < worst < np.finfo(np.float32).eps * 100
+
+
+def test_errors_are_shown_over_those_of_peers() -> None:
+    found = {"a case": {"cuattn": {"out": (2e-3, 1e-3), "dq": (4e-3, 2e-3)}, "fa3": {"out": (1e-3, 2e-3)}, "fa4": {}}}
+    head, out, dq = error.ratios(found)
+    assert head.split()[-3:] == ["cuattn", "fa3", "fa4"]
+    assert out.split()[-5:] == ["out", "1.00e-03", "(2.00e-03)", "0.50", "(2.00)"]
+    assert dq.split()[-3:] == ["dq", "2.00e-03", "(4.00e-03)"]
 
 
 def test_an_error_is_relative_to_its_array() -> None:
