@@ -7,7 +7,6 @@ error relative to its largest element, and the root of the mean square relative 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -62,10 +61,8 @@ def gradients(contender: Contender) -> dict[str, Any]:
         return dict(zip(GRADIENTS, contender(), strict=False))
 
 
-def errors_of(
-    case: Case, baselines: Sequence[Baseline], arrays: Arrays, seconds: dict[str, float] | None = None
-) -> dict[str, Errors]:
-    """By library. `seconds` receives what each of them took, compiling included."""
+def errors_of(case: Case, baselines: Sequence[Baseline], arrays: Arrays) -> dict[str, Errors]:
+    """By library."""
     inputs = Inputs.of(case, arrays)  # one set: they are small, and need not be cold
     (dout, *_) = inputs.cotangents()
     expected = reference(inputs, dout)
@@ -80,15 +77,11 @@ def errors_of(
             jobs.append((baseline.name, lambda baseline=baseline: gradients(backward.theirs(baseline, inputs, [dout]))))
     found: dict[str, Errors] = {}
     for name, job in jobs:
-        start = time.monotonic()
         try:
             computed = job()
         except Exception as problem:
             print(f"  ! {name}: {first_line(problem)}")
             continue
-        finally:
-            if seconds is not None:
-                seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
         found.setdefault(name, {}).update({array: error(x, expected[array]) for array, x in computed.items()})
     return found
 
@@ -120,14 +113,12 @@ def run(cases: Sequence[Case], baselines: Sequence[Baseline], store: Store, env:
     arrays = best_arrays()
     found: dict[str, dict[str, Errors]] = {}
     for case in within(deadline, cases):
-        seconds: dict[str, float] = {}
         try:
-            errors = errors_of(case, baselines, arrays, seconds)
+            errors = errors_of(case, baselines, arrays)
         except Exception as problem:
             print(f"{case}: {first_line(problem)}")
             continue
-        took = ", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items() if spent >= 1)
-        print(f"{case}: largest error (root of the mean square) against float64{took and ' | ' + took}", flush=True)
+        print(f"{case}: largest error (root of the mean square) against float64", flush=True)
         for name, own in errors.items():
             print(line(name, own), flush=True)
         found[str(case)] = errors

@@ -26,9 +26,7 @@ the measured bound), peers {name: us}, gpu, versions, source_hash, date; and whe
 the float64 reference, relative to the largest output), errors {name: {array: [largest, root of the mean square]}} of every
 library on the same inputs, bytes (memory beyond inputs and outputs, of a backward also beyond gradients and lse), planned (the
 bytes of it that the plan announces), peer_bytes {name: bytes}, p99 and peers_p99 (99 of 100 calls took less), whole (us
-with the core calls beyond which us is counted), carried {name: date} of peers whose numbers are an earlier row's."""
-BY_PEER = ("peers", "peers_p99", "peer_bytes", "errors")
-"""Fields with an entry for each peer."""
+with the core calls beyond which us is counted)."""
 RATED = ("forward", "backward", "matrix", "matrix/backward")
 """Parts whose time is GPU time."""
 
@@ -106,31 +104,13 @@ def key(row: Row) -> tuple[Any, ...]:
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """Both lists, each case once with its newest row, in the order in which cases first appeared.
-
-    A run may have left peers out that an earlier one measured (`--peers`, a library that is not installed): their times stay.
-    """
+    """Both lists, each case once with its newest row, in the order in which cases first appeared."""
     rows: dict[tuple[Any, ...], Row] = {}
     for row in (*old, *new):
         known = rows.get(key(row))
-        if known is None:
+        if known is None or row["date"] >= known["date"]:
             rows[key(row)] = row
-        else:
-            rows[key(row)] = with_peers_of(row, known) if row["date"] >= known["date"] else with_peers_of(known, row)
     return list(rows.values())
-
-
-def with_peers_of(row: Row, earlier: Row) -> Row:
-    """`row` and, as `carried`, the peers that only an earlier row of its case has."""
-    left = {
-        field: {n: x for n, x in earlier[field].items() if n not in row.get(field, {})} for field in BY_PEER if field in earlier
-    }
-    names = dict.fromkeys(name for some in left.values() for name in some)
-    if not names:
-        return row
-    dates = {name: earlier.get("carried", {}).get(name, earlier["date"]) for name in names}
-    whole = {field: {**row.get(field, {}), **some} for field, some in left.items() if some}
-    return {**row, **whole, "carried": {**row.get("carried", {}), **dates}}
 
 
 def load(path: Path) -> list[Row]:

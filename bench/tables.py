@@ -49,14 +49,9 @@ def table(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
             cells.append(f"{row['error']:.1e}" if "error" in row else "")
         if best:
             cells.append(f"{best_peer(row) / row['us']:.2f}" if row["peers"] else "")
-        cells += [f"{row['peers'][name] / row['us']:.2f}{star(row, name)}" if name in row["peers"] else "" for name in peers]
+        cells += [f"{row['peers'][name] / row['us']:.2f}" if name in row["peers"] else "" for name in peers]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def star(row: Row, name: str) -> str:
-    """What marks a peer's number that is an earlier row's."""
-    return "*" if name in row.get("carried", {}) else ""
 
 
 def columns(rows: Sequence[Row], words: Mapping[str, Cell], numbers: Mapping[str, Cell]) -> list[str]:
@@ -86,7 +81,7 @@ def peer_columns(titles: Mapping[str, str], field: str, form: Callable[[float], 
     """A column for each peer with a number in a field {name: number} of the rows."""
 
     def cell(name: str) -> Cell:
-        return lambda row: form(row[field][name]) + star(row, name) if name in row.get(field, {}) else ""
+        return lambda row: form(row[field][name]) if name in row.get(field, {}) else ""
 
     return {title: cell(name) for name, title in titles.items()}
 
@@ -106,10 +101,7 @@ def memory_table(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
 
 def latency_table(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
     def both(name: str) -> Cell:
-        def text(row: Row) -> str:
-            return f"{row['peers'][name]:.1f} / {row['peers_p99'][name]:.1f}{star(row, name)}" if name in row["peers"] else ""
-
-        return text
+        return lambda row: f"{row['peers'][name]:.1f} / {row['peers_p99'][name]:.1f}" if name in row["peers"] else ""
 
     numbers: dict[str, Cell] = {"cuattn": lambda row: f"{row['us']:.1f} / {row['p99']:.1f}"}
     return columns(rows, SIZES, numbers | {title: both(name) for name, title in titles.items()})
@@ -137,7 +129,7 @@ def error_table(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
     def cell(name: str) -> Cell:
         def text(row: Row) -> str:
             worst, rms = row["errors"].get(name, {}).get(row["array"], (0, 0))
-            return f"{worst:.1e} ({rms:.1e}){star(row, name)}" if worst else ""
+            return f"{worst:.1e} ({rms:.1e})" if worst else ""
 
         return text
 
@@ -201,7 +193,7 @@ def other_lines(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
         if part == "host":
             kind, _, what = kind.partition("/")
             call = HOST_LINES[what].format(kind=kind)
-            peers = ", ".join(f"{titles.get(name, name)} {us:.0f}{star(row, name)}" for name, us in row["peers"].items())
+            peers = ", ".join(f"{titles.get(name, name)} {us:.0f}" for name, us in row["peers"].items())
             note = f" ({peers})" if peers else ""
             whole = f", {row['whole']:.1f} us in all" if row.get("whole", row["us"]) != row["us"] else ""
             tail = f", 99 of 100 whole calls below {row['p99']:.0f} us" if row.get("p99") else ""
@@ -239,10 +231,7 @@ def render(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
         some = [row for row in rows if row["bench"] == bench]
         if some:
             lines += [f"**{title}**", "", *build(some, titles), ""]
-    lines += other_lines(rows, titles)
-    if any(row.get("carried") for row in rows):
-        lines += ["", "\\* measured beside an earlier row of the case; the run of this one had no such peer."]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *other_lines(rows, titles), ""])
 
 
 def environment_line(rows: Sequence[Row]) -> str:

@@ -155,22 +155,6 @@ def test_the_newest_row_of_a_case_replaces_the_older() -> None:
     assert results.merge([], [old, new]) == [new]
 
 
-def test_peers_that_a_newer_run_left_out_stay_with_their_date() -> None:
-    """And become the newer run's own as soon as it has them."""
-    case, days = FORWARD[0], [f"2026-11-{day}T00:00:00+00:00" for day in (20, 21, 22)]
-    first, second = row(case, 10.0, days[0], flash=20.0, efficient=30.0), row(case, 9.0, days[1], flash=21.0)
-    (merged,) = results.merge([first], [second])
-    assert (merged["us"], merged["peers"]) == (9.0, {"flash": 21.0, "efficient": 30.0})
-    assert merged["carried"] == {"efficient": days[0]}
-    assert results.merge([second], [first]) == results.merge([merged], [second]) == [merged]
-    (third,) = results.merge([merged], [row(case, 8.0, days[2], efficient=31.0)])
-    assert third["peers"] == {"efficient": 31.0, "flash": 21.0} and third["carried"] == {"flash": days[1]}
-    old, new = ({**row(case, 1.0, day), "peers_p99": {peer: 2.0}} for day, peer in ((days[0], "fa3"), (days[1], "fa4")))
-    assert results.merge([old], [new])[0]["peers_p99"] == {"fa4": 2.0, "fa3": 2.0}
-    cells = [line.split("|")[-2:-4:-1] for line in tables.table([third], {"flash": "F", "efficient": "E"})]
-    assert [cell.strip() for cell in cells[-1]] == ["3.88", "2.62*"]
-
-
 def test_a_store_writes_after_every_row(tmp_path) -> None:
     store = results.Store(tmp_path / "deep" / "rows.json", ENV)
     for us in (10.0, 5.0):
