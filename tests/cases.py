@@ -363,7 +363,7 @@ def _inputs(case: Case) -> Inputs:
     if case.negative:
         q, k = abs(q), -abs(k)
     if case.growth:
-        k = (k * (1 + case.growth * np.linspace(0, 1, case.seqlen_k, dtype=np.float32)[:, None, None] ** 3)).astype(k.dtype)
+        k = (k * (1 + case.growth * np.linspace(0, 1, k.shape[-3], dtype=np.float32)[:, None, None] ** 3)).astype(k.dtype)
     if case.layout == "broadcast":
         q, k, v = (np.broadcast_to(x[_repeated(x, n)], x.shape) for x, n in ((q, "q"), (k, "k"), (v, "v")))
     else:
