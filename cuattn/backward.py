@@ -337,35 +337,42 @@ class BackwardPlan:
     @property
     def counts_pairs(self) -> bool:
         """backward_sm90: whether backward_convert.cu waits for the sums of a KV head and batch, not for the whole kernel."""
-        tiles, p = self.tiles, self.problem
-        doormen = self.chained and tiles.bulk and tiles.seeded and not (tiles.runs or self.backward.deterministic)
-        return doormen and self.q_splits == 1 and not p.packed
+        tiles = self.tiles
+        doormen = self.chained and tiles.bulk and (tiles.seeded or tiles.alternate)
+        return doormen and self.q_splits == 1 and not (tiles.runs or self.backward.deterministic)
 
     @property
     def prepared_units(self) -> int:
-        """backward_sm90: parts of a KV head and batch that backward_prepare_sm90.cu prepares while the kernel runs already. 0
-        where backward_prepare.cu prepares all before.
+        """backward_sm90: parts of a head's queries (packed: of all sequences, as `slabs` counts) that backward_prepare_sm90.cu
+        prepares while the kernel runs already. 0 where backward_prepare.cu prepares all before.
         """
         p = self.problem
         few = self.grid(p.batch, p.num_heads_kv) < LEAST_WAVES * self.device.num_sms
-        return 0 if few or p.seqlen_k < LEAST_KEYS or not self.prepares_ahead else -(-p.group * p.seqlen_q // UNIT_ROWS)
+        short = (p.total_k // max(1, p.batch) if p.packed else p.seqlen_k) < LEAST_KEYS
+        units = p.total_q // UNIT_ROWS + p.batch + 1 if p.packed else -(-p.seqlen_q // UNIT_ROWS)
+        return 0 if few or short or not self.prepares_ahead else units
 
     @property
     def prepares_ahead(self) -> bool:
         """backward_sm90: whether it can begin before all rows are prepared: where pairs follow one another, that the first CTAs
-        need few of them.
+        need few of them. Rows of no sequence, which nobody else reads, would be wrong in the gradients of sinks.
         """
         p = self.problem
+        out, dout = p.operand("out"), self.backward.dout
         whole = p.vectors[3] == self.backward.vector_dout == 16 and p.head_dim_v % 8 == 0
-        return self.counts_pairs and self.one_by_one and whole
+        near = out is not None and all(0 <= array.strides[1] < 2**32 for array in (out, dout))
+        all_rows = not (self.own_lengths and p.operand("sinks") is not None)
+        return self.counts_pairs and self.one_by_one and whole and near and all_rows
 
     @property
     def one_by_one(self) -> bool:
         """backward_sm90: whether pairs of sequences and KV heads follow one another. Beyond 64 columns equal key tiles of one
-        pair side by side read queries and add dq where they are in L2 still.
+        pair side by side read queries and add dq where they are in L2 still. Of packed sequences the last ones may be long, so
+        that only what converts counted sums meanwhile makes up for the multiprocessors that wait for the last CTAs.
         """
         p = self.problem
-        return self.tiles.block_n == 128 and self.head_dim > 64 and not (self.backward.deterministic or p.packed or p.mods)
+        large = self.tiles.block_n == 128 and self.head_dim > 64
+        return large and not (self.backward.deterministic or p.mods) and (self.counts_pairs or not p.packed)
 
     @property
     def section(self) -> int:
@@ -374,8 +381,12 @@ class BackwardPlan:
 
     @property
     def last_section(self) -> int:
-        """backward_sm90: those of the last section, 0 for as many: with a mask the last CTAs should be the shortest."""
-        return 0 if self.section > 1 or isinstance(self.problem.mask, Full) else self._long_section
+        """backward_sm90: those of the last section, 0 for as many: with a mask the last CTAs should be the shortest. Of packed
+        pairs that follow one another, CTAs of the last ones, which take turns.
+        """
+        if self.section > 1 or isinstance(self.problem.mask, Full):
+            return 0
+        return self.device.num_sms // 2 if self.all_tokens and self.one_by_one else self._long_section
 
     @property
     def _long_section(self) -> int:

@@ -185,8 +185,8 @@ struct BackwardSm90 {
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
-    static constexpr bool kCountPairs = Config::kCountPairs;  // every CTA counts: none may find that it has no keys
-    static_assert(!kCountPairs || (kDoors && !(kForeignRows || Config::kQuerySplit)));
+    static constexpr bool kCountPairs = Config::kCountPairs;
+    static_assert(!kCountPairs || (kDoors && !Config::kQuerySplit));
     // Named barriers; 0 is __syncthreads.
     static constexpr int kDsBarrier = 1, kPBarrier = 2, kClearBarrier = 3;
 
@@ -223,6 +223,8 @@ struct BackwardSm90 {
     // the longest sequence would find nothing to do in most.
     static constexpr bool kAllTokens = Config::kPacked && !kRuns;
     __device__ __forceinline__ static int first_tile(int token, int sequence) { return token / kBlockN + sequence; }
+    // (kByPair) pairs follow one another, those of a sequence before those of the next.
+    static constexpr bool kByPair = kAllTokens && Config::kOneByOne;
     // Of a key tile so numbered the sequence, found by all lanes of a warp.
     __device__ __forceinline__ static int sequence_at(const ForwardParams& p, int tile) {
         int found = 0;
@@ -252,7 +254,21 @@ struct BackwardSm90 {
         // before it, whose turn it is first, as a tile takes: none waits for long. But in the last section, whose longest tiles
         // would end one by one, the first ones go first; there all walk from the last query tile, which under a causal mask
         // they share, to the first.
-        __device__ __forceinline__ static Share share_of(const ForwardParams& p, const BackwardParams& g) {
+        // `sequence`: with kByPair, the one that the CTA belongs to.
+        __device__ __forceinline__ static Share share_of(const ForwardParams& p, const BackwardParams& g, int sequence) {
+            if constexpr (kByPair) {
+                const int start = first_tile(p.cu_seqlens_k[sequence], sequence);
+                const int all = first_tile(p.cu_seqlens_k[p.batch], p.batch);
+                const int stop = sequence == p.batch ? g.n_blocks : first_tile(p.cu_seqlens_k[sequence + 1], sequence + 1);
+                const int pairs = g.q_splits * g.heads_kv, count = stop - start, after = (all - stop) * pairs;
+                int rest = static_cast<int>(cta_index()) - start * pairs;
+                // The last pairs, but for one of which fewer than so many CTAs are left, take turns.
+                const int turns = after < g.last_section ? min((g.last_section - after) / count + 1, pairs) : 0;
+                const int one_by_one = (pairs - turns) * count;
+                if (rest < one_by_one) return {rest / count, start + rest % count, false};
+                rest -= one_by_one;
+                return {pairs - turns + rest % turns, start + rest / turns, false};
+            }
             const int run = kRuns ? g.run : 1;
             const int index = static_cast<int>(cta_index()), shares = (g.n_blocks + run - 1) / run;
             const int pairs = g.q_splits * g.heads_kv * (kAllTokens ? 1 : g.batches);
@@ -269,7 +285,7 @@ struct BackwardSm90 {
         }
         // `sequence`: with kAllTokens, the one that the key tile belongs to.
         __device__ __forceinline__ static Work of(const ForwardParams& p, const BackwardParams& g, int sequence) {
-            auto [pair, n, descending] = share_of(p, g);
+            auto [pair, n, descending] = share_of(p, g, sequence);
             Work w;
             w.descending = descending;
             w.n = n, w.stop = n + (kRuns ? g.run : 1);
@@ -491,13 +507,18 @@ struct BackwardSm90 {
     __device__ __forceinline__ int pair(const Work& w) const {
         return w.at.batch * (params().num_heads / params().group) + w.head_kv;
     }
+    // Whether rows are prepared while this kernel runs already.
+    __device__ __forceinline__ bool prepared_beside() const { return Config::kPreparesAhead && grads().prepared_units > 0; }
     // Until row statistics of this CTA's queries may be read and sums of dq added to.
     __device__ __forceinline__ void await_prepared(const Work& w) const {
-        const BackwardParams& g = grads();
-        const bool ahead = Config::kPreparesAhead && g.prepared_units > 0;
-        if (ahead) PairCounters::of(params(), g).await_ready(pair(w), g.prepared_units);
+        const ForwardParams& p = params();
+        const bool beside = prepared_beside();
+        if (beside && w.n < w.last()) {
+            const int units = p.group * PairCounters::units<Config::kPacked>(p, grads(), w.at.batch);
+            PairCounters::of(p, grads()).await_ready(pair(w), units);
+        }
         // Then the last one does both, or the grid behind might begin before all grids ahead of this one are done.
-        if (!ahead || blockIdx.x == gridDim.x - 1) wait_for_grids_ahead();
+        if (!beside || blockIdx.x == gridDim.x - 1) wait_for_grids_ahead();
     }
     // Two warps, or what follows an addition, until it is known to be done and has been told, would hold up the next.
     __device__ __forceinline__ void keep_order(int stage) const {
@@ -1305,7 +1326,8 @@ struct BackwardSm90 {
         }
         if constexpr (kAllTokens) {
             if (warp == 0) {
-                const int found = sequence_at(params(), Work::share_of(params(), grads()).n);
+                const int pairs = grads().q_splits * grads().heads_kv, index = static_cast<int>(cta_index());
+                const int found = sequence_at(params(), kByPair ? index / pairs : Work::share_of(params(), grads(), 0).n);
                 if (lane_index() == 0) sequence() = found;
             }
         }
@@ -1313,8 +1335,8 @@ struct BackwardSm90 {
         if (wg == kConsumers) {
             setmaxnreg_dec<kProducerRegisters>();
             const Work w = work();
-            if (w.n >= w.last()) return;
             if (warp != 4 * kConsumers) await_prepared(w);
+            if (w.n >= w.last()) return;
             if (warp == 4 * kConsumers && elect_sync()) load_tiles();
             if (warp == 4 * kConsumers + 1) guide();
             if constexpr (kDoors) {
@@ -1325,7 +1347,7 @@ struct BackwardSm90 {
             if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
-            if (!Config::kPreparesAhead || grads().prepared_units == 0) wait_for_grids_ahead();
+            if (!prepared_beside()) wait_for_grids_ahead();
             admit_grid_behind();  // whose counters have been cleared
             consume(wg);
         }
