@@ -126,9 +126,10 @@ struct BackwardSm90 {
 
     // A query tile of the loop; m is negative after the last one of a key tile.
     struct alignas(16) Visit {
-        int head, m, full, n;  // head: of the group
+        int head, m, full, n;
         long long slab;
-        int head_kv, padding;
+        int head_kv;
+        int number;  // kAlternate: tiles before it
     };
     // Where only the mask is between products and exponentials: P and dS in one pass, whose exponentials hide the rest of it.
     // (kWide) products start from the row statistics: S from -lse / factor, dP from -delta. They are read while the tensor
@@ -150,7 +151,7 @@ struct BackwardSm90 {
         Config::kBulkDq && (Config::kDeterministic || ((Config::kSeeded || kStatsUnder || kAlternate) && !kRuns));
     static constexpr bool kDoormen = kCourier || Config::kDeterministic;
     // Delta is read before dv is issued, or it would come late, behind what the tensor cores read from shared memory.
-    static constexpr bool kDeltaAhead = kAlternate && !(Config::kPacked || Config::kLens);
+    static constexpr bool kDeltaAhead = kAlternate;
     // Without an order each of the two adds what one warpgroup left, as soon as it is there.
     static constexpr bool kDoors = kCourier && !Config::kDeterministic;
     // With two buffers of dq a warpgroup leaves that of a tile while the one before is being added.
@@ -381,12 +382,14 @@ struct BackwardSm90 {
         const BackwardParams& g = grads();
         const int lane = lane_index();
         Slot slot;
+        int number = 0;
         const Work w = work();
         auto publish = [&](int head, int m, bool full, int n) {
             if (lane == 0) {
                 Visit& next = visit(slot.stage);
                 next.head = head, next.m = m, next.full = full, next.n = n;
                 if constexpr (Config::kStoreTma) next.head_kv = w.head_kv;
+                if constexpr (kAlternate) next.number = number++;
             }
             mbarrier_arrive(visit_full(slot.stage));
             slot.advance();
@@ -428,7 +431,7 @@ struct BackwardSm90 {
                 if (!full && __any_sync(0xffffffffu, broken != 0)) replace(slot, broken);
             }
             if (!kKeepRow && lane == 0) visit(slot.stage).slab = slabs + static_cast<long long>(here.head) * g.q_slabs + here.m;
-            publish(here.head, here.m, full, kRuns ? tiles.n : 0);
+            publish(at.head, here.m, full, kRuns ? tiles.n : 0);
         });
         mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
         publish(0, -1, false, 0);
@@ -592,8 +595,7 @@ struct BackwardSm90 {
         Coord at;
         KeySlot keys;
         DsSlot late;                         // kAlternate: of the tile at hand
-        bool pending = false;                // and whether there is one before it
-        int first_head, n, m, full, next_n;  // of the visit at hand, and its key tile
+        int n, m, full, next_n, number;  // of the visit at hand, and its key tile
         float factor;                        // turns a score into the exponent of 2
         float lse[kStatsAhead || kStatsUnder ? Scores::kThreadRows : 1];
         // Of the tile to come, from its row statistics.
@@ -619,8 +621,9 @@ struct BackwardSm90 {
             const Visit& visit = kernel.visit(next.stage);
             m = uniform(visit.m), full = uniform(visit.full);
             if constexpr (kRuns) next_n = uniform(visit.n);
+            if constexpr (kAlternate) number = uniform(visit.number);
             if constexpr (kStatsAhead) read_lse(next.stage);
-            return first_head + uniform(visit.head);
+            return uniform(visit.head);
         }
         __device__ __forceinline__ void read_lse(int stage) {
             const StatsReader stats = kernel.read_stats(stage);
@@ -1047,8 +1050,7 @@ struct BackwardSm90 {
                 wgmma_pin(dk.data);
                 wgmma_pin(ds_operand);
                 if (leads()) mbarrier_arrive(kernel.q_empty(stage));
-                if (pending && stage != group) multiply_dq();
-                pending = true;
+                if (number > 1 && stage != group) multiply_dq();  // there is a tile before
                 slot = next, late.advance();
                 return head;
             }
@@ -1286,7 +1288,7 @@ struct BackwardSm90 {
         consumer.factor = score_factor();
         const Work w = work();
         if (w.n < w.last()) {
-            consumer.at = w.at, consumer.first_head = w.at.head, consumer.n = w.n;
+            consumer.at = w.at, consumer.n = w.n;
             consumer.visit_queries(w.last());
         }
         if constexpr ((Config::kBulkDq && !kCourier) || kSendSums || Config::kStoreTma) {
