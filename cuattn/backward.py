@@ -887,16 +887,16 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     rows = 128 if run > 0 or (bare and (weight == 0 or backward.deterministic)) else 64 if few else 96
     runs = run > 1 or (narrow and widest == 64 and not backward.deterministic)
     seeded = bare and widest != 192
-    stores = bare and widest <= 128 and dim_v <= dim and problem.head_dim % 8 == problem.head_dim_v % 8 == 0
+    whole = widest <= 128 and dim_v <= dim and problem.head_dim % 8 == problem.head_dim_v % 8 == 0
     tiles = tuple(
-        replace(t, bulk=bulk and not _shares_keys(t), runs=runs, seeded=seeded, stores=stores)
+        replace(t, bulk=bulk and not _shares_keys(t), runs=runs, seeded=seeded, stores=bare and whole)
         for t in tiles
         if weight <= t.max_weight and t.block_m <= rows
     )
     fits = device.smem_per_block
     # Where dv is multiplied early and nothing but a mask's limits is between, warpgroups of 64 x 128 tiles need no barrier.
     if dim == dim_v == 128 and band and _early(problem) and not problem.mods and not backward.deterministic:
-        tiles = tuple(replace(t, alternate=t.block_m == 64) for t in tiles)
+        tiles = tuple(replace(t, alternate=t.block_m == 64, stores=whole and t.block_m == 64) for t in tiles)
     elif seeded and not runs and not backward.deterministic:
         # Each warpgroup has a doorman, and two buffers where there is room.
         doubled = [replace(t, dq_buffers=2) for t in tiles]

@@ -126,7 +126,8 @@ struct BackwardSm90 {
 
     // A query tile of the loop; m is negative after the last one of a key tile.
     struct alignas(16) Visit {
-        int head, m, full, n;
+        int head, m, full;
+        int n;  // kRuns: the key tile, else the row of its first key
         long long slab;
         int head_kv;
         int number;  // kAlternate: tiles before it
@@ -384,6 +385,7 @@ struct BackwardSm90 {
         Slot slot;
         int number = 0;
         const Work w = work();
+        const int first_key = Config::kStoreTma && !kRuns ? w.seq.token_k + w.n * kBlockN : 0;
         auto publish = [&](int head, int m, bool full, int n) {
             if (lane == 0) {
                 Visit& next = visit(slot.stage);
@@ -431,10 +433,10 @@ struct BackwardSm90 {
                 if (!full && __any_sync(0xffffffffu, broken != 0)) replace(slot, broken);
             }
             if (!kKeepRow && lane == 0) visit(slot.stage).slab = slabs + static_cast<long long>(here.head) * g.q_slabs + here.m;
-            publish(at.head, here.m, full, kRuns ? tiles.n : 0);
+            publish(at.head, here.m, full, kRuns ? tiles.n : first_key);
         });
         mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
-        publish(0, -1, false, 0);
+        publish(0, -1, false, first_key);
     }
 
     // In a tile that hides something, rows of this lane whose statistics are not finite, bit x for row 32 x. Zeros in Q and dO,
@@ -594,9 +596,9 @@ struct BackwardSm90 {
         Slot slot;
         Coord at;
         KeySlot keys;
-        DsSlot late;                         // kAlternate: of the tile at hand
+        DsSlot late;                     // kAlternate: of the tile at hand
         int n, m, full, next_n, number;  // of the visit at hand, and its key tile
-        float factor;                        // turns a score into the exponent of 2
+        float factor;                    // turns a score into the exponent of 2
         float lse[kStatsAhead || kStatsUnder ? Scores::kThreadRows : 1];
         // Of the tile to come, from its row statistics.
         Scores seeds_s, seeds_dp;
@@ -864,8 +866,9 @@ struct BackwardSm90 {
                 score_probabilities<Config, false>(s, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
                                                    sums);
             } else {
-                score_probabilities<Config, true>(s, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
-                                                  sums);
+                // NOTE: opaque, or what a mask makes of it is kept from one tile to the next.
+                const int first = kAlternate ? opaque(first_key()) : first_key();
+                score_probabilities<Config, true>(s, at, first_query(), first, scale, factor, mask(), score_mod, stats, sums);
             }
         }
         __device__ __forceinline__ void find_gradients(Scores& dp, Scores& p) {
@@ -1202,10 +1205,11 @@ struct BackwardSm90 {
             __syncwarp();
             if (!leads()) return;
             const int head_kv = kernel.visit(slot.stage).head_kv;
+            const int row = 16 * warp + (kRuns ? n * kBlockN : kernel.visit(slot.stage).n);
 #pragma unroll
             for (int panel = 0; panel < kCols / 64; panel++) {
-                cp_async_bulk_tensor_4d_store(map, own + panel * kPanelStep, 64 * panel, n * kBlockN + 16 * warp, head_kv,
-                                              at.batch);
+                cp_async_bulk_tensor_4d_store(map, own + panel * kPanelStep, 64 * panel, row, head_kv,
+                                              Config::kPacked ? 0 : at.batch);
             }
             cp_async_bulk_commit();
         }
@@ -1224,6 +1228,11 @@ struct BackwardSm90 {
                     bar_sync(kClearBarrier + wg, 128);
                 } else if constexpr (kCourier) {
                     await_turn();
+                }
+                // Of a warp's keys the copy engine would store those past the end too.
+                if (kForeignRows && n * kBlockN + static_cast<int>(threadIdx.x / 32 + 1) * 16 > at.seqlen_k) {
+                    store_rows();
+                    return;
                 }
                 await_staging();
                 send(dk, static_cast<float>(params().scale), kernel.arguments.maps[kBackwardMapDk], 0);
