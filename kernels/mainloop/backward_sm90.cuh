@@ -127,7 +127,7 @@ struct BackwardSm90 {
     // A query tile of the loop; m is negative after the last one of a key tile.
     struct alignas(16) Visit {
         int head, m, full;
-        int n;  // kRuns: the key tile, else the row of its first key
+        int n;  // kRuns: the key tile; kForeignRows: the row of its first key, for kStoreTma
         long long slab;
         int head_kv;
         int number;  // kAlternate: tiles before it
@@ -385,7 +385,7 @@ struct BackwardSm90 {
         Slot slot;
         int number = 0;
         const Work w = work();
-        const int first_key = Config::kStoreTma && !kRuns ? w.seq.token_k + w.n * kBlockN : 0;
+        const int first_key = Config::kStoreTma && kForeignRows ? w.seq.token_k + w.n * kBlockN : 0;
         auto publish = [&](int head, int m, bool full, int n) {
             if (lane == 0) {
                 Visit& next = visit(slot.stage);
@@ -867,8 +867,9 @@ struct BackwardSm90 {
                                                    sums);
             } else {
                 // NOTE: opaque, or what a mask makes of it is kept from one tile to the next.
-                const int first = kAlternate ? opaque(first_key()) : first_key();
-                score_probabilities<Config, true>(s, at, first_query(), first, scale, factor, mask(), score_mod, stats, sums);
+                score_probabilities<Config, true>(s, at, first_query(),
+                                                  kAlternate && kForeignRows ? opaque(first_key()) : first_key(), scale, factor,
+                                                  mask(), score_mod, stats, sums);
             }
         }
         __device__ __forceinline__ void find_gradients(Scores& dp, Scores& p) {
@@ -1205,7 +1206,7 @@ struct BackwardSm90 {
             __syncwarp();
             if (!leads()) return;
             const int head_kv = kernel.visit(slot.stage).head_kv;
-            const int row = 16 * warp + (kRuns ? n * kBlockN : kernel.visit(slot.stage).n);
+            const int row = 16 * warp + (kForeignRows ? kernel.visit(slot.stage).n : n * kBlockN);
 #pragma unroll
             for (int panel = 0; panel < kCols / 64; panel++) {
                 cp_async_bulk_tensor_4d_store(map, own + panel * kPanelStep, 64 * panel, row, head_kv,
