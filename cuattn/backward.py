@@ -824,7 +824,8 @@ def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     bulk = tiles.dq_buffers * 4 * m * dim if tiles.bulk or tiles.stores else 0
     buffers = 4 if _shares_keys(tiles) else 3 if tiles.alternate else 2  # of dS, and of P where warpgroups share their keys
     keys = (1 + tiles.runs) * 2 * n * (dim + dim_v)
-    return keys + stages * stage + buffers * 2 * m * n + bulk + bias + 8 * (7 + 7 * stages + 6 * tiles.alternate)
+    apart = _shares_keys(tiles) and tiles.seeded
+    return keys + stages * stage + buffers * 2 * m * n + bulk + bias + 8 * (7 + 7 * stages + 6 * (tiles.alternate or apart))
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four

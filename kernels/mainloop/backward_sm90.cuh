@@ -53,6 +53,7 @@
 #include "attention/row_stats.cuh"
 #include "attention/scores.cuh"
 #include "attention/seqlen.cuh"
+#include "mainloop/backward_apart_sm90.cuh"
 #include "mainloop/backward_maps.cuh"
 #include "mainloop/pair_counters.cuh"
 #include "mainloop/query_tiles.cuh"
@@ -81,8 +82,10 @@ struct BackwardSm90 {
     static constexpr bool kWide = kBlockN == 64 && kConsumers == 2, kRuns = Config::kRuns;
     static_assert((kConsumers == 1 || kConsumers == 2) && kBlockM % 16 == 0);
     static_assert(kWide ? kHeadDim % 128 == 0 && kHeadDimV % 128 == 0 : kBlockN == 64 * kConsumers);
+    // See mainloop/backward_apart_sm90.cuh.
+    static constexpr bool kApart = kWide && Config::kSeeded;
     // Of a warpgroup: rows of its scores, columns of dk and dv.
-    static constexpr int kScoreRows = kWide ? kBlockM / 2 : kBlockM;
+    static constexpr int kScoreRows = kWide && !kApart ? kBlockM / 2 : kBlockM;
     static constexpr int kKeyCols = kWide ? kHeadDim / 2 : kHeadDim, kValueCols = kWide ? kHeadDimV / 2 : kHeadDimV;
     // Two buffers of dS let one barrier a tile do.
     static_assert(kStages == 2);
@@ -94,7 +97,7 @@ struct BackwardSm90 {
     static constexpr int kProducerRegisters = kConsumers == 1                                     ? (kHeadDim > 64 ? 48 : 56)
                                               : kSmallSums                                        ? 72
                                               : Mask::kTiled && (kWide || Config::kDeterministic) ? 56
-                                              : kFewLeft                                          ? 24
+                                              : kFewLeft || kApart                                ? 24
                                                                                                   : 40;
     static constexpr int kConsumerRegisters = ((kConsumers + 1) * kLaunchRegisters - kProducerRegisters) / kConsumers;
 
@@ -179,7 +182,7 @@ struct BackwardSm90 {
     static_assert(kOffsetBias % QTile::kAlignment == 0);
     static constexpr int kOffsetVisits = kOffsetStats + kStages * StatsRows::kBytes;
     static constexpr int kOffsetBarriers = kOffsetVisits + kStages * static_cast<int>(sizeof(Visit));
-    static constexpr int kBarriers = 6 + 7 * kStages + (kAlternate ? 2 * kDsBuffers : 0);
+    static constexpr int kBarriers = 6 + 7 * kStages + (kAlternate || kApart ? 6 : 0);
     static constexpr int kOffsetSequence = kOffsetBarriers + 8 * kBarriers;
     static_assert(kOffsetSequence + 8 <= Config::kSmemBytes, "the plan's shared memory is too small");
 
@@ -209,6 +212,8 @@ struct BackwardSm90 {
     __device__ __forceinline__ unsigned handed(int stage) const { return barrier(6 + 6 * kStages + stage); }
     __device__ __forceinline__ unsigned ds_full(int buffer) const { return barrier(6 + 7 * kStages + buffer); }
     __device__ __forceinline__ unsigned ds_empty(int buffer) const { return barrier(6 + 7 * kStages + kDsBuffers + buffer); }
+    __device__ __forceinline__ unsigned p_full() const { return barrier(6 + 7 * kStages + 2 * kDsBuffers); }
+    __device__ __forceinline__ unsigned p_empty() const { return barrier(6 + 7 * kStages + 2 * kDsBuffers + 1); }
     __device__ __forceinline__ float* stats(int stage) const {
         return reinterpret_cast<float*>(smem + kOffsetStats + stage * StatsRows::kBytes);
     }
@@ -1241,6 +1246,35 @@ struct BackwardSm90 {
         }
     };
 
+    // kApart: what a warpgroup holds of dk (kKeys) or dv.
+    template <bool kKeys, int kCols>
+    __device__ __forceinline__ void store_apart(const WgmmaTile<kCols>& gradient, int n) const {
+        const ForwardParams& p = params();
+        const BackwardParams& g = grads();
+        const Work w = work();
+        const int rows = w.at.seqlen_k - n * kBlockN, cols = kKeys ? p.head_dim : p.head_dim_v;
+        const float scale = kKeys ? static_cast<float>(p.scale) : 1.0f;
+        if constexpr (Config::kQuerySplit) {
+            const long long heads_kv = p.num_heads / p.group;
+            const long long row = w.q_split * g.rows_kv + (w.at.batch * heads_kv + w.head_kv) * p.seqlen_k + n * kBlockN;
+            float* const to = static_cast<float*>(kKeys ? g.partial_dk : g.partial_dv) + row * cols;
+#pragma unroll
+            for (int x = 0; x < kCols / 2; x++) {
+                const int j = gradient.row(x), col = gradient.col(x);
+                if (j < rows && col < cols) to[static_cast<long long>(j) * cols + col] = gradient.data[x] * scale;
+            }
+        } else {
+            const long long pitch = kKeys ? g.dk_row : g.dv_row;
+            Element* const to = static_cast<Element*>(kKeys ? g.dk : g.dv) + w.at.batch * (kKeys ? g.dk_batch : g.dv_batch) +
+                                w.head_kv * (kKeys ? g.dk_head : g.dv_head) + n * kBlockN * pitch;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int j = gradient.row(2 * half);
+                store_row<Element, kKeys ? Config::kVecDk : Config::kVecDv>(gradient, half, scale, to + j * pitch, cols, j < rows);
+            }
+        }
+    }
+
     // Rows of dk and dv that belong to no key. A packed call's tail has more of them than key tiles.
     __device__ __forceinline__ void store_padding(const Work& w, int n) const {
         const ForwardParams& p = params();
@@ -1260,7 +1294,12 @@ struct BackwardSm90 {
     }
 
     __device__ __forceinline__ void consume(int wg) const {
-        const ForwardParams& p = params();
+        if constexpr (kApart) {
+            const Work w = work();
+            BackwardApart<Config, BackwardSm90> consumer{*this, w.at, w.n, score_factor()};
+            if (w.n < w.last()) consumer.run(wg);
+            return;
+        }
         Consumer consumer{*this, wg};
         consumer.factor = score_factor();
         const Work w = work();
@@ -1297,10 +1336,11 @@ struct BackwardSm90 {
                 mbarrier_init(q_empty(stage), 4 * kConsumers);
                 mbarrier_init(do_empty(stage), 4 * kConsumers);
             }
-            for (int buffer = 0; kAlternate && buffer < kDsBuffers; buffer++) {
-                mbarrier_init(ds_full(buffer), 4 * kConsumers);
-                mbarrier_init(ds_empty(buffer), 4);
+            for (int buffer = 0; (kAlternate || kApart) && buffer < kDsBuffers; buffer++) {
+                mbarrier_init(ds_full(buffer), kApart ? 4 : 4 * kConsumers);
+                mbarrier_init(ds_empty(buffer), kApart ? 4 * kConsumers : 4);
             }
+            if (kApart) mbarrier_init(p_full(), 4), mbarrier_init(p_empty(), 4);
             fence_mbarrier_init();
         }
         if constexpr (kAllTokens) {
