@@ -47,8 +47,7 @@ struct BackwardApart {
     int n;     // key tile
     float factor;
     Slot slot;
-    int m, full;  // of the visit at hand
-    float* dq_at;
+    int m, full, slab;  // of the visit at hand, its slab counted from the first of the group
 
     __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
 
@@ -57,21 +56,17 @@ struct BackwardApart {
         mbarrier_wait(kernel.visit_full(slot.stage), slot.parity);
         const auto& visit = kernel.visit(slot.stage);
         m = uniform(visit.m), full = uniform(visit.full);
-        dq_at = static_cast<float*>(kernel.grads().dq_sum) + visit.slab * Slab::kElements;
+        slab = uniform(visit.head) * static_cast<int>(kernel.grads().q_slabs) + m;
     }
-    // Sums begin with row statistics. kind: 0 of lse, 1 of delta.
+    // Row statistics of the tile at hand, of a thread's rows. kind: 0 of lse, 1 of delta.
     template <int kKind>
-    __device__ __forceinline__ void start_from_stats(Scores& sums) const {
+    __device__ __forceinline__ void read_stats(float (&rows)[Scores::kThreadRows]) const {
         const unsigned own = kernel.base + Kernel::kOffsetStats + slot.stage * Kernel::StatsRows::kBytes + kKind * kBlockM * 4 +
                              threadIdx.x % 4 * 16;
 #pragma unroll
         for (int r = 0; r < Scores::kThreadRows; r += 4) {
             const float4 four = ld_shared_v4(own + 16 * r);
-#pragma unroll
-            for (int c = 0; c < Scores::kThreadCols; c++) {
-                sums[2 * r + 2 * c] = four.x, sums[2 * r + 2 * c + 1] = four.y;
-                sums[2 * r + 2 * c + 4] = four.z, sums[2 * r + 2 * c + 5] = four.w;
-            }
+            rows[r] = four.x, rows[r + 1] = four.y, rows[r + 2] = four.z, rows[r + 3] = four.w;
         }
     }
     __device__ __forceinline__ char* shared_p() const { return kernel.smem + Kernel::kOffsetP + threadIdx.x % 128 * 16; }
@@ -80,16 +75,17 @@ struct BackwardApart {
     __device__ __forceinline__ void find_probabilities(unsigned (&operand)[Scores::kSize / 2]) {
         const unsigned start = opaque(kernel.base), q = start + Kernel::kOffsetQ + slot.stage * QTile::kBytes;
         Scores s;
-        start_from_stats<0>(s);
         mbarrier_wait(kernel.q_full(slot.stage), slot.parity);
         wgmma_pin(s.data);
         wgmma_fence();
-        wgmma_qk<Element, kHeadDim, KTile, QTile, true>(s, KTile::k_major(start), QTile::k_major(q));
+        wgmma_qk<Element, kHeadDim, KTile, QTile>(s, KTile::k_major(start), QTile::k_major(q));
+        float lse[Scores::kThreadRows];
+        read_stats<0>(lse);
         wgmma_wait_group<0>();
         wgmma_pin(s.data);
         if (leads()) mbarrier_arrive(kernel.q_empty(slot.stage));
         typename Kernel::Sums sums;
-        const auto stats = [](int) { return Stats{0.0f, 0.0f}; };
+        const auto stats = [&](int r) { return Stats{lse[r], 0.0f}; };
         const auto& variant = kernel.arguments.variant;
         if (full) {
             score_probabilities<Config, false>(s, at, m * kBlockM, n * 64, 1.0f, factor, variant.mask, variant.score_mod, stats,
@@ -120,9 +116,9 @@ struct BackwardApart {
         } else {
 #pragma unroll
             for (int x = 0; x < DqSums::kWhole; x++) {
-                wgmma_at<Element, KTile, DsTile>(
-                    dq.whole[x], KTile::descriptor(start + DqSums::panel(kGroup, x) * KTile::kPanelBytes, 16),
-                    DsTile::k_major(ds));
+                wgmma_at<Element, KTile, DsTile>(dq.whole[x],
+                                                 KTile::descriptor(start + DqSums::panel(kGroup, x) * KTile::kPanelBytes, 16),
+                                                 DsTile::k_major(ds));
             }
         }
     }
@@ -132,7 +128,9 @@ struct BackwardApart {
     }
     // Waits for it, of kAfter groups more that have been started behind, and adds it to a slab. Of tile `late`.
     template <int kAfter>
-    __device__ __forceinline__ void add_dq(DqSums& dq, float* to, const Slot& late) const {
+    __device__ __forceinline__ void add_dq(DqSums& dq, int own, const Slot& late) const {
+        float* const to =
+            Slab::at(kernel.params(), kernel.grads(), Sequence{}, at, 0, 0) + static_cast<long long>(own) * Slab::kElements;
         if constexpr (Kernel::kDoormen) mbarrier_wait(kernel.turn(late.stage), late.parity);
 #pragma unroll
         for (int x = 0; x < DqSums::kWhole; x++) {
@@ -177,7 +175,7 @@ struct BackwardApart {
             wgmma_pin(operand);
             if (leads()) mbarrier_arrive(kernel.do_empty(slot.stage));
             Slot late = slot;
-            float* late_at = dq_at;
+            int late_slab = slab;
             slot.advance();
             read_visit();
             DqSums dq;
@@ -192,12 +190,12 @@ struct BackwardApart {
                 start_dq<0>(dq, late.stage);
                 wgmma_pv<Element, DoTile>(
                     dv, operand, DoTile::mn_major(opaque(kernel.base) + Kernel::kOffsetDo + slot.stage * DoTile::kBytes));
-                add_dq<1>(dq, late_at, late);
+                add_dq<1>(dq, late_slab, late);
                 wgmma_wait_group<0>();
                 wgmma_pin(dv.data);
                 wgmma_pin(operand);
                 if (leads()) mbarrier_arrive(kernel.do_empty(slot.stage));
-                late = slot, late_at = dq_at;
+                late = slot, late_slab = slab;
                 slot.advance();
                 read_visit();
             }
@@ -205,7 +203,7 @@ struct BackwardApart {
             pin(dq);
             wgmma_fence();
             start_dq<0>(dq, late.stage);
-            add_dq<0>(dq, late_at, late);
+            add_dq<0>(dq, late_slab, late);
         }
         kernel.template store_apart<false>(dv, n);
     }
@@ -224,11 +222,12 @@ struct BackwardApart {
             const unsigned dout = start + Kernel::kOffsetDo + slot.stage * DoTile::kBytes;
             const unsigned q = start + Kernel::kOffsetQ + slot.stage * QTile::kBytes;
             Scores dp;
-            start_from_stats<1>(dp);
             mbarrier_wait(kernel.do_full(slot.stage), slot.parity);
             wgmma_pin(dp.data);
             wgmma_fence();
-            wgmma_qk<Element, kHeadDimV, VTile, DoTile, true>(dp, VTile::k_major(start + Kernel::kOffsetV), DoTile::k_major(dout));
+            wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(start + Kernel::kOffsetV), DoTile::k_major(dout));
+            float delta[Scores::kThreadRows];
+            read_stats<1>(delta);
             wgmma_wait_group<0>();
             wgmma_pin(dp.data);
             if (leads()) mbarrier_arrive(kernel.do_empty(slot.stage));
@@ -243,7 +242,7 @@ struct BackwardApart {
             __syncwarp();
             if (leads()) mbarrier_arrive(kernel.p_empty());
             typename Kernel::Sums sums;
-            const auto stats = [](int) { return Stats{0.0f, 0.0f}; };
+            const auto stats = [&](int r) { return Stats{0.0f, delta[r]}; };
             const auto& variant = kernel.arguments.variant;
             if (full) {
                 probability_gradients<Config, false>(dp, p, at, m * kBlockM, n * 64, variant.mask, variant.score_mod, stats,
@@ -268,7 +267,7 @@ struct BackwardApart {
             wgmma_fence();
             start_dq<1>(dq, slot.stage);
             wgmma_pv<Element, QTile>(dk, operand, QTile::mn_major(q));
-            add_dq<1>(dq, dq_at, slot);
+            add_dq<1>(dq, slab, slot);
             wgmma_wait_group<0>();
             wgmma_pin(dk.data);
             wgmma_pin(operand);

@@ -141,11 +141,10 @@ struct BackwardSm90 {
     // There a row whose statistics are not finite would hide nothing: -inf - NaN is NaN, and so is 0 * (0 - NaN). The guide
     // replaces such rows.
     static constexpr bool kGuards = kPlain && !kSeesAll<Mask>;
-    static constexpr bool kEarly = Config::kEarly && !kPlain, kSeeded = Config::kSeeded && kWide;
-    static_assert(!kSeeded || (kWide && kEarly && !Config::kStageBias && !kFewLeft));
+    static constexpr bool kEarly = Config::kEarly && !kPlain;
+    static_assert(!kApart || (kEarly && !(Config::kStageBias || Config::kBulkDq || Config::kPacked || Config::kLens)));
     // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that a bias needs.
-    static constexpr bool kStatsAhead =
-        kEarly && !kSeeded && !kFewLeft && kScoreRows <= (Config::kStageBias && kKeyCols > 64 ? 32 : 64);
+    static constexpr bool kStatsAhead = kEarly && !kFewLeft && kScoreRows <= (Config::kStageBias && kKeyCols > 64 ? 32 : 64);
     // Or while S is multiplied, where registers are too short for that.
     static constexpr bool kStatsUnder = kEarly && kFewLeft;
     // The doormen add dq, in order or not; else each consumer warp adds its own part.
@@ -164,7 +163,7 @@ struct BackwardSm90 {
     static_assert(!kAlternate || (kDoors && kDqBuffers == 1 && kEarly && kConsumers == 2 && kBlockM == 64 && kHeadDim == 128));
     static_assert(!kAlternate || kHeadDimV == kHeadDim);
     // The guide keeps what it can in shared memory: it, too, is short of registers.
-    static constexpr bool kKeepRow = kFewLeft && kCourier;
+    static constexpr bool kKeepRow = (kFewLeft && kCourier) || kApart, kLean = kFewLeft || kApart;
     static constexpr int kDqWarpBytes = Config::kBulkDq || Config::kStoreTma ? Slab::kWarpElements * 4 : 0;
     static constexpr int kDqBytes = kConsumerThreads / 32 * kDqWarpBytes, kKeyStages = kRuns ? 2 : 1;
     using KeySlot = RingSlot<kKeyStages>;
@@ -381,7 +380,6 @@ struct BackwardSm90 {
             slot.advance();
         };
         constexpr int kLaneRows = (kBlockM + 31) / 32;  // of a tile
-        const float seed = -1.0f / score_factor();
         const long long first_row = w.seq.row + w.at.head * w.seq.head_rows;
         if (kKeepRow) {
             if (lane == 0) visit(0).slab = first_row;
@@ -390,22 +388,21 @@ struct BackwardSm90 {
         const long long slabs = Slab::number(p, g, w.seq, w.at, 0);
         for_places(w, [&](const Tiles& tiles, Place here) {
             const int row = here.m * kBlockM + lane;
-            if (kFewLeft) mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);  // nor has the guide registers to read ahead
+            if (kLean) mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);  // nor has the guide registers to read ahead
             const Stats* const from = static_cast<const Stats*>(g.row_stats) + (kKeepRow ? visit(0).slab : first_row);
             Stats own[kLaneRows];
 #pragma unroll
             for (int x = 0; x < kLaneRows; x++) {
                 own[x] = row + 32 * x < w.at.seqlen_q ? from[here.head * w.seq.head_rows + row + 32 * x] : Stats::nothing();
             }
-            if (!kFewLeft) mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
+            if (!kLean) mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
             // NOTE: opaque, or what follows from these is kept in registers from one tile to the next.
             float* to = stats(slot.stage) + StatsRows::place(opaque(static_cast<unsigned>(lane)));
             unsigned broken = 0;
 #pragma unroll
             for (int x = 0; x < kLaneRows; x++) {
                 if (32 * x + 32 > kBlockM && lane >= kBlockM % 32) continue;
-                to[32 * x] = kSeeded ? own[x].lse * seed : own[x].lse;
-                to[32 * x + kBlockM] = kSeeded ? -own[x].delta : own[x].delta;
+                to[32 * x] = own[x].lse, to[32 * x + kBlockM] = own[x].delta;
                 if (!own[x].hides()) broken |= 1u << x;
             }
             Coord at = w.at;
@@ -509,13 +506,12 @@ struct BackwardSm90 {
         const Work w = work();
         const bool leads = lane_index() == 0;
         Slot slot;
+        const long long first = Slab::number(params(), grads(), w.seq, w.at, 0);
         if constexpr (Config::kBulkDq) fence_proxy_async_global();
         if (Config::kBulkDq && stage == 0 && leads) mbarrier_arrive(turn(0));
         for_places(w, [&](const Tiles&, Place here) {
             if (slot.stage == stage) {
-                Coord at = w.at;
-                at.head += here.head;
-                const long long slab = Slab::number(params(), grads(), w.seq, at, here.m);
+                const long long slab = first + here.head * grads().q_slabs + here.m;
                 unsigned* const counter = grads().turns + slab;
                 const unsigned before = tiles_before(w, here);
                 while (count_acquire(counter) < before) {
@@ -580,8 +576,7 @@ struct BackwardSm90 {
         int first_head, n, m, full, next_n;  // of the visit at hand, and its key tile
         float factor;                        // turns a score into the exponent of 2
         float lse[kStatsAhead || kStatsUnder ? Scores::kThreadRows : 1];
-        // Of the tile to come, from its row statistics.
-        Scores seeds_s, seeds_dp;
+        // Of the tile at hand.
         typename StatsReader::Four delta[kDeltaAhead ? Scores::kThreadRows / 4 : 1];
         WgmmaTile<kKeyCols> dk;
         WgmmaTile<kValueCols> dv;
@@ -617,20 +612,6 @@ struct BackwardSm90 {
             } else {
 #pragma unroll
                 for (int r = 0; r < Scores::kThreadRows; r++) lse[r] = stats.lse(r);
-            }
-        }
-        // kind: 0 of lse, 1 of delta.
-        __device__ __forceinline__ void start_from(Scores& sums, int stage, int kind) const {
-            const unsigned first = wg * kScoreRows * 4 + threadIdx.x % 4 * 16;
-            const unsigned own = kernel.base + kOffsetStats + stage * StatsRows::kBytes + kind * kBlockM * 4 + first;
-#pragma unroll
-            for (int r = 0; r < Scores::kThreadRows; r += 4) {
-                const float4 four = ld_shared_v4(own + 16 * r);
-#pragma unroll
-                for (int c = 0; c < Scores::kThreadCols; c++) {
-                    sums[2 * r + 2 * c] = four.x, sums[2 * r + 2 * c + 1] = four.y;
-                    sums[2 * r + 2 * c + 4] = four.z, sums[2 * r + 2 * c + 5] = four.w;
-                }
             }
         }
         __device__ __forceinline__ void clear_sums() {
@@ -840,7 +821,7 @@ struct BackwardSm90 {
             const auto& score_mod = staged_mod();
             const StatsReader reader = kernel.read_stats(slot.stage);
             constexpr bool kKept = kStatsAhead || kStatsUnder;
-            const auto stats = [&](int r) { return Stats{kSeeded ? 0.0f : kKept ? lse[kKept ? r : 0] : reader.lse(r), 0.0f}; };
+            const auto stats = [&](int r) { return Stats{kKept ? lse[kKept ? r : 0] : reader.lse(r), 0.0f}; };
             if (full) {
                 score_probabilities<Config, false>(s, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
                                                    sums);
@@ -853,9 +834,7 @@ struct BackwardSm90 {
             const auto& score_mod = staged_mod();
             sums.clear_tile();
             const StatsReader reader = kernel.read_stats(slot.stage);
-            const auto stats = [&](int r) {
-                return Stats{0.0f, kSeeded ? 0.0f : kDeltaAhead ? delta[r / 4].row[r % 4] : reader.delta(r)};
-            };
+            const auto stats = [&](int r) { return Stats{0.0f, kDeltaAhead ? delta[r / 4].row[r % 4] : reader.delta(r)}; };
             if (full) {
                 probability_gradients<Config, false>(dp, p, at, first_query(), first_key(), mask(), score_mod, stats, sums);
             } else {
@@ -943,22 +922,19 @@ struct BackwardSm90 {
             const unsigned q = start + kOffsetQ + stage * QTile::kBytes, dout = start + kOffsetDo + stage * DoTile::kBytes;
             const unsigned ds = start + kOffsetDs + (kAlternate ? late.stage : stage) * DsTile::kBytes;
             DqSums dq;
-            Scores own_s, own_dp;
-            Scores &s = kSeeded ? seeds_s : own_s, &dp = kSeeded ? seeds_dp : own_dp;
+            Scores s, dp;
             unsigned p_operand[Scores::kSize / 2], ds_operand[Scores::kSize / 2];
             mbarrier_wait(kernel.q_full(stage), slot.parity);
             clear_queries();
             wgmma_pin(s.data);
-            if constexpr (kSeeded) wgmma_pin(dp.data);
             wgmma_fence();
             const int own_keys = kWide ? 0 : group * 64 * 128, queries = kWide ? group * kScoreRows * 128 : 0;
             const unsigned k = start + keys.stage * KTile::kBytes, v = start + kOffsetV + keys.stage * VTile::kBytes;
-            wgmma_qk<Element, kHeadDim, KTile, QTile, kSeeded>(s, KTile::k_major(k + own_keys), QTile::k_major(q + queries));
+            wgmma_qk<Element, kHeadDim, KTile, QTile>(s, KTile::k_major(k + own_keys), QTile::k_major(q + queries));
             mbarrier_wait(kernel.do_full(stage), slot.parity);
             wgmma_pin(dp.data);
             wgmma_fence();
-            wgmma_qk<Element, kHeadDimV, VTile, DoTile, kSeeded>(dp, VTile::k_major(v + own_keys),
-                                                                 DoTile::k_major(dout + queries));
+            wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(v + own_keys), DoTile::k_major(dout + queries));
             if constexpr (kStatsUnder) read_lse(stage);
             read_bias(start);
             if constexpr (kEarly) {
@@ -1106,11 +1082,9 @@ struct BackwardSm90 {
                 add_dq(to, dq.half, DqSums::kHalf, start);
             }
             if constexpr (kDoormen) hand_over();
-            if constexpr (kSeeded) start_from(seeds_s, next.stage, 0);  // registers are short before
             wgmma_wait_group<0>();
             wgmma_pin(dk.data);
             if constexpr (!kWide) wgmma_pin(ds_operand);
-            if constexpr (kSeeded) start_from(seeds_dp, next.stage, 1);
             if (leads()) mbarrier_arrive(kernel.q_empty(stage));
             slot = next;
             return head;
@@ -1122,7 +1096,6 @@ struct BackwardSm90 {
             int head = read_visit(slot);
             // What was waited for has cleared the sums.
             if constexpr ((Config::kBulkDq && !kCourier) || kAddSums) fence_proxy_async_global();
-            if constexpr (kSeeded) start_from(seeds_s, slot.stage, 0), start_from(seeds_dp, slot.stage, 1);
             do {
                 clear_sums();
                 if (visits()) {
@@ -1270,7 +1243,8 @@ struct BackwardSm90 {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int j = gradient.row(2 * half);
-                store_row<Element, kKeys ? Config::kVecDk : Config::kVecDv>(gradient, half, scale, to + j * pitch, cols, j < rows);
+                store_row<Element, kKeys ? Config::kVecDk : Config::kVecDv>(gradient, half, scale, to + j * pitch, cols,
+                                                                            j < rows);
             }
         }
     }
