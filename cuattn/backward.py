@@ -365,7 +365,8 @@ class BackwardPlan:
         pair side by side read queries and add dq where they are in L2 still.
         """
         p = self.problem
-        return self.tiles.block_n == 128 and self.head_dim > 64 and not (self.backward.deterministic or p.packed or p.mods)
+        whole = self.tiles.block_n == 128 or _shares_keys(self.tiles)
+        return whole and self.head_dim > 64 and not (self.backward.deterministic or p.packed or p.mods)
 
     @property
     def section(self) -> int:
@@ -823,9 +824,9 @@ def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
     bulk = tiles.dq_buffers * 4 * m * dim if tiles.bulk or tiles.stores else 0
     buffers = 4 if _shares_keys(tiles) else 3 if tiles.alternate else 2  # of dS, and of P where warpgroups share their keys
-    keys = (1 + tiles.runs) * 2 * n * (dim + dim_v)
     apart = _shares_keys(tiles) and tiles.seeded
-    return keys + stages * stage + buffers * 2 * m * n + bulk + bias + 8 * (7 + 7 * stages + 6 * (tiles.alternate or apart))
+    keys = (1 + tiles.runs) * 2 * n * (dim + dim_v)
+    return keys + stages * stage + buffers * 2 * m * n + bulk + bias + 8 * (7 + 7 * stages + 6 * tiles.alternate + 8 * apart)
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four

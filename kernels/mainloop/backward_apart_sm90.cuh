@@ -5,9 +5,9 @@
 //             warpgroup 1: dP^T = V dO^T, likewise;        dS^T; dk += dS^T Q
 //             so each operand of S and dP is read from shared memory once, and P^T and dS^T are operands in the registers that
 //             hold them. Of dq each multiplies half the columns, from dS in shared memory
-// Between     P goes to warpgroup 1 as floats, each thread's to the thread that holds the same elements of dP; -0 where nothing
-//             is visible. Warpgroup 0 takes its part of dq a tile late, when dS has long been there, so that it is at
-//             exponentials while the other multiplies
+// Between     P goes to warpgroup 1 in fp16, whose rounding is little beside that of dS, each thread's to the thread that holds
+//             the same elements of dP; -0 where nothing is visible. Warpgroup 0 takes its part of dq a tile late, when dS has
+//             long been there, so that it is at exponentials while the other multiplies
 // Barriers    p_full     one lane of each warp of warpgroup 0   4   warpgroup 1
 //             p_empty    one lane of each warp of warpgroup 1   4   warpgroup 0
 //             ds_full    likewise, of a stage                   4   both
@@ -40,12 +40,15 @@ struct BackwardApart {
     using Work = typename Kernel::Work;
     static constexpr int kBlockM = Config::kBlockM, kHeadDim = Config::kHeadDim, kHeadDimV = Config::kHeadDimV;
     static_assert(Config::kBlockN == 64 && DqSums::kOdd == 0 && Config::kFoldScale);
-    static_assert(Scores::kSize * 128 * 4 <= 2 * DsTile::kBytes, "P has the place of two tiles of dS");
+    static_assert(Scores::kSize * 128 * 2 <= DsTile::kBytes, "P has the place of a tile of dS");
+
+    // S from -lse / factor: faster with a mask, slower without.
+    static constexpr bool kStarts = !kSeesAll<typename Config::Mask>;
 
     const Kernel& kernel;
     Coord at;  // head: the first of the group
     int n;     // key tile
-    float factor;
+    float factor, start_factor;
     Slot slot;
     int m, full, slab;  // of the visit at hand, its slab counted from the first of the group
 
@@ -69,23 +72,30 @@ struct BackwardApart {
             rows[r] = four.x, rows[r + 1] = four.y, rows[r + 2] = four.z, rows[r + 3] = four.w;
         }
     }
-    __device__ __forceinline__ char* shared_p() const { return kernel.smem + Kernel::kOffsetP + threadIdx.x % 128 * 16; }
+    __device__ __forceinline__ char* shared_p() const {
+        return kernel.smem + Kernel::kOffsetP + slot.stage * DsTile::kBytes + threadIdx.x % 128 * 16;
+    }
 
     // S and P of the tile at hand, for the other warpgroup and as an operand.
     __device__ __forceinline__ void find_probabilities(unsigned (&operand)[Scores::kSize / 2]) {
         const unsigned start = opaque(kernel.base), q = start + Kernel::kOffsetQ + slot.stage * QTile::kBytes;
         Scores s;
+        float lse[Scores::kThreadRows];
+        if constexpr (kStarts) {
+            read_stats<0>(lse);
+#pragma unroll
+            for (int x = 0; x < Scores::kSize; x++) s[x] = lse[Scores::thread_row(x)] * start_factor;
+        }
         mbarrier_wait(kernel.q_full(slot.stage), slot.parity);
         wgmma_pin(s.data);
         wgmma_fence();
-        wgmma_qk<Element, kHeadDim, KTile, QTile>(s, KTile::k_major(start), QTile::k_major(q));
-        float lse[Scores::kThreadRows];
-        read_stats<0>(lse);
+        wgmma_qk<Element, kHeadDim, KTile, QTile, kStarts>(s, KTile::k_major(start), QTile::k_major(q));
+        if constexpr (!kStarts) read_stats<0>(lse);
         wgmma_wait_group<0>();
         wgmma_pin(s.data);
         if (leads()) mbarrier_arrive(kernel.q_empty(slot.stage));
         typename Kernel::Sums sums;
-        const auto stats = [&](int r) { return Stats{lse[r], 0.0f}; };
+        const auto stats = [&](int r) { return Stats{kStarts ? 0.0f : lse[r], 0.0f}; };
         const auto& variant = kernel.arguments.variant;
         if (full) {
             score_probabilities<Config, false>(s, at, m * kBlockM, n * 64, 1.0f, factor, variant.mask, variant.score_mod, stats,
@@ -94,14 +104,17 @@ struct BackwardApart {
             score_probabilities<Config, true>(s, at, m * kBlockM, n * 64, 1.0f, factor, variant.mask, variant.score_mod, stats,
                                               sums);
         }
-        mbarrier_wait(kernel.p_empty(), slot.stage ^ 1);
+        mbarrier_wait(kernel.p_empty(slot.stage), slot.parity ^ 1);
         char* const to = shared_p();
 #pragma unroll
-        for (int x = 0; x < Scores::kSize; x += 4) {
-            *reinterpret_cast<float4*>(to + x / 4 * 2048) = make_float4(s[x], s[x + 1], s[x + 2], s[x + 3]);
+        for (int x = 0; x < Scores::kSize; x += 8) {
+            unsigned four[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) four[i] = pack_pair<__half>(s[x + 2 * i], s[x + 2 * i + 1]);
+            *reinterpret_cast<uint4*>(to + x / 8 * 2048) = make_uint4(four[0], four[1], four[2], four[3]);
         }
         __syncwarp();
-        if (leads()) mbarrier_arrive(kernel.p_full());
+        if (leads()) mbarrier_arrive(kernel.p_full(slot.stage));
         pack_operand<Element>(operand, s);
     }
 
@@ -232,15 +245,20 @@ struct BackwardApart {
             wgmma_pin(dp.data);
             if (leads()) mbarrier_arrive(kernel.do_empty(slot.stage));
             Scores p;
-            mbarrier_wait(kernel.p_full(), slot.stage);
+            mbarrier_wait(kernel.p_full(slot.stage), slot.parity);
             const char* const from = shared_p();
 #pragma unroll
-            for (int x = 0; x < Scores::kSize; x += 4) {
-                const float4 four = *reinterpret_cast<const float4*>(from + x / 4 * 2048);
-                p[x] = four.x, p[x + 1] = four.y, p[x + 2] = four.z, p[x + 3] = four.w;
+            for (int x = 0; x < Scores::kSize; x += 8) {
+                const uint4 eight = *reinterpret_cast<const uint4*>(from + x / 8 * 2048);
+                const unsigned four[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float2 two = unpack_pair<__half>(four[i]);
+                    p[x + 2 * i] = two.x, p[x + 2 * i + 1] = two.y;
+                }
             }
             __syncwarp();
-            if (leads()) mbarrier_arrive(kernel.p_empty());
+            if (leads()) mbarrier_arrive(kernel.p_empty(slot.stage));
             typename Kernel::Sums sums;
             const auto stats = [&](int r) { return Stats{0.0f, delta[r]}; };
             const auto& variant = kernel.arguments.variant;

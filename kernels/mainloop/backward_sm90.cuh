@@ -181,7 +181,7 @@ struct BackwardSm90 {
     static_assert(kOffsetBias % QTile::kAlignment == 0);
     static constexpr int kOffsetVisits = kOffsetStats + kStages * StatsRows::kBytes;
     static constexpr int kOffsetBarriers = kOffsetVisits + kStages * static_cast<int>(sizeof(Visit));
-    static constexpr int kBarriers = 6 + 7 * kStages + (kAlternate || kApart ? 6 : 0);
+    static constexpr int kBarriers = 6 + 7 * kStages + (kAlternate ? 6 : kApart ? 8 : 0);
     static constexpr int kOffsetSequence = kOffsetBarriers + 8 * kBarriers;
     static_assert(kOffsetSequence + 8 <= Config::kSmemBytes, "the plan's shared memory is too small");
 
@@ -211,8 +211,8 @@ struct BackwardSm90 {
     __device__ __forceinline__ unsigned handed(int stage) const { return barrier(6 + 6 * kStages + stage); }
     __device__ __forceinline__ unsigned ds_full(int buffer) const { return barrier(6 + 7 * kStages + buffer); }
     __device__ __forceinline__ unsigned ds_empty(int buffer) const { return barrier(6 + 7 * kStages + kDsBuffers + buffer); }
-    __device__ __forceinline__ unsigned p_full() const { return barrier(6 + 7 * kStages + 2 * kDsBuffers); }
-    __device__ __forceinline__ unsigned p_empty() const { return barrier(6 + 7 * kStages + 2 * kDsBuffers + 1); }
+    __device__ __forceinline__ unsigned p_full(int stage) const { return barrier(6 + 7 * kStages + 2 * kDsBuffers + stage); }
+    __device__ __forceinline__ unsigned p_empty(int stage) const { return barrier(8 + 7 * kStages + 2 * kDsBuffers + stage); }
     __device__ __forceinline__ float* stats(int stage) const {
         return reinterpret_cast<float*>(smem + kOffsetStats + stage * StatsRows::kBytes);
     }
@@ -1270,7 +1270,7 @@ struct BackwardSm90 {
     __device__ __forceinline__ void consume(int wg) const {
         if constexpr (kApart) {
             const Work w = work();
-            BackwardApart<Config, BackwardSm90> consumer{*this, w.at, w.n, score_factor()};
+            BackwardApart<Config, BackwardSm90> consumer{*this, w.at, w.n, score_factor(), -1.0f / score_factor()};
             if (w.n < w.last()) consumer.run(wg);
             return;
         }
@@ -1314,7 +1314,9 @@ struct BackwardSm90 {
                 mbarrier_init(ds_full(buffer), kApart ? 4 : 4 * kConsumers);
                 mbarrier_init(ds_empty(buffer), kApart ? 4 * kConsumers : 4);
             }
-            if (kApart) mbarrier_init(p_full(), 4), mbarrier_init(p_empty(), 4);
+            for (int stage = 0; kApart && stage < kStages; stage++) {
+                mbarrier_init(p_full(stage), 4), mbarrier_init(p_empty(stage), 4);
+            }
             fence_mbarrier_init();
         }
         if constexpr (kAllTokens) {
@@ -1329,14 +1331,18 @@ struct BackwardSm90 {
             const Work w = work();
             if (w.n >= w.last()) return;
             if (warp != 4 * kConsumers) await_prepared(w);
-            if (warp == 4 * kConsumers && elect_sync()) load_tiles();
-            if (warp == 4 * kConsumers + 1) guide();
-            if constexpr (kDoors) {
-                if (warp >= 4 * kConsumers + 2) add_part(warp % 2);
-            } else if constexpr (Config::kDeterministic) {
-                if (warp >= 4 * kConsumers + 2) keep_order(warp % 2);
+            if (warp == 4 * kConsumers) {
+                if (elect_sync()) load_tiles();
+            } else if (warp == 4 * kConsumers + 1) {
+                guide();
+            } else {
+                if constexpr (kDoors) {
+                    add_part(warp % 2);
+                } else if constexpr (Config::kDeterministic) {
+                    keep_order(warp % 2);
+                }
+                if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
             }
-            if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
             if (!Config::kPreparesAhead || grads().prepared_units == 0) wait_for_grids_ahead();
