@@ -362,11 +362,13 @@ class BackwardPlan:
     @property
     def one_by_one(self) -> bool:
         """backward_sm90: whether pairs of sequences and KV heads follow one another. Beyond 64 columns equal key tiles of one
-        pair side by side read queries and add dq where they are in L2 still.
+        pair side by side read queries and add dq where they are in L2 still; beyond 128, where L2 is busy with adding, this pays
+        where a pair has few.
         """
         p = self.problem
-        whole = self.tiles.block_n == 128 or _shares_keys(self.tiles)
-        return whole and self.head_dim > 64 and not (self.backward.deterministic or p.packed or p.mods)
+        few = _shares_keys(self.tiles) and p.seqlen_k <= FEW_KEYS
+        wide = self.head_dim > 64 and (self.tiles.block_n == 128 or few)
+        return wide and not (self.backward.deterministic or p.packed or p.mods)
 
     @property
     def section(self) -> int:
@@ -712,6 +714,8 @@ L2_BYTES = 32 << 20
 """Of an H200's 50 MB, what may be counted on."""
 
 
+FEW_KEYS = 2048
+"""Of a sequence, up to which pairs follow one another beyond 128 columns."""
 MOST_FEW_ROWS = 4096
 """Queries of a causal call up to which tiles of 64 rows were no slower than of 96, at 64 columns."""
 LONG_RUNS = ((512, 4, 4), (2048, 1, 2))

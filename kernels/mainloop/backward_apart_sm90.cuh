@@ -42,13 +42,10 @@ struct BackwardApart {
     static_assert(Config::kBlockN == 64 && DqSums::kOdd == 0 && Config::kFoldScale);
     static_assert(Scores::kSize * 128 * 2 <= DsTile::kBytes, "P has the place of a tile of dS");
 
-    // S from -lse / factor: faster with a mask, slower without.
-    static constexpr bool kStarts = !kSeesAll<typename Config::Mask>;
-
     const Kernel& kernel;
     Coord at;  // head: the first of the group
     int n;     // key tile
-    float factor, start_factor;
+    float factor;
     Slot slot;
     int m, full, slab;  // of the visit at hand, its slab counted from the first of the group
 
@@ -80,22 +77,17 @@ struct BackwardApart {
     __device__ __forceinline__ void find_probabilities(unsigned (&operand)[Scores::kSize / 2]) {
         const unsigned start = opaque(kernel.base), q = start + Kernel::kOffsetQ + slot.stage * QTile::kBytes;
         Scores s;
-        float lse[Scores::kThreadRows];
-        if constexpr (kStarts) {
-            read_stats<0>(lse);
-#pragma unroll
-            for (int x = 0; x < Scores::kSize; x++) s[x] = lse[Scores::thread_row(x)] * start_factor;
-        }
         mbarrier_wait(kernel.q_full(slot.stage), slot.parity);
         wgmma_pin(s.data);
         wgmma_fence();
-        wgmma_qk<Element, kHeadDim, KTile, QTile, kStarts>(s, KTile::k_major(start), QTile::k_major(q));
-        if constexpr (!kStarts) read_stats<0>(lse);
+        wgmma_qk<Element, kHeadDim, KTile, QTile>(s, KTile::k_major(start), QTile::k_major(q));
+        float lse[Scores::kThreadRows];
+        read_stats<0>(lse);
         wgmma_wait_group<0>();
         wgmma_pin(s.data);
         if (leads()) mbarrier_arrive(kernel.q_empty(slot.stage));
         typename Kernel::Sums sums;
-        const auto stats = [&](int r) { return Stats{kStarts ? 0.0f : lse[r], 0.0f}; };
+        const auto stats = [&](int r) { return Stats{lse[r], 0.0f}; };
         const auto& variant = kernel.arguments.variant;
         if (full) {
             score_probabilities<Config, false>(s, at, m * kBlockM, n * 64, 1.0f, factor, variant.mask, variant.score_mod, stats,

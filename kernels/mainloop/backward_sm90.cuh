@@ -1270,7 +1270,7 @@ struct BackwardSm90 {
     __device__ __forceinline__ void consume(int wg) const {
         if constexpr (kApart) {
             const Work w = work();
-            BackwardApart<Config, BackwardSm90> consumer{*this, w.at, w.n, score_factor(), -1.0f / score_factor()};
+            BackwardApart<Config, BackwardSm90> consumer{*this, w.at, w.n, score_factor()};
             if (w.n < w.last()) consumer.run(wg);
             return;
         }
