@@ -362,7 +362,7 @@ class BackwardPlan:
     @property
     def one_by_one(self) -> bool:
         """backward_sm90: whether pairs of sequences and KV heads follow one another. Beyond 64 columns equal key tiles of one
-        pair side by side read queries and add dq where they are in L2 still; beyond 128, where L2 is busy with adding, this pays
+        pair side by side read queries and add dq where they are in L2 still; beyond 128, where L2 is busy with adding, it pays
         where a pair has few.
         """
         p = self.problem
