@@ -210,6 +210,10 @@ FORWARD = [*paper(4096, 8192, 16384), *paper(512, 1024, 2048), HALF, *wide(64, 1
 QUICK = [*paper(4096), HALF, *wide(128), FEATURES[0], FEATURES[3], PACKED, SPLIT]
 
 
+MODIFICATIONS = {"bias", "key bias", "alibi", "softcap", "user"}
+"""What a case's options may say that changes its scores."""
+
+
 def gradients(*cases: Case) -> list[Case]:
     """Of these forward cases."""
     return [replace(case, bench="backward") for case in cases]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bench.baselines import Baseline
-from bench.cases import Case
+from bench.cases import MODIFICATIONS, Case
 from bench.ceilings import Ceilings
 from bench.inputs import Arrays, HostArrays, Inputs, best_arrays
 from bench.progress import within
@@ -19,7 +19,7 @@ from bench.results import Row, Store, make_row
 from bench.timing import Contender, Deadline, Timing, first_line, measure
 from cuattn.plan import Plan
 
-OURS = "cuattn"
+OURS, PLAIN = "cuattn", "plain"
 DISAGREE = 0.1
 """A peer whose output differs from ours by more than this fraction of the largest output computes something else."""
 
@@ -31,6 +31,15 @@ def ours(inputs: Inputs) -> Contender:
     attend = cuattn.attention_varlen if inputs.case.packed else cuattn.attention
     packing, options = inputs.packing(), inputs.options()
     return Contender(OURS, [functools.partial(attend, *qkv, *packing, **options) for qkv in inputs.sets])
+
+
+def without_mods(inputs: Inputs) -> list[Contender]:
+    """The same calls without the score modifications; none where there are none, or other options beside them."""
+    if not inputs.case.mods or set(inputs.case.mods) - MODIFICATIONS:
+        return []
+    case = dataclasses.replace(inputs.case, mods=())
+    calls = ours(dataclasses.replace(inputs, case=case, bias=None, slopes=None)).calls
+    return [Contender(PLAIN, calls)]
 
 
 def l2_bytes() -> int:
@@ -90,8 +99,9 @@ def line(case: Case, row: Row, timing: Timing) -> str:
     bound = "     -" if row["bound_pct"] is None else f"{row['bound_pct']:5.1f}%"
     peers = "  ".join(f"x{us / row['us']:.2f} {name}" for name, us in row["peers"].items())
     rates = f"{row['us']:10.1f} us | {row['tflops']:6.1f} TFLOP/s | {row['gbps']:6.0f} GB/s | {bound}"
-    error = f" | error {row['error']:.2e}" if "error" in row else ""
-    return f"{case!s:44} {rates} | {peers}{error} (spread {100 * timing.spread:.0f}%)"
+    more = f" | error {row['error']:.2e}" if "error" in row else ""
+    more += f" | x{row['plain'] / row['us']:.3f} plain" if "plain" in row else ""
+    return f"{case!s:44} {rates} | {peers}{more} (spread {100 * timing.spread:.0f}%)"
 
 
 def run_case(
@@ -108,13 +118,15 @@ def run_case(
             peers.append((baseline, baseline.contender(inputs)))
         except Exception as error:
             print(f"  ! {baseline.name}: {first_line(error)}")
-    times = measure([mine, *(contender for _, contender in peers)], rounds)
+    times = measure([mine, *without_mods(inputs), *(contender for _, contender in peers)], rounds)
     if OURS not in times:
         print(f"{case!s:44} not measured")
         return None
     check_peers(mine, peers, case)
     more = {"error": reference_error(case, arrays)} if case.dtype == "float32" else {}
     timing = times.pop(OURS)
+    if PLAIN in times:
+        more["plain"] = round(times.pop(PLAIN).us, 2)
     row = make_row(case, timing.us, {name: t.us for name, t in times.items()}, env, ceilings, **more)
     print(line(case, row, timing), flush=True)
     return row

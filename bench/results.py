@@ -26,7 +26,8 @@ the measured bound), peers {name: us}, gpu, versions, source_hash, date; and whe
 the float64 reference, relative to the largest output), errors {name: {array: [largest, root of the mean square]}} of every
 library on the same inputs, bytes (memory beyond inputs and outputs, of a backward also beyond gradients and lse), planned (the
 bytes of it that the plan announces), peer_bytes {name: bytes}, p99 and peers_p99 (99 of 100 calls took less), whole (us
-with the core calls beyond which us is counted)."""
+with the core calls beyond which us is counted), plain (us of the same forward without its score
+modifications, in turn with it)."""
 RATED = ("forward", "backward", "matrix", "matrix/backward")
 """Parts whose time is GPU time."""
 

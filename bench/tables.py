@@ -34,19 +34,23 @@ def group(row: Row) -> str:
 def table(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
     """Lines of one table: time, rate, percent of the bound, and how many times a peer's time is ours.
 
-    Backward tables and those with many peers say so of the best peer of a row as well.
+    Backward tables and those with many peers say so of the best peer of a row as well; "x plain" is our own call without its
+    score modifications.
     """
     peers = [name for name in titles if any(name in row["peers"] for row in rows)]
-    errors = any("error" in row for row in rows)
+    some: dict[str, Cell] = {
+        "error": lambda row: f"{row['error']:.1e}" if "error" in row else "",
+        "x plain": lambda row: f"{row['plain'] / row['us']:.2f}" if "plain" in row else "",
+    }
+    some = {title: cell for title, cell in some.items() if any(map(cell, rows))}
     best = any(is_backward(row) for row in rows) or len(peers) > 2
     head = ["dtype", "d", "batch x heads", "length", "mask, options", "us", "TFLOP/s", "GB/s", "% of bound"]
-    head += ["error"] * errors + ["x best"] * best + [f"x {titles[name]}" for name in peers]
+    head += [*some, *["x best"] * best, *(f"x {titles[name]}" for name in peers)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 5 + "---:|" * (len(head) - 5)]
     for row in rows:
         percent = "" if row["bound_pct"] is None else f"{row['bound_pct']:.0f}"
         cells = [label(row), f"{row['us']:.0f}", f"{row['tflops']:.1f}", f"{row['gbps']:.0f}", percent]
-        if errors:
-            cells.append(f"{row['error']:.1e}" if "error" in row else "")
+        cells += [cell(row) for cell in some.values()]
         if best:
             cells.append(f"{best_peer(row) / row['us']:.2f}" if row["peers"] else "")
         cells += [f"{row['peers'][name] / row['us']:.2f}" if name in row["peers"] else "" for name in peers]

@@ -337,38 +337,44 @@ class BackwardPlan:
     @property
     def counts_pairs(self) -> bool:
         """backward_sm90: whether backward_convert.cu waits for the sums of a KV head and batch, not for the whole kernel."""
-        tiles, p = self.tiles, self.problem
-        doormen = self.chained and tiles.bulk and tiles.seeded and not (tiles.runs or self.backward.deterministic)
-        return doormen and self.q_splits == 1 and not p.packed
+        tiles = self.tiles
+        doormen = self.chained and tiles.bulk and (tiles.seeded or tiles.alternate)
+        return doormen and self.q_splits == 1 and not (tiles.runs or self.backward.deterministic)
 
     @property
     def prepared_units(self) -> int:
-        """backward_sm90: parts of a KV head and batch that backward_prepare_sm90.cu prepares while the kernel runs already. 0
-        where backward_prepare.cu prepares all before.
+        """backward_sm90: parts of a head's queries (packed: of all sequences, as `slabs` counts) that backward_prepare_sm90.cu
+        prepares while the kernel runs already. 0 where backward_prepare.cu prepares all before.
         """
         p = self.problem
         few = self.grid(p.batch, p.num_heads_kv) < LEAST_WAVES * self.device.num_sms
-        return 0 if few or p.seqlen_k < LEAST_KEYS or not self.prepares_ahead else -(-p.group * p.seqlen_q // UNIT_ROWS)
+        short = (p.total_k // max(1, p.batch) if p.packed else p.seqlen_k) < LEAST_KEYS
+        units = p.total_q // UNIT_ROWS + p.batch + 1 if p.packed else -(-p.seqlen_q // UNIT_ROWS)
+        return 0 if few or short or not self.prepares_ahead else units
 
     @property
     def prepares_ahead(self) -> bool:
         """backward_sm90: whether it can begin before all rows are prepared: where pairs follow one another, that the first CTAs
-        need few of them.
+        need few of them. Rows of no sequence, which nobody else reads, would be wrong in the gradients of sinks.
         """
         p = self.problem
+        out, dout = p.operand("out"), self.backward.dout
         whole = p.vectors[3] == self.backward.vector_dout == 16 and p.head_dim_v % 8 == 0
-        return self.counts_pairs and self.one_by_one and whole
+        near = out is not None and all(0 <= array.strides[1] < 2**32 for array in (out, dout))
+        all_rows = not (self.own_lengths and p.operand("sinks") is not None)
+        return self.counts_pairs and self.one_by_one and whole and near and all_rows
 
     @property
     def one_by_one(self) -> bool:
         """backward_sm90: whether pairs of sequences and KV heads follow one another. Beyond 64 columns equal key tiles of one
         pair side by side read queries and add dq where they are in L2 still; beyond 128, where L2 is busy with adding, it pays
-        where a pair has few.
+        where a pair has few. Of packed sequences the last ones may be long, so that only what converts counted sums meanwhile
+        makes up for the multiprocessors that wait for the last CTAs.
         """
         p = self.problem
         few = _shares_keys(self.tiles) and p.seqlen_k <= FEW_KEYS
-        wide = self.head_dim > 64 and (self.tiles.block_n == 128 or few)
-        return wide and not (self.backward.deterministic or p.packed or p.mods)
+        large = self.head_dim > 64 and (self.tiles.block_n == 128 or few)
+        return large and not (self.backward.deterministic or p.mods) and (self.counts_pairs or not p.packed)
 
     @property
     def section(self) -> int:
@@ -377,8 +383,12 @@ class BackwardPlan:
 
     @property
     def last_section(self) -> int:
-        """backward_sm90: those of the last section, 0 for as many: with a mask the last CTAs should be the shortest."""
-        return 0 if self.section > 1 or isinstance(self.problem.mask, Full) else self._long_section
+        """backward_sm90: those of the last section, 0 for as many: with a mask the last CTAs should be the shortest. Of packed
+        pairs that follow one another, CTAs of the last ones, which take turns.
+        """
+        if self.section > 1 or isinstance(self.problem.mask, Full):
+            return 0
+        return self.device.num_sms // 2 if self.all_tokens and self.one_by_one else self._long_section
 
     @property
     def _long_section(self) -> int:
@@ -882,16 +892,16 @@ def sm90_candidates(backward: BackwardProblem, device: Device) -> Sequence[Tiles
     rows = 128 if run > 0 or (bare and (weight == 0 or backward.deterministic)) else 64 if few else 96
     runs = run > 1 or (narrow and widest == 64 and not backward.deterministic)
     seeded = bare and widest != 192
-    stores = bare and widest <= 128 and dim_v <= dim and problem.head_dim % 8 == problem.head_dim_v % 8 == 0
+    whole = widest <= 128 and dim_v <= dim and problem.head_dim % 8 == problem.head_dim_v % 8 == 0
     tiles = tuple(
-        replace(t, bulk=bulk and not _shares_keys(t), runs=runs, seeded=seeded, stores=stores)
+        replace(t, bulk=bulk and not _shares_keys(t), runs=runs, seeded=seeded, stores=bare and whole)
         for t in tiles
         if weight <= t.max_weight and t.block_m <= rows
     )
     fits = device.smem_per_block
     # Where dv is multiplied early and nothing but a mask's limits is between, warpgroups of 64 x 128 tiles need no barrier.
     if dim == dim_v == 128 and band and _early(problem) and not problem.mods and not backward.deterministic:
-        tiles = tuple(replace(t, alternate=t.block_m == 64) for t in tiles)
+        tiles = tuple(replace(t, alternate=t.block_m == 64, stores=whole and t.block_m == 64) for t in tiles)
     elif seeded and not runs and not backward.deterministic:
         # Each warpgroup has a doorman, and two buffers where there is room.
         doubled = [replace(t, dq_buffers=2) for t in tiles]

@@ -231,7 +231,7 @@ NEEDS = {
     "magnitude": _SPLIT_NEEDS,
     "split": _SPLIT_NEEDS,
     "backward_prepare": ("kPrepareLanes", "kVecOut", "kVecDout", "kTf32", "kChained"),
-    "backward_prepare_sm90": ("kPrepareLanes", "kHeadDimV", "kVecOut", "kVecDout", "kTf32"),
+    "backward_prepare_sm90": ("kPrepareLanes", "kHeadDim", "kHeadDimV", "kBlockM", "kVecOut", "kVecDout", "kTf32"),
     "backward_sinks": ("Sink",),
     "backward_convert": (
         *("Gemm", "kHeadDim", "kBlockM", "kBlockN", "kSlabThreads", "kVecDq", "kVectorRed", "kWarpSlabs"),
@@ -284,6 +284,7 @@ def _backward_unit(plan: BackwardPlan, kernel: str, threads: int, smem_bytes: in
         "kChained": plan.chained,
         "kCountPairs": plan.counts_pairs,
         "kPreparesAhead": plan.prepares_ahead,
+        "kOneByOne": plan.one_by_one,
     }
     size = len(backward_struct(plan, plan.launches[0], attends).image)
     if attends:

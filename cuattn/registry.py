@@ -224,7 +224,6 @@ def _tiles_sm90(problem: Problem, device: Device) -> Sequence[Tiles]:
     # The others have no registers left for going back where probabilities outgrow the maximum that a row keeps.
     keeps = not problem.mods or nearest or (isinstance(alone, UserMod) and widest > 64)
     keeps = keeps and problem.scale > 0 and not 128 < problem.head_dim_v <= 192
-    keeps = keeps and not (problem.head_dim_v > 192 and keys >= LONG)  # maxima cost nothing there
     # float16 overflows sooner: a dropped probability, however large, counts in a sum, but is not seen where sums are divided.
     keeps = keeps and (problem.dtype == "bfloat16" or not (problem.packed or problem.dropout or problem.head_dim_v > 128))
     if widest <= 64 and keys < SHORT:

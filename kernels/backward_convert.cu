@@ -25,18 +25,10 @@ __device__ __forceinline__ void backward_convert(const BackwardArguments<Config>
     static_assert(Tile::kBytes <= Config::kSmemBytes, "the plan's shared memory is too small");
     const ForwardParams& p = arguments.base;
     const BackwardParams& g = arguments.grad;
-    unsigned index;
-    if constexpr (Config::kCountPairs) {
-        // While the last CTAs ahead run, this kernel has the other multiprocessors, for the sums that are there: the first
-        // ones.
-        index = blockIdx.x;
-        const unsigned pair = index / (p.m_blocks * p.group);
-        if (threadIdx.x == 0) count_wait(PairCounters::of(p, g).added(pair), g.n_blocks * PairCounters::kDoormen);
-        __syncthreads();
-    } else {
-        if constexpr (Config::kChained) wait_for_grids_ahead();
-        index = gridDim.x - 1 - blockIdx.x;  // the last sums are still in L2
-    }
+    if constexpr (Config::kChained && !Config::kCountPairs) wait_for_grids_ahead();
+    // With kCountPairs this kernel has the multiprocessors that the last CTAs ahead leave it, for the sums that are there: the
+    // first ones. Else the last sums are still in L2.
+    unsigned index = Config::kCountPairs ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     const int m = static_cast<int>(index % p.m_blocks);
     index /= p.m_blocks;
     Coord at{0, 0, 0, 0};
@@ -44,8 +36,15 @@ __device__ __forceinline__ void backward_convert(const BackwardArguments<Config>
     at.batch = static_cast<int>(index / p.num_heads);
     const Sequence seq = Sequence::of<Config::kPacked, Config::kLens>(p, at.batch);
     Element* dq = static_cast<Element*>(g.dq) + at.batch * g.dq_batch + at.head * g.dq_head + seq.token_q * g.dq_row;
-    const int start = m * Slab::kBlockM;
-    if (start < seq.seqlen_q) {
+    const int start = m * Slab::kBlockM, key_tiles = (seq.seqlen_k + Slab::kBlockN - 1) / Slab::kBlockN;
+    // Nobody adds to the sums of a pair without keys, nor need they be clear yet.
+    const int rows = Config::kCountPairs && key_tiles == 0 ? 0 : seq.seqlen_q;
+    if (start < rows) {
+        if constexpr (Config::kCountPairs) {
+            const int pair = at.batch * (p.num_heads / p.group) + at.head / p.group;
+            if (threadIdx.x == 0) count_wait(PairCounters::of(p, g).added(pair), key_tiles * PairCounters::kDoormen);
+            __syncthreads();
+        }
         const Tile tile{reinterpret_cast<Element*>(smem)};
         const Real scale = static_cast<Real>(p.scale);
         if (Slab::Grid::active()) {
@@ -63,10 +62,10 @@ __device__ __forceinline__ void backward_convert(const BackwardArguments<Config>
             }
         }
         __syncthreads();
-        store_tile<Config::kThreads, Config::kVecDq>(tile, dq + start * g.dq_row, g.dq_row, seq.seqlen_q - start, p.head_dim);
+        store_tile<Config::kThreads, Config::kVecDq>(tile, dq + start * g.dq_row, g.dq_row, rows - start, p.head_dim);
     }
     for (int block = m; block * Slab::kBlockM < seq.rows_q; block += p.m_blocks) {
-        const int from = max(block * Slab::kBlockM, seq.seqlen_q), stop = min((block + 1) * Slab::kBlockM, seq.rows_q);
+        const int from = max(block * Slab::kBlockM, rows), stop = min((block + 1) * Slab::kBlockM, seq.rows_q);
         for (int x = threadIdx.x; x < (stop - from) * p.head_dim; x += Config::kThreads) {
             dq[(from + x / p.head_dim) * g.dq_row + x % p.head_dim] = Element(0.0f);
         }

@@ -95,8 +95,8 @@ struct BackwardParams {
     alignas(8) int q_splits;        // parts into which the queries (of all heads of a group) of a key tile are divided
     alignas(8) int dq_splits;       // CTAs that share the key tiles of a head in turn: each has its own dq_sum
     alignas(8) int run;             // backward_sm90: key tiles that a CTA takes one after the other
-    alignas(8) int last_section;    // backward_sm90: pairs in the last section, 0 for as many as in the others
-    alignas(8) int prepared_units;  // see backward_prepare_sm90.cu
+    alignas(8) int last_section;    // backward_sm90: pairs in the last section, 0 for as many as in the others; see share_of
+    alignas(8) int prepared_units;  // of a head, 0 if all rows are prepared before: backward_prepare_sm90.cu
     alignas(8) int first_batch;     // of this launch, and heads and batches that it covers
     alignas(8) int first_head_kv;
     alignas(8) int batches;

@@ -722,7 +722,7 @@ def _corner_options() -> Iterator[Case]:
             case = Case(dtype, "ieee", 3, 203, 301, 4, 2, d, mask="causal", sequences=sequences, mods=mods, negative=True)
             yield case
             yield replace(case, growth=4.0)
-        yield Case(dtype, "ieee", 1, 130, 2100, 64, 8, 256, negative=True)  # rows take maxima of all tiles
+        yield Case(dtype, "ieee", 1, 130, 2100, 64, 8, 256, negative=True)  # in float16, rows take maxima of all tiles
         yield Case(dtype, "ieee", 3, 190, 170, 90, 90, 128, negative=True)
     for dtype, precision in KINDS:
         split = Case(dtype, precision, 1, 1, 5003, 2, 1, 64)

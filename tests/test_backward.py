@@ -126,6 +126,10 @@ CHAINS = (
     Case("float16", "ieee", 9, 500, 900, 4, 2, 64, sequences="lens", sinks=True),
     Case("bfloat16", "ieee", 8, 300, 504, 8, 4, 64, mods=("bias_pairs",)),
     Case("bfloat16", "ieee", 9, 400, 500, 8, 4, 128, mask="causal", sequences="packed"),
+    Case("float16", "ieee", 40, 130, 300, 2, 2, 128, sequences="packed"),
+    Case("float16", "ieee", 5, 300, 500, 4, 2, 128, sequences="packed", sinks=True),
+    Case("bfloat16", "ieee", 9, 400, 500, 8, 4, 128, mask="causal", sequences="lens"),
+    Case("bfloat16", "ieee", 9, 400, 500, 4, 4, 64, mask="causal", sequences="packed"),
 )
 """Several pairs of heads and sequences, of which each has several key tiles."""
 
@@ -143,9 +147,10 @@ def test_kernels_in_a_chain(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(backward, "LEAST_KEYS", 0)
     results = [check(cupy_backend, case) for _ in range(5)]
     (prepared,) = [made[0] for key, made in call._prepared.items() if key[0] == "backward"]
-    plain = case.sequences == "dense" and not case.mods
-    assert prepared.plan.chained and (prepared.plan.prepared_units > 0) == (plain and waves == 0 and case.head_dim == 128)
-    assert prepared.plan.counts_pairs == (plain and case.head_dim <= 128)
+    counted = not case.mods and (case.head_dim == 128 or (case.head_dim == 64 and case.sequences == "dense"))
+    assert prepared.plan.chained and prepared.plan.counts_pairs == counted
+    beside = counted and case.head_dim == 128 and not case.sinks
+    assert (prepared.plan.prepared_units > 0) == (beside and waves == 0)
     call._prepared.clear()
     monkeypatch.setattr(backward.BackwardPlan, "chained", False)
     apart = check(cupy_backend, case)
@@ -155,19 +160,27 @@ def test_kernels_in_a_chain(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads_kv", [16, 4])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_every_sum_of_dq_arrives(head_dim: int, heads_kv: int, causal: bool) -> None:
+def test_every_sum_of_dq_arrives(head_dim: int, heads_kv: int, causal: bool, packed: bool) -> None:
     """With all multiprocessors at work, where additions take longest: within rounding what they give in order."""
     cupy = pytest.importorskip("cupy")
     random = cupy.random.default_rng(head_dim + causal)
-    shape, shape_kv = (2, 4096, 16, head_dim), (2, 4096, heads_kv, head_dim)
+    lead: tuple[int, ...] = (2, 4096)
+    lengths: tuple[Any, ...] = ()
+    forward, gradients_of = cuattn.attention, cuattn.attention_backward
+    if packed:  # two sequences have no keys, or no queries
+        lead, forward, gradients_of = (8192,), cuattn.attention_varlen, cuattn.attention_varlen_backward
+        ends = (1500, 2200, 6296, 6296, 7296, 8192), (1500, 1500, 5596, 5896, 7896, 8192)
+        lengths = (*(cupy.array((0, *n), "int32") for n in ends), 4096, 4096)
+    shape, shape_kv = (*lead, 16, head_dim), (*lead, heads_kv, head_dim)
     q, k, v, dout = (random.standard_normal(s, dtype="float32").astype("float16") for s in (shape, shape_kv, shape_kv, shape))
-    out, lse = cuattn.attention(q, k, v, causal=causal, return_lse=True)
-    ordered = cuattn.attention_backward(dout, q, k, v, out, lse, causal=causal, deterministic=True)
+    out, lse = forward(q, k, v, *lengths, causal=causal, return_lse=True)
+    ordered = gradients_of(dout, q, k, v, out, lse, *lengths, causal=causal, deterministic=True)
     for _ in range(5):
-        gradients = cuattn.attention_backward(dout, q, k, v, out, lse, causal=causal)
+        gradients = gradients_of(dout, q, k, v, out, lse, *lengths, causal=causal)
         for name in ("dq", "dk", "dv"):
             exact = getattr(ordered, name).astype("float32")
             gap = cupy.abs(getattr(gradients, name).astype("float32") - exact).max() / cupy.abs(exact).max()

@@ -19,7 +19,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import backward, compare, decode, error, figures, host, latency, memory, progress, results, summary, tables, timing
+from bench import (
+    backward,
+    compare,
+    decode,
+    error,
+    figures,
+    forward,
+    host,
+    latency,
+    memory,
+    progress,
+    results,
+    summary,
+    tables,
+    timing,
+)
 from bench.__main__ import PEERS, STORED, main, parser, selected
 from bench.baselines import BASELINES, TITLES, Sdpa, available
 from bench.cases import (
@@ -407,6 +422,22 @@ def test_the_error_of_gradients_is_that_of_their_precision() -> None:
 def test_unknown_peers_are_refused() -> None:
     with pytest.raises(ValueError, match="nobody"):
         available(["nobody"])
+
+
+def test_a_modification_is_measured_beside_the_plain_call() -> None:
+    from bench.inputs import HostArrays
+
+    for mods, count in (("alibi",), 1), (("bias",), 1), (("dropout",), 0), (("alibi", "dropout"), 0), ((), 0):
+        inputs = Inputs.of(dense("float16", 16, 1, 2, 32, mods=mods), HostArrays())
+        found = forward.without_mods(inputs)
+        assert len(found) == count
+        for contender in found:
+            (call,) = contender.calls
+            assert call.args == inputs.sets[0] and not call.keywords
+    case = replace(FORWARD[0], mods=("softcap",))
+    page = "\n".join(tables.table([row(FORWARD[0], 900.0), {**row(case, 1000.0), "plain": 910.0}], TITLES))
+    assert "| x plain |" in page and page.endswith("| 0.91 |")
+    assert "x plain" not in "\n".join(tables.table([row(FORWARD[0], 900.0)], TITLES))
 
 
 def test_the_user_modification_is_the_same_for_peers() -> None:

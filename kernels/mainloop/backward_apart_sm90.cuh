@@ -47,11 +47,11 @@ struct BackwardApart {
     static constexpr float kPassed = 1 << 14;
 
     const Kernel& kernel;
-    Coord at;  // head: the first of the group
+    Coord at;  // head: 0, for a band shows the same to all
     int n;     // key tile
     float factor;
     Slot slot;
-    int m, full, slab;  // of the visit at hand, its slab counted from the first of the group
+    int m, full, slab;  // of the visit at hand, its slab counted from the first of the sequence
 
     __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
 
@@ -62,8 +62,7 @@ struct BackwardApart {
         m = uniform(visit.m), full = uniform(visit.full);
         slab = uniform(visit.head) * static_cast<int>(kernel.grads().q_slabs) + m;
     }
-    // Row statistics of the tile at hand, of a thread's rows. kind: 0 of lse, 1
-    // of delta.
+    // Row statistics of the tile at hand, of a thread's rows. kind: 0 of lse, 1 of delta.
     template <int kKind>
     __device__ __forceinline__ void read_stats(float (&rows)[Scores::kThreadRows]) const {
         const unsigned own = kernel.base + Kernel::kOffsetStats + slot.stage * Kernel::StatsRows::kBytes + kKind * kBlockM * 4 +
@@ -136,8 +135,7 @@ struct BackwardApart {
 #pragma unroll
         for (int x = 0; x < DqSums::kWhole; x++) wgmma_pin(dq.whole[x].data);
     }
-    // Waits for it, of kAfter groups more that have been started behind, and adds
-    // it to a slab. Of tile `late`.
+    // Waits for it, behind which kAfter groups more have been started, and adds it to slab `own`. `late`: the tile's place.
     template <int kAfter>
     __device__ __forceinline__ void add_dq(DqSums& dq, int own, const Slot& late) const {
         float* const to =

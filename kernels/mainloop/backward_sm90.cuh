@@ -7,6 +7,7 @@
 //                 dQ = dS K, or transposed        dS from shared memory, where both warpgroups write it; see WarpgroupHalf
 // (kWide)     beyond 128 columns dk and dv of 64 keys take the registers of both warpgroups. A warpgroup then holds the scores
 //             of half the queries, and half the columns of dk, dv and dq; P goes through shared memory as dS does
+// (kApart)    of these, with nothing but a mask: mainloop/backward_apart_sm90.cuh
 // Roles       consumers: warpgroups 0 and 1, 64 keys each (kWide: the same 64 keys)
 //             loader: one thread of warp 8 issues all tile loads
 //             guide: warp 9 says which query tile a stage holds (Visit) and brings its row statistics, which TMA cannot: their
@@ -129,13 +130,13 @@ struct BackwardSm90 {
 
     // A query tile of the loop; m is negative after the last one of a key tile.
     struct alignas(16) Visit {
-        int head, m, full, n;  // head: of the group
+        int head, m, full;
+        int n;  // kRuns: the key tile; kForeignRows: the row of its first key, for kStoreTma
         long long slab;
-        int head_kv, padding;
+        int head_kv;
+        int number;  // kAlternate: tiles before it
     };
     // Where only the mask is between products and exponentials: P and dS in one pass, whose exponentials hide the rest of it.
-    // (kWide) products start from the row statistics: S from -lse / factor, dP from -delta. They are read while the tensor
-    // cores are busy with the tile before.
     static constexpr bool kAlternate = Config::kAlternate;
     static constexpr bool kPlain = Config::kSeeded && !kWide && !kAlternate;
     // There a row whose statistics are not finite would hide nothing: -inf - NaN is NaN, and so is 0 * (0 - NaN). The guide
@@ -152,7 +153,7 @@ struct BackwardSm90 {
         Config::kBulkDq && (Config::kDeterministic || ((Config::kSeeded || kStatsUnder || kAlternate) && !kRuns));
     static constexpr bool kDoormen = kCourier || Config::kDeterministic;
     // Delta is read before dv is issued, or it would come late, behind what the tensor cores read from shared memory.
-    static constexpr bool kDeltaAhead = kAlternate && !(Config::kPacked || Config::kLens);
+    static constexpr bool kDeltaAhead = kAlternate;
     // Without an order each of the two adds what one warpgroup left, as soon as it is there.
     static constexpr bool kDoors = kCourier && !Config::kDeterministic;
     // With two buffers of dq a warpgroup leaves that of a tile while the one before is being added.
@@ -187,8 +188,8 @@ struct BackwardSm90 {
 
     // Rows past a sequence's end may hold anything: other sequences, or padding that is NaN. Those past an array's are zero.
     static constexpr bool kForeignRows = Config::kPacked || Config::kLens;
-    static constexpr bool kCountPairs = Config::kCountPairs;  // every CTA counts: none may find that it has no keys
-    static_assert(!kCountPairs || (kDoors && !(kForeignRows || Config::kQuerySplit)));
+    static constexpr bool kCountPairs = Config::kCountPairs;
+    static_assert(!kCountPairs || (kDoors && !Config::kQuerySplit));
     // Named barriers; 0 is __syncthreads.
     static constexpr int kDsBarrier = 1, kPBarrier = 2, kClearBarrier = 3;
 
@@ -227,6 +228,8 @@ struct BackwardSm90 {
     // the longest sequence would find nothing to do in most.
     static constexpr bool kAllTokens = Config::kPacked && !kRuns;
     __device__ __forceinline__ static int first_tile(int token, int sequence) { return token / kBlockN + sequence; }
+    // (kByPair) pairs follow one another, those of a sequence before those of the next.
+    static constexpr bool kByPair = kAllTokens && Config::kOneByOne;
     // Of a key tile so numbered the sequence, found by all lanes of a warp.
     __device__ __forceinline__ static int sequence_at(const ForwardParams& p, int tile) {
         int found = 0;
@@ -256,7 +259,21 @@ struct BackwardSm90 {
         // before it, whose turn it is first, as a tile takes: none waits for long. But in the last section, whose longest tiles
         // would end one by one, the first ones go first; there all walk from the last query tile, which under a causal mask
         // they share, to the first.
-        __device__ __forceinline__ static Share share_of(const ForwardParams& p, const BackwardParams& g) {
+        // `sequence`: with kByPair, the one that the CTA belongs to.
+        __device__ __forceinline__ static Share share_of(const ForwardParams& p, const BackwardParams& g, int sequence) {
+            if constexpr (kByPair) {
+                const int start = first_tile(p.cu_seqlens_k[sequence], sequence);
+                const int all = first_tile(p.cu_seqlens_k[p.batch], p.batch);
+                const int stop = sequence == p.batch ? g.n_blocks : first_tile(p.cu_seqlens_k[sequence + 1], sequence + 1);
+                const int pairs = g.q_splits * g.heads_kv, count = stop - start, after = (all - stop) * pairs;
+                int rest = static_cast<int>(cta_index()) - start * pairs;
+                // The last pairs, but for one of which fewer than so many CTAs are left, take turns.
+                const int turns = after < g.last_section ? min((g.last_section - after) / count + 1, pairs) : 0;
+                const int one_by_one = (pairs - turns) * count;
+                if (rest < one_by_one) return {rest / count, start + rest % count, false};
+                rest -= one_by_one;
+                return {pairs - turns + rest % turns, start + rest / turns, false};
+            }
             const int run = kRuns ? g.run : 1;
             const int index = static_cast<int>(cta_index()), shares = (g.n_blocks + run - 1) / run;
             const int pairs = g.q_splits * g.heads_kv * (kAllTokens ? 1 : g.batches);
@@ -273,7 +290,7 @@ struct BackwardSm90 {
         }
         // `sequence`: with kAllTokens, the one that the key tile belongs to.
         __device__ __forceinline__ static Work of(const ForwardParams& p, const BackwardParams& g, int sequence) {
-            auto [pair, n, descending] = share_of(p, g);
+            auto [pair, n, descending] = share_of(p, g, sequence);
             Work w;
             w.descending = descending;
             w.n = n, w.stop = n + (kRuns ? g.run : 1);
@@ -369,12 +386,15 @@ struct BackwardSm90 {
         const BackwardParams& g = grads();
         const int lane = lane_index();
         Slot slot;
+        int number = 0;
         const Work w = work();
+        const int first_key = Config::kStoreTma && kForeignRows ? w.seq.token_k + w.n * kBlockN : 0;
         auto publish = [&](int head, int m, bool full, int n) {
             if (lane == 0) {
                 Visit& next = visit(slot.stage);
                 next.head = head, next.m = m, next.full = full, next.n = n;
                 if constexpr (Config::kStoreTma) next.head_kv = w.head_kv;
+                if constexpr (kAlternate) next.number = number++;
             }
             mbarrier_arrive(visit_full(slot.stage));
             slot.advance();
@@ -414,10 +434,10 @@ struct BackwardSm90 {
                 if (!full && __any_sync(0xffffffffu, broken != 0)) replace(slot, broken);
             }
             if (!kKeepRow && lane == 0) visit(slot.stage).slab = slabs + static_cast<long long>(here.head) * g.q_slabs + here.m;
-            publish(here.head, here.m, full, kRuns ? tiles.n : 0);
+            publish(at.head, here.m, full, kRuns ? tiles.n : first_key);
         });
         mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
-        publish(0, -1, false, 0);
+        publish(0, -1, false, first_key);
     }
 
     // In a tile that hides something, rows of this lane whose statistics are not finite, bit x for row 32 x. Zeros in Q and dO,
@@ -493,13 +513,18 @@ struct BackwardSm90 {
     __device__ __forceinline__ int pair(const Work& w) const {
         return w.at.batch * (params().num_heads / params().group) + w.head_kv;
     }
+    // Whether rows are prepared while this kernel runs already.
+    __device__ __forceinline__ bool prepared_beside() const { return Config::kPreparesAhead && grads().prepared_units > 0; }
     // Until row statistics of this CTA's queries may be read and sums of dq added to.
     __device__ __forceinline__ void await_prepared(const Work& w) const {
-        const BackwardParams& g = grads();
-        const bool ahead = Config::kPreparesAhead && g.prepared_units > 0;
-        if (ahead) PairCounters::of(params(), g).await_ready(pair(w), g.prepared_units);
+        const ForwardParams& p = params();
+        const bool beside = prepared_beside();
+        if (beside && w.n < w.last()) {
+            const int units = p.group * PairCounters::units<Config::kPacked>(p, grads(), w.at.batch);
+            PairCounters::of(p, grads()).await_ready(pair(w), units);
+        }
         // Then the last one does both, or the grid behind might begin before all grids ahead of this one are done.
-        if (!ahead || blockIdx.x == gridDim.x - 1) wait_for_grids_ahead();
+        if (!beside || blockIdx.x == gridDim.x - 1) wait_for_grids_ahead();
     }
     // Two warps, or what follows an addition, until it is known to be done and has been told, would hold up the next.
     __device__ __forceinline__ void keep_order(int stage) const {
@@ -571,12 +596,10 @@ struct BackwardSm90 {
         Slot slot;
         Coord at;
         KeySlot keys;
-        DsSlot late;                         // kAlternate: of the tile at hand
-        bool pending = false;                // and whether there is one before it
-        int first_head, n, m, full, next_n;  // of the visit at hand, and its key tile
-        float factor;                        // turns a score into the exponent of 2
+        DsSlot late;                     // kAlternate: of the tile at hand
+        int n, m, full, next_n, number;  // of the visit at hand, and its key tile
+        float factor;                    // turns a score into the exponent of 2
         float lse[kStatsAhead || kStatsUnder ? Scores::kThreadRows : 1];
-        // Of the tile at hand.
         typename StatsReader::Four delta[kDeltaAhead ? Scores::kThreadRows / 4 : 1];
         WgmmaTile<kKeyCols> dk;
         WgmmaTile<kValueCols> dv;
@@ -598,8 +621,9 @@ struct BackwardSm90 {
             const Visit& visit = kernel.visit(next.stage);
             m = uniform(visit.m), full = uniform(visit.full);
             if constexpr (kRuns) next_n = uniform(visit.n);
+            if constexpr (kAlternate) number = uniform(visit.number);
             if constexpr (kStatsAhead) read_lse(next.stage);
-            return first_head + uniform(visit.head);
+            return uniform(visit.head);
         }
         __device__ __forceinline__ void read_lse(int stage) {
             const StatsReader stats = kernel.read_stats(stage);
@@ -826,8 +850,10 @@ struct BackwardSm90 {
                 score_probabilities<Config, false>(s, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
                                                    sums);
             } else {
-                score_probabilities<Config, true>(s, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
-                                                  sums);
+                // NOTE: opaque, or what a mask makes of it is kept from one tile to the next.
+                score_probabilities<Config, true>(s, at, first_query(),
+                                                  kAlternate && kForeignRows ? opaque(first_key()) : first_key(), scale, factor,
+                                                  mask(), score_mod, stats, sums);
             }
         }
         __device__ __forceinline__ void find_gradients(Scores& dp, Scores& p) {
@@ -1007,8 +1033,7 @@ struct BackwardSm90 {
                 wgmma_pin(dk.data);
                 wgmma_pin(ds_operand);
                 if (leads()) mbarrier_arrive(kernel.q_empty(stage));
-                if (pending && stage != group) multiply_dq();
-                pending = true;
+                if (number > 1 && stage != group) multiply_dq();  // there is a tile before
                 slot = next, late.advance();
                 return head;
             }
@@ -1157,10 +1182,11 @@ struct BackwardSm90 {
             __syncwarp();
             if (!leads()) return;
             const int head_kv = kernel.visit(slot.stage).head_kv;
+            const int row = 16 * warp + (kForeignRows ? kernel.visit(slot.stage).n : n * kBlockN);
 #pragma unroll
             for (int panel = 0; panel < kCols / 64; panel++) {
-                cp_async_bulk_tensor_4d_store(map, own + panel * kPanelStep, 64 * panel, n * kBlockN + 16 * warp, head_kv,
-                                              at.batch);
+                cp_async_bulk_tensor_4d_store(map, own + panel * kPanelStep, 64 * panel, row, head_kv,
+                                              Config::kPacked ? 0 : at.batch);
             }
             cp_async_bulk_commit();
         }
@@ -1179,6 +1205,11 @@ struct BackwardSm90 {
                     bar_sync(kClearBarrier + wg, 128);
                 } else if constexpr (kCourier) {
                     await_turn();
+                }
+                // Of a warp's keys the copy engine would store those past the end too.
+                if (kForeignRows && n * kBlockN + static_cast<int>(threadIdx.x / 32 + 1) * 16 > at.seqlen_k) {
+                    store_rows();
+                    return;
                 }
                 await_staging();
                 send(dk, static_cast<float>(params().scale), kernel.arguments.maps[kBackwardMapDk], 0);
@@ -1269,16 +1300,16 @@ struct BackwardSm90 {
 
     __device__ __forceinline__ void consume(int wg) const {
         if constexpr (kApart) {
-            const Work w = work();
-            BackwardApart<Config, BackwardSm90> consumer{*this, w.at, w.n, score_factor()};
-            if (w.n < w.last()) consumer.run(wg);
+            Work w = work();
+            w.at.head = 0;
+            if (w.n < w.last()) BackwardApart<Config, BackwardSm90>{*this, w.at, w.n, score_factor()}.run(wg);
             return;
         }
         Consumer consumer{*this, wg};
         consumer.factor = score_factor();
         const Work w = work();
         if (w.n < w.last()) {
-            consumer.at = w.at, consumer.first_head = w.at.head, consumer.n = w.n;
+            consumer.at = w.at, consumer.n = w.n;
             consumer.visit_queries(w.last());
         }
         if constexpr ((Config::kBulkDq && !kCourier) || kSendSums || Config::kStoreTma) {
@@ -1321,7 +1352,8 @@ struct BackwardSm90 {
         }
         if constexpr (kAllTokens) {
             if (warp == 0) {
-                const int found = sequence_at(params(), Work::share_of(params(), grads()).n);
+                const int pairs = grads().q_splits * grads().heads_kv, index = static_cast<int>(cta_index());
+                const int found = sequence_at(params(), kByPair ? index / pairs : Work::share_of(params(), grads(), 0).n);
                 if (lane_index() == 0) sequence() = found;
             }
         }
@@ -1329,8 +1361,8 @@ struct BackwardSm90 {
         if (wg == kConsumers) {
             setmaxnreg_dec<kProducerRegisters>();
             const Work w = work();
-            if (w.n >= w.last()) return;
             if (warp != 4 * kConsumers) await_prepared(w);
+            if (w.n >= w.last()) return;
             if (warp == 4 * kConsumers) {
                 if (elect_sync()) load_tiles();
             } else if (warp == 4 * kConsumers + 1) {
@@ -1345,7 +1377,7 @@ struct BackwardSm90 {
             }
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
-            if (!Config::kPreparesAhead || grads().prepared_units == 0) wait_for_grids_ahead();
+            if (!prepared_beside()) wait_for_grids_ahead();
             admit_grid_behind();  // whose counters have been cleared
             consume(wg);
         }
