@@ -367,11 +367,13 @@ class BackwardPlan:
     @property
     def one_by_one(self) -> bool:
         """backward_sm90: whether pairs of sequences and KV heads follow one another. Beyond 64 columns equal key tiles of one
-        pair side by side read queries and add dq where they are in L2 still. Of packed sequences the last ones may be long, so
-        that only what converts counted sums meanwhile makes up for the multiprocessors that wait for the last CTAs.
+        pair side by side read queries and add dq where they are in L2 still; beyond 128, where L2 is busy with adding, it pays
+        where a pair has few. Of packed sequences the last ones may be long, so that only what converts counted sums meanwhile
+        makes up for the multiprocessors that wait for the last CTAs.
         """
         p = self.problem
-        large = self.tiles.block_n == 128 and self.head_dim > 64
+        few = _shares_keys(self.tiles) and p.seqlen_k <= FEW_KEYS
+        large = self.head_dim > 64 and (self.tiles.block_n == 128 or few)
         return large and not (self.backward.deterministic or p.mods) and (self.counts_pairs or not p.packed)
 
     @property
@@ -722,6 +724,8 @@ L2_BYTES = 32 << 20
 """Of an H200's 50 MB, what may be counted on."""
 
 
+FEW_KEYS = 2048
+"""Of a sequence, up to which pairs follow one another beyond 128 columns."""
 MOST_FEW_ROWS = 4096
 """Queries of a causal call up to which tiles of 64 rows were no slower than of 96, at 64 columns."""
 LONG_RUNS = ((512, 4, 4), (2048, 1, 2))
@@ -834,8 +838,9 @@ def sm90_smem_bytes(backward: BackwardProblem, tiles: Tiles) -> int:
     stage = 2 * m * (dim + dim_v) + 8 * m + 32
     bulk = tiles.dq_buffers * 4 * m * dim if tiles.bulk or tiles.stores else 0
     buffers = 4 if _shares_keys(tiles) else 3 if tiles.alternate else 2  # of dS, and of P where warpgroups share their keys
+    apart = _shares_keys(tiles) and tiles.seeded
     keys = (1 + tiles.runs) * 2 * n * (dim + dim_v)
-    return keys + stages * stage + buffers * 2 * m * n + bulk + bias + 8 * (7 + 7 * stages + 6 * tiles.alternate)
+    return keys + stages * stage + buffers * 2 * m * n + bulk + bias + 8 * (7 + 7 * stages + 6 * tiles.alternate + 8 * apart)
 
 
 _SM90 = {  # by the wider head dimension; warps include the producer's four

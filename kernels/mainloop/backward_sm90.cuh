@@ -7,6 +7,7 @@
 //                 dQ = dS K, or transposed        dS from shared memory, where both warpgroups write it; see WarpgroupHalf
 // (kWide)     beyond 128 columns dk and dv of 64 keys take the registers of both warpgroups. A warpgroup then holds the scores
 //             of half the queries, and half the columns of dk, dv and dq; P goes through shared memory as dS does
+// (kApart)    of these, with nothing but a mask: mainloop/backward_apart_sm90.cuh
 // Roles       consumers: warpgroups 0 and 1, 64 keys each (kWide: the same 64 keys)
 //             loader: one thread of warp 8 issues all tile loads
 //             guide: warp 9 says which query tile a stage holds (Visit) and brings its row statistics, which TMA cannot: their
@@ -53,6 +54,7 @@
 #include "attention/row_stats.cuh"
 #include "attention/scores.cuh"
 #include "attention/seqlen.cuh"
+#include "mainloop/backward_apart_sm90.cuh"
 #include "mainloop/backward_maps.cuh"
 #include "mainloop/pair_counters.cuh"
 #include "mainloop/query_tiles.cuh"
@@ -81,8 +83,10 @@ struct BackwardSm90 {
     static constexpr bool kWide = kBlockN == 64 && kConsumers == 2, kRuns = Config::kRuns;
     static_assert((kConsumers == 1 || kConsumers == 2) && kBlockM % 16 == 0);
     static_assert(kWide ? kHeadDim % 128 == 0 && kHeadDimV % 128 == 0 : kBlockN == 64 * kConsumers);
+    // See mainloop/backward_apart_sm90.cuh.
+    static constexpr bool kApart = kWide && Config::kSeeded;
     // Of a warpgroup: rows of its scores, columns of dk and dv.
-    static constexpr int kScoreRows = kWide ? kBlockM / 2 : kBlockM;
+    static constexpr int kScoreRows = kWide && !kApart ? kBlockM / 2 : kBlockM;
     static constexpr int kKeyCols = kWide ? kHeadDim / 2 : kHeadDim, kValueCols = kWide ? kHeadDimV / 2 : kHeadDimV;
     // Two buffers of dS let one barrier a tile do.
     static_assert(kStages == 2);
@@ -94,7 +98,7 @@ struct BackwardSm90 {
     static constexpr int kProducerRegisters = kConsumers == 1                                     ? (kHeadDim > 64 ? 48 : 56)
                                               : kSmallSums                                        ? 72
                                               : Mask::kTiled && (kWide || Config::kDeterministic) ? 56
-                                              : kFewLeft                                          ? 24
+                                              : kFewLeft || kApart                                ? 24
                                                                                                   : 40;
     static constexpr int kConsumerRegisters = ((kConsumers + 1) * kLaunchRegisters - kProducerRegisters) / kConsumers;
 
@@ -133,18 +137,15 @@ struct BackwardSm90 {
         int number;  // kAlternate: tiles before it
     };
     // Where only the mask is between products and exponentials: P and dS in one pass, whose exponentials hide the rest of it.
-    // (kWide) products start from the row statistics: S from -lse / factor, dP from -delta. They are read while the tensor
-    // cores are busy with the tile before.
     static constexpr bool kAlternate = Config::kAlternate;
     static constexpr bool kPlain = Config::kSeeded && !kWide && !kAlternate;
     // There a row whose statistics are not finite would hide nothing: -inf - NaN is NaN, and so is 0 * (0 - NaN). The guide
     // replaces such rows.
     static constexpr bool kGuards = kPlain && !kSeesAll<Mask>;
-    static constexpr bool kEarly = Config::kEarly && !kPlain, kSeeded = Config::kSeeded && kWide;
-    static_assert(!kSeeded || (kWide && kEarly && !Config::kStageBias && !kFewLeft));
+    static constexpr bool kEarly = Config::kEarly && !kPlain;
+    static_assert(!kApart || (kEarly && !(Config::kStageBias || Config::kBulkDq || Config::kPacked || Config::kLens)));
     // Of 128 rows they take registers that the products need, of 64 beside 128 columns those that a bias needs.
-    static constexpr bool kStatsAhead =
-        kEarly && !kSeeded && !kFewLeft && kScoreRows <= (Config::kStageBias && kKeyCols > 64 ? 32 : 64);
+    static constexpr bool kStatsAhead = kEarly && !kFewLeft && kScoreRows <= (Config::kStageBias && kKeyCols > 64 ? 32 : 64);
     // Or while S is multiplied, where registers are too short for that.
     static constexpr bool kStatsUnder = kEarly && kFewLeft;
     // The doormen add dq, in order or not; else each consumer warp adds its own part.
@@ -163,7 +164,7 @@ struct BackwardSm90 {
     static_assert(!kAlternate || (kDoors && kDqBuffers == 1 && kEarly && kConsumers == 2 && kBlockM == 64 && kHeadDim == 128));
     static_assert(!kAlternate || kHeadDimV == kHeadDim);
     // The guide keeps what it can in shared memory: it, too, is short of registers.
-    static constexpr bool kKeepRow = kFewLeft && kCourier;
+    static constexpr bool kKeepRow = (kFewLeft && kCourier) || kApart, kLean = kFewLeft || kApart;
     static constexpr int kDqWarpBytes = Config::kBulkDq || Config::kStoreTma ? Slab::kWarpElements * 4 : 0;
     static constexpr int kDqBytes = kConsumerThreads / 32 * kDqWarpBytes, kKeyStages = kRuns ? 2 : 1;
     using KeySlot = RingSlot<kKeyStages>;
@@ -181,7 +182,7 @@ struct BackwardSm90 {
     static_assert(kOffsetBias % QTile::kAlignment == 0);
     static constexpr int kOffsetVisits = kOffsetStats + kStages * StatsRows::kBytes;
     static constexpr int kOffsetBarriers = kOffsetVisits + kStages * static_cast<int>(sizeof(Visit));
-    static constexpr int kBarriers = 6 + 7 * kStages + (kAlternate ? 2 * kDsBuffers : 0);
+    static constexpr int kBarriers = 6 + 7 * kStages + (kAlternate ? 6 : kApart ? 8 : 0);
     static constexpr int kOffsetSequence = kOffsetBarriers + 8 * kBarriers;
     static_assert(kOffsetSequence + 8 <= Config::kSmemBytes, "the plan's shared memory is too small");
 
@@ -211,6 +212,8 @@ struct BackwardSm90 {
     __device__ __forceinline__ unsigned handed(int stage) const { return barrier(6 + 6 * kStages + stage); }
     __device__ __forceinline__ unsigned ds_full(int buffer) const { return barrier(6 + 7 * kStages + buffer); }
     __device__ __forceinline__ unsigned ds_empty(int buffer) const { return barrier(6 + 7 * kStages + kDsBuffers + buffer); }
+    __device__ __forceinline__ unsigned p_full(int stage) const { return barrier(6 + 7 * kStages + 2 * kDsBuffers + stage); }
+    __device__ __forceinline__ unsigned p_empty(int stage) const { return barrier(8 + 7 * kStages + 2 * kDsBuffers + stage); }
     __device__ __forceinline__ float* stats(int stage) const {
         return reinterpret_cast<float*>(smem + kOffsetStats + stage * StatsRows::kBytes);
     }
@@ -397,7 +400,6 @@ struct BackwardSm90 {
             slot.advance();
         };
         constexpr int kLaneRows = (kBlockM + 31) / 32;  // of a tile
-        const float seed = -1.0f / score_factor();
         const long long first_row = w.seq.row + w.at.head * w.seq.head_rows;
         if (kKeepRow) {
             if (lane == 0) visit(0).slab = first_row;
@@ -406,22 +408,21 @@ struct BackwardSm90 {
         const long long slabs = Slab::number(p, g, w.seq, w.at, 0);
         for_places(w, [&](const Tiles& tiles, Place here) {
             const int row = here.m * kBlockM + lane;
-            if (kFewLeft) mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);  // nor has the guide registers to read ahead
+            if (kLean) mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);  // nor has the guide registers to read ahead
             const Stats* const from = static_cast<const Stats*>(g.row_stats) + (kKeepRow ? visit(0).slab : first_row);
             Stats own[kLaneRows];
 #pragma unroll
             for (int x = 0; x < kLaneRows; x++) {
                 own[x] = row + 32 * x < w.at.seqlen_q ? from[here.head * w.seq.head_rows + row + 32 * x] : Stats::nothing();
             }
-            if (!kFewLeft) mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
+            if (!kLean) mbarrier_wait(q_empty(slot.stage), slot.parity ^ 1);
             // NOTE: opaque, or what follows from these is kept in registers from one tile to the next.
             float* to = stats(slot.stage) + StatsRows::place(opaque(static_cast<unsigned>(lane)));
             unsigned broken = 0;
 #pragma unroll
             for (int x = 0; x < kLaneRows; x++) {
                 if (32 * x + 32 > kBlockM && lane >= kBlockM % 32) continue;
-                to[32 * x] = kSeeded ? own[x].lse * seed : own[x].lse;
-                to[32 * x + kBlockM] = kSeeded ? -own[x].delta : own[x].delta;
+                to[32 * x] = own[x].lse, to[32 * x + kBlockM] = own[x].delta;
                 if (!own[x].hides()) broken |= 1u << x;
             }
             Coord at = w.at;
@@ -530,13 +531,12 @@ struct BackwardSm90 {
         const Work w = work();
         const bool leads = lane_index() == 0;
         Slot slot;
+        const long long first = Slab::number(params(), grads(), w.seq, w.at, 0);
         if constexpr (Config::kBulkDq) fence_proxy_async_global();
         if (Config::kBulkDq && stage == 0 && leads) mbarrier_arrive(turn(0));
         for_places(w, [&](const Tiles&, Place here) {
             if (slot.stage == stage) {
-                Coord at = w.at;
-                at.head += here.head;
-                const long long slab = Slab::number(params(), grads(), w.seq, at, here.m);
+                const long long slab = first + here.head * grads().q_slabs + here.m;
                 unsigned* const counter = grads().turns + slab;
                 const unsigned before = tiles_before(w, here);
                 while (count_acquire(counter) < before) {
@@ -600,8 +600,6 @@ struct BackwardSm90 {
         int n, m, full, next_n, number;  // of the visit at hand, and its key tile
         float factor;                    // turns a score into the exponent of 2
         float lse[kStatsAhead || kStatsUnder ? Scores::kThreadRows : 1];
-        // Of the tile to come, from its row statistics.
-        Scores seeds_s, seeds_dp;
         typename StatsReader::Four delta[kDeltaAhead ? Scores::kThreadRows / 4 : 1];
         WgmmaTile<kKeyCols> dk;
         WgmmaTile<kValueCols> dv;
@@ -638,20 +636,6 @@ struct BackwardSm90 {
             } else {
 #pragma unroll
                 for (int r = 0; r < Scores::kThreadRows; r++) lse[r] = stats.lse(r);
-            }
-        }
-        // kind: 0 of lse, 1 of delta.
-        __device__ __forceinline__ void start_from(Scores& sums, int stage, int kind) const {
-            const unsigned first = wg * kScoreRows * 4 + threadIdx.x % 4 * 16;
-            const unsigned own = kernel.base + kOffsetStats + stage * StatsRows::kBytes + kind * kBlockM * 4 + first;
-#pragma unroll
-            for (int r = 0; r < Scores::kThreadRows; r += 4) {
-                const float4 four = ld_shared_v4(own + 16 * r);
-#pragma unroll
-                for (int c = 0; c < Scores::kThreadCols; c++) {
-                    sums[2 * r + 2 * c] = four.x, sums[2 * r + 2 * c + 1] = four.y;
-                    sums[2 * r + 2 * c + 4] = four.z, sums[2 * r + 2 * c + 5] = four.w;
-                }
             }
         }
         __device__ __forceinline__ void clear_sums() {
@@ -861,7 +845,7 @@ struct BackwardSm90 {
             const auto& score_mod = staged_mod();
             const StatsReader reader = kernel.read_stats(slot.stage);
             constexpr bool kKept = kStatsAhead || kStatsUnder;
-            const auto stats = [&](int r) { return Stats{kSeeded ? 0.0f : kKept ? lse[kKept ? r : 0] : reader.lse(r), 0.0f}; };
+            const auto stats = [&](int r) { return Stats{kKept ? lse[kKept ? r : 0] : reader.lse(r), 0.0f}; };
             if (full) {
                 score_probabilities<Config, false>(s, at, first_query(), first_key(), scale, factor, mask(), score_mod, stats,
                                                    sums);
@@ -876,9 +860,7 @@ struct BackwardSm90 {
             const auto& score_mod = staged_mod();
             sums.clear_tile();
             const StatsReader reader = kernel.read_stats(slot.stage);
-            const auto stats = [&](int r) {
-                return Stats{0.0f, kSeeded ? 0.0f : kDeltaAhead ? delta[r / 4].row[r % 4] : reader.delta(r)};
-            };
+            const auto stats = [&](int r) { return Stats{0.0f, kDeltaAhead ? delta[r / 4].row[r % 4] : reader.delta(r)}; };
             if (full) {
                 probability_gradients<Config, false>(dp, p, at, first_query(), first_key(), mask(), score_mod, stats, sums);
             } else {
@@ -966,22 +948,19 @@ struct BackwardSm90 {
             const unsigned q = start + kOffsetQ + stage * QTile::kBytes, dout = start + kOffsetDo + stage * DoTile::kBytes;
             const unsigned ds = start + kOffsetDs + (kAlternate ? late.stage : stage) * DsTile::kBytes;
             DqSums dq;
-            Scores own_s, own_dp;
-            Scores &s = kSeeded ? seeds_s : own_s, &dp = kSeeded ? seeds_dp : own_dp;
+            Scores s, dp;
             unsigned p_operand[Scores::kSize / 2], ds_operand[Scores::kSize / 2];
             mbarrier_wait(kernel.q_full(stage), slot.parity);
             clear_queries();
             wgmma_pin(s.data);
-            if constexpr (kSeeded) wgmma_pin(dp.data);
             wgmma_fence();
             const int own_keys = kWide ? 0 : group * 64 * 128, queries = kWide ? group * kScoreRows * 128 : 0;
             const unsigned k = start + keys.stage * KTile::kBytes, v = start + kOffsetV + keys.stage * VTile::kBytes;
-            wgmma_qk<Element, kHeadDim, KTile, QTile, kSeeded>(s, KTile::k_major(k + own_keys), QTile::k_major(q + queries));
+            wgmma_qk<Element, kHeadDim, KTile, QTile>(s, KTile::k_major(k + own_keys), QTile::k_major(q + queries));
             mbarrier_wait(kernel.do_full(stage), slot.parity);
             wgmma_pin(dp.data);
             wgmma_fence();
-            wgmma_qk<Element, kHeadDimV, VTile, DoTile, kSeeded>(dp, VTile::k_major(v + own_keys),
-                                                                 DoTile::k_major(dout + queries));
+            wgmma_qk<Element, kHeadDimV, VTile, DoTile>(dp, VTile::k_major(v + own_keys), DoTile::k_major(dout + queries));
             if constexpr (kStatsUnder) read_lse(stage);
             read_bias(start);
             if constexpr (kEarly) {
@@ -1128,11 +1107,9 @@ struct BackwardSm90 {
                 add_dq(to, dq.half, DqSums::kHalf, start);
             }
             if constexpr (kDoormen) hand_over();
-            if constexpr (kSeeded) start_from(seeds_s, next.stage, 0);  // registers are short before
             wgmma_wait_group<0>();
             wgmma_pin(dk.data);
             if constexpr (!kWide) wgmma_pin(ds_operand);
-            if constexpr (kSeeded) start_from(seeds_dp, next.stage, 1);
             if (leads()) mbarrier_arrive(kernel.q_empty(stage));
             slot = next;
             return head;
@@ -1144,7 +1121,6 @@ struct BackwardSm90 {
             int head = read_visit(slot);
             // What was waited for has cleared the sums.
             if constexpr ((Config::kBulkDq && !kCourier) || kAddSums) fence_proxy_async_global();
-            if constexpr (kSeeded) start_from(seeds_s, slot.stage, 0), start_from(seeds_dp, slot.stage, 1);
             do {
                 clear_sums();
                 if (visits()) {
@@ -1274,6 +1250,36 @@ struct BackwardSm90 {
         }
     };
 
+    // kApart: what a warpgroup holds of dk (kKeys) or dv.
+    template <bool kKeys, int kCols>
+    __device__ __forceinline__ void store_apart(const WgmmaTile<kCols>& gradient, int n) const {
+        const ForwardParams& p = params();
+        const BackwardParams& g = grads();
+        const Work w = work();
+        const int rows = w.at.seqlen_k - n * kBlockN, cols = kKeys ? p.head_dim : p.head_dim_v;
+        const float scale = kKeys ? static_cast<float>(p.scale) : 1.0f;
+        if constexpr (Config::kQuerySplit) {
+            const long long heads_kv = p.num_heads / p.group;
+            const long long row = w.q_split * g.rows_kv + (w.at.batch * heads_kv + w.head_kv) * p.seqlen_k + n * kBlockN;
+            float* const to = static_cast<float*>(kKeys ? g.partial_dk : g.partial_dv) + row * cols;
+#pragma unroll
+            for (int x = 0; x < kCols / 2; x++) {
+                const int j = gradient.row(x), col = gradient.col(x);
+                if (j < rows && col < cols) to[static_cast<long long>(j) * cols + col] = gradient.data[x] * scale;
+            }
+        } else {
+            const long long pitch = kKeys ? g.dk_row : g.dv_row;
+            Element* const to = static_cast<Element*>(kKeys ? g.dk : g.dv) + w.at.batch * (kKeys ? g.dk_batch : g.dv_batch) +
+                                w.head_kv * (kKeys ? g.dk_head : g.dv_head) + n * kBlockN * pitch;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int j = gradient.row(2 * half);
+                store_row<Element, kKeys ? Config::kVecDk : Config::kVecDv>(gradient, half, scale, to + j * pitch, cols,
+                                                                            j < rows);
+            }
+        }
+    }
+
     // Rows of dk and dv that belong to no key. A packed call's tail has more of them than key tiles.
     __device__ __forceinline__ void store_padding(const Work& w, int n) const {
         const ForwardParams& p = params();
@@ -1293,7 +1299,12 @@ struct BackwardSm90 {
     }
 
     __device__ __forceinline__ void consume(int wg) const {
-        const ForwardParams& p = params();
+        if constexpr (kApart) {
+            Work w = work();
+            w.at.head = 0;
+            if (w.n < w.last()) BackwardApart<Config, BackwardSm90>{*this, w.at, w.n, score_factor()}.run(wg);
+            return;
+        }
         Consumer consumer{*this, wg};
         consumer.factor = score_factor();
         const Work w = work();
@@ -1330,9 +1341,12 @@ struct BackwardSm90 {
                 mbarrier_init(q_empty(stage), 4 * kConsumers);
                 mbarrier_init(do_empty(stage), 4 * kConsumers);
             }
-            for (int buffer = 0; kAlternate && buffer < kDsBuffers; buffer++) {
-                mbarrier_init(ds_full(buffer), 4 * kConsumers);
-                mbarrier_init(ds_empty(buffer), 4);
+            for (int buffer = 0; (kAlternate || kApart) && buffer < kDsBuffers; buffer++) {
+                mbarrier_init(ds_full(buffer), kApart ? 4 : 4 * kConsumers);
+                mbarrier_init(ds_empty(buffer), kApart ? 4 * kConsumers : 4);
+            }
+            for (int stage = 0; kApart && stage < kStages; stage++) {
+                mbarrier_init(p_full(stage), 4), mbarrier_init(p_empty(stage), 4);
             }
             fence_mbarrier_init();
         }
@@ -1349,14 +1363,18 @@ struct BackwardSm90 {
             const Work w = work();
             if (warp != 4 * kConsumers) await_prepared(w);
             if (w.n >= w.last()) return;
-            if (warp == 4 * kConsumers && elect_sync()) load_tiles();
-            if (warp == 4 * kConsumers + 1) guide();
-            if constexpr (kDoors) {
-                if (warp >= 4 * kConsumers + 2) add_part(warp % 2);
-            } else if constexpr (Config::kDeterministic) {
-                if (warp >= 4 * kConsumers + 2) keep_order(warp % 2);
+            if (warp == 4 * kConsumers) {
+                if (elect_sync()) load_tiles();
+            } else if (warp == 4 * kConsumers + 1) {
+                guide();
+            } else {
+                if constexpr (kDoors) {
+                    add_part(warp % 2);
+                } else if constexpr (Config::kDeterministic) {
+                    keep_order(warp % 2);
+                }
+                if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
             }
-            if (kClears && warp == 4 * kConsumers + 3) clear_unvisited(w);
         } else {
             setmaxnreg_inc<kConsumerRegisters>();
             if (!prepared_beside()) wait_for_grids_ahead();

@@ -3,6 +3,7 @@
 #include "attention/mask.cuh"
 #include "attention/tile_map.cuh"
 #include "params.cuh"
+#include "ptx/opaque.cuh"
 
 namespace cuattn {
 
@@ -42,7 +43,8 @@ struct QueryTiles {
         return tiles;
     }
     __device__ __forceinline__ Place at(Place place) const {
-        return kEither && descending ? Place{place.head, 2 * first + count - 1 - place.m} : place;
+        // NOTE: opaque, or a sum of the two takes a register of its own throughout the loop.
+        return kEither && descending ? Place{place.head, 2 * opaque(first) + count - 1 - place.m} : place;
     }
     __device__ __forceinline__ bool visits(Place place) const {
         return place.m >= first && place.m < first + count && (!Mask::kTiled || bit(place, 0));

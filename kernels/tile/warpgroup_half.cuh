@@ -39,17 +39,17 @@ struct WarpgroupHalfSums {
     }
 };
 
-// What a warpgroup holds of two times 64 rows of 64 columns, below each other (kDown) or side by side: one of the two.
-template <bool kDown>
+// What a warpgroup holds of two times 64 rows of kCols columns, below each other (kDown) or side by side: one of the two.
+template <bool kDown, int kCols = 64>
 struct WarpgroupRowSums {
     static constexpr bool kByRows = true;
     static constexpr int kWhole = 1, kOdd = 0, kParts = 1;
-    using Whole = WgmmaTile<64>;
+    using Whole = WgmmaTile<kCols>;
     static constexpr int kSize = Whole::kSize;
     Whole whole[1];
 
     __device__ __forceinline__ static constexpr int first_row(int warpgroup) { return kDown ? 64 * warpgroup : 0; }
-    __device__ __forceinline__ static constexpr int panel(int warpgroup) { return kDown ? 0 : warpgroup; }
+    __device__ __forceinline__ static constexpr int panel(int warpgroup) { return kDown ? 0 : warpgroup * (kCols / 64); }
     __device__ __forceinline__ static int warpgroup() { return static_cast<int>(threadIdx.x / 128); }
     __device__ __forceinline__ float& operator[](int x) { return whole[0][x]; }
     __device__ __forceinline__ static int row(int x) { return first_row(warpgroup()) + Whole::row(x); }
@@ -67,6 +67,10 @@ struct WarpgroupSums<128, 32> {
 template <>
 struct WarpgroupSums<64, 64> {
     using Type = WarpgroupRowSums<false>;
+};
+template <>
+struct WarpgroupSums<64, 128> {
+    using Type = WarpgroupRowSums<false, 128>;
 };
 
 template <class Element_>
