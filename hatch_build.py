@@ -62,7 +62,8 @@ class WithoutComments(BuildHookInterface):  # type: ignore[type-arg]
             target.write_text(joined([line for line in code if line]), encoding="utf-8")
         build_data["force_include"][str(copy)] = "cuattn/_kernels"
         for module in (Path(self.root) / "cuattn").rglob("*.py"):
-            copy = Path(self._folder.name) / module.name
+            copy = Path(self._folder.name) / module.relative_to(self.root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_text(without_comments(module.read_text(encoding="utf-8")), encoding="utf-8")
             build_data["force_include"][str(copy)] = str(module.relative_to(self.root))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cuattn import jit
-from cuattn.backward import CELLS, COLUMNS, COPIES, STORE, BiasKind, make_backward_plan
+from cuattn.backward import CELLS, COLUMNS, COPIES, PREPARING_SMS, STORE, UNIT_ROWS, BiasKind, make_backward_plan
 from cuattn.catalogue import COMMON_DIMS, backward_plans, backward_problem_of, problem_of, view
 from cuattn.codegen import backward_units
 from cuattn.launch import backward_struct
@@ -230,6 +230,13 @@ def test_the_copy_engine_brings_whole_tiles(dims: tuple[int, int]) -> None:
     assert boxes == [(64, n, 1, 1) for n in rows]
 
 
+def test_who_prepares_ahead_is_counted_alike_on_both_sides() -> None:
+    """The workspace holds a word for each CTA that the kernels count, and units are as many rows."""
+    text = (jit.kernel_folder() / "mainloop" / "pair_counters.cuh").read_text(encoding="utf-8")
+    for name, value in ("kPreparing", PREPARING_SMS), ("kUnitRows", UNIT_ROWS):
+        assert f"static constexpr int {name} = {value};" in text
+
+
 @pytest.mark.parametrize(
     ("options", "ordered", "counted"),
     [
@@ -270,6 +277,7 @@ def test_who_waits_for_whom(options: dict[str, Any], ordered: bool, counted: boo
     if ordered:
         assert units["prepare"].entry == "cuattn_backward_prepare_sm90" and plan.zeroed == sum(plan.workspace[:2])
     if ordered or counted:
-        assert plan.workspace[0] >= 8 * plan.problem.batch * plan.problem.num_heads_kv and plan.q_splits == 1
+        words = (PREPARING_SMS + 1) * plan.problem.batch * plan.problem.num_heads_kv  # as in mainloop/pair_counters.cuh
+        assert plan.workspace[0] >= 4 * words and plan.q_splits == 1
     for role in {"backward", "convert"} & units.keys():  # both, or who waits would wait for ever
         assert f"kCountPairs = {str(counted).lower()};" in units[role].source

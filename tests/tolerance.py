@@ -27,6 +27,10 @@ RELATIVE = {"bfloat16": 1e-3, "float16": 1e-3, "tf32": 1e-3, "statistics": 5e-5}
 """Error that is always allowed, relative to the largest output. `statistics`: lse of 16-bit inputs, whose products are exact in
 float32 and whose sums are kept in it, though a tensor core truncates where an addition would round."""
 
+TWO_ORDERS = 4e-3
+"""Float16 gradients of two kernels that add in different orders, relative to the largest: some eight roundings of 2^-11, of P,
+of dS and of the result in either and of what their sums carry over. A missing share of a key tile is ten times as much."""
+
 SHIFT = 0.3
 """Adding and subtracting a number of the outputs' size shows how coarse the output dtype is there."""
 
